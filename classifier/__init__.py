@@ -1,0 +1,9 @@
+"""Image classifiers whose features the distillation and the scores are made of.
+
+`build_classifier` makes a network, `load_classifier` a trained and frozen one; `train.py` trains.
+"""
+
+from classifier.checkpoint import load_classifier
+from classifier.networks import NETWORKS, build_classifier
+
+__all__ = ['NETWORKS', 'build_classifier', 'load_classifier']

@@ -1,0 +1,81 @@
+"""A trained classifier from its file: ours (self-describing) or a published one ({model})."""
+
+import torch
+
+from classifier.networks import build_classifier
+from runtime import checkpoint, options
+from runtime.options import UserError
+
+IDENTITY = (0.5,) * 3       # mean and std that leave images in [-1, 1] as they are
+
+
+def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
+    """The frozen classifier of a checkpoint, in eval mode, on the CPU.
+
+    Args:
+        path: `<result_path>/<dataset>/<model>` or the `ckpt.pt` in it; relative paths are looked
+            up in the working directory, then in the repository root.
+        name: the network expected; a published file does not say its own, so it is needed there.
+        num_classes: the number of classes expected.
+        mean, std: input normalisation, three numbers each of images in [0, 1]; None: what the
+            checkpoint says, and for a published file 0.5, which feeds images in [-1, 1] as they
+            are.
+
+    Returns:
+        `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
+
+    Raises:
+        UserError: no such file, not a classifier, or another classifier than the one expected.
+    """
+    file = checkpoint.find(options.find(path))
+    if not file.exists():
+        raise UserError(f'there is no classifier {file}; train one with: python '
+                        f'classifier/train.py --model {name or "NAME"} --dataset DATASET')
+    state = checkpoint.read(file)
+    weights = classifier_weights(state, file)
+    name = agreed_name(state, name, file)
+    found = weights['fc.weight'].shape[0]
+    if num_classes is not None and num_classes != found:
+        raise UserError(f'the classifier {file} has {found} classes, expected {num_classes}; '
+                        f'give one trained on the same data set')
+    return assemble(name, weights, mean or state.get('mean', IDENTITY),
+                    std or state.get('std', IDENTITY), file)
+
+
+def classifier_weights(state, file):
+    """The state dict under `model`, without the prefixes of wrapped networks, in float32."""
+    if 'net_model' in state:
+        raise UserError(f'{file} is a diffusion checkpoint (it has net_model), expected a '
+                        f'classifier; give what classifier/train.py wrote')
+    if not isinstance(state.get('model'), dict):
+        raise UserError(f'{file} is not a classifier: expected the key "model", found '
+                        f'{", ".join(map(str, list(state)[:5])) or "nothing"}')
+    weights = checkpoint.plain_keys(state['model'])
+    if getattr(weights.get('fc.weight'), 'ndim', 0) != 2:
+        raise UserError(f'{file} is not a classifier of this project: its "model" has no fc.weight')
+    return {key: value.float() if value.is_floating_point() else value
+            for key, value in weights.items()}
+
+
+def agreed_name(state, name, file):
+    """The network's name, from the checkpoint, the caller or both."""
+    stored = state.get('name', name)
+    if stored is None:
+        raise UserError(f'{file} does not say which network it holds; name it, as in '
+                        f'--classifier densenet201')
+    if name is not None and name != stored:
+        raise UserError(f'{file} holds the classifier {stored}, expected {name}; give its own '
+                        f'name or another folder')
+    return stored
+
+
+def assemble(name, weights, mean, std, file):
+    """A frozen classifier with these weights; draws no random number, initialises nothing."""
+    with torch.device('meta'):
+        classifier = build_classifier(name, weights['fc.weight'].shape[0], mean, std)
+    try:
+        classifier.load_state_dict(weights, assign=True)
+    except RuntimeError:
+        raise UserError(f'the weights in {file} do not fit the classifier {name}; name the network '
+                        f'they were trained with')
+    return classifier.eval().requires_grad_(False)

@@ -1,0 +1,145 @@
+"""Classifiers for small images, taken apart from torchvision's ImageNet networks.
+
+The stem is a 3x3 convolution of stride 1 without max-pooling, so that 32 px images end in a 4x4
+feature map. The parameter names are those of the published checkpoints.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from runtime.options import UserError
+
+# growth rate, layers per block, channels of the stem
+DENSENETS = {
+    'densenet121': (32, (6, 12, 24, 16), 64),
+    'densenet161': (48, (6, 12, 36, 24), 96),
+    'densenet169': (32, (6, 12, 32, 32), 64),
+    'densenet201': (32, (6, 12, 48, 32), 64),
+    'densenet_small': (12, (4, 6, 6), 24),      # two halvings: 16 px images end in a 4x4 map
+}
+RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d',
+           'resnext101_32x8d', 'wide_resnet50_2', 'wide_resnet101_2')
+
+
+class Classifier(nn.Module):
+    """Parts that run one after another, a ReLU, global average pooling and a linear layer.
+
+    Args:
+        name: key of `NETWORKS`.
+        parts: ordered dict, attribute name -> module; the last one gives (B, num_features, H', W').
+        num_features: channels C of the feature map.
+        num_classes: K.
+        mean, std: three numbers each, of images in [0, 1], subtracted and divided by first.
+    """
+
+    def __init__(self, name, parts, num_features, num_classes, mean, std):
+        super().__init__()
+        self.name, self.num_features, self.num_classes = name, num_features, num_classes
+        self.order = list(parts)
+        for key, part in parts.items():
+            self.add_module(key, part)
+        self.fc = nn.Linear(num_features, num_classes)
+        nn.init.zeros_(self.fc.bias)
+        self.set_normalisation(mean, std)
+
+    def set_normalisation(self, mean, std):
+        """Take mean and std (three numbers each, of images in [0, 1]) for the input.
+
+        They are kept beside the state dict, whose keys stay the published ones.
+        """
+        for key, value in (('mean', mean), ('std', std)):
+            value = torch.tensor(value, dtype=torch.float32, device='cpu').view(1, 3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+
+    def normalise(self, x):
+        """((x + 1) / 2 - mean) / std, written so that mean = std = 0.5 changes no bit."""
+        return x * (0.5 / self.std) + (0.5 - self.mean) / self.std
+
+    def forward(self, x):
+        """Images x (B, 3, H, W) in [-1, 1] -> logits (B, K), feature (B, C), feature_map.
+
+        feature_map (B, C, H', W') comes after the final ReLU; feature is its mean over H', W'.
+        """
+        h = self.normalise(x)
+        for key in self.order:
+            h = getattr(self, key)(h)
+        feature_map = F.relu(h)
+        feature = feature_map.mean((2, 3))
+        return self.fc(feature), feature, feature_map
+
+
+def conv3x3(channels, stride=1):
+    """A 3x3 convolution from images, initialised as torchvision does."""
+    conv = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+    return conv
+
+
+def densenet_parts(name):
+    """DenseNet-BC of Huang et al., 1608.06993, with the small-image stem."""
+    from torchvision.models import DenseNet
+    growth, layers, stem = DENSENETS[name]
+    # The linear layer of the constructor is dropped: one class keeps it small.
+    network = DenseNet(growth, layers, stem, num_classes=1).features
+    parts = OrderedDict(features=nn.Sequential(OrderedDict(
+        conv0=conv3x3(stem), norm0=network.norm0, relu0=network.relu0)))
+    for i in range(1, len(layers) + 1):
+        parts[f'block{i}'] = getattr(network, f'denseblock{i}')
+        if i < len(layers):
+            parts[f'trans{i}'] = getattr(network, f'transition{i}')
+    parts['final_norm'] = network.norm5
+    return parts, network.norm5.num_features
+
+
+def resnet_parts(name):
+    """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146), small-image stem."""
+    from torchvision import models
+    network = getattr(models, name)(weights=None, num_classes=1)
+    keys = ('bn1', 'relu', 'layer1', 'layer2', 'layer3', 'layer4')
+    parts = OrderedDict(conv1=conv3x3(64))
+    parts.update((key, getattr(network, key)) for key in keys)
+    return parts, network.fc.in_features
+
+
+def convnet_parts(name):
+    """Four plain convolutions: a judge of digits that shares nothing with the DenseNets."""
+    channels, strides = (3, 32, 32, 64, 64), (1, 2, 1, 2)
+    parts = OrderedDict()
+    for i, stride in enumerate(strides):
+        conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        parts[f'stage{i + 1}'] = nn.Sequential(OrderedDict(
+            conv=conv, norm=nn.BatchNorm2d(channels[i + 1]), relu=nn.ReLU()))
+    return parts, channels[-1]
+
+
+# name -> function that makes (parts, number of features). A family with another stem (classifiers
+# of full-size ImageNet, say) is one more function and one more line here.
+NETWORKS = {name: densenet_parts for name in DENSENETS}
+NETWORKS.update((name, resnet_parts) for name in RESNETS)
+NETWORKS['convnet_small'] = convnet_parts
+
+
+def build_classifier(name, num_classes, mean=(0.5,) * 3, std=(0.5,) * 3):
+    """A freshly initialised classifier for small images.
+
+    Args:
+        name: key of `NETWORKS`, as in densenet201, resnet18 or convnet_small.
+        num_classes: K.
+        mean, std: of the training images in [0, 1]; 0.5 feeds images in [-1, 1] as they are.
+
+    Returns:
+        `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
+
+    Raises:
+        UserError: there is no such classifier.
+    """
+    if name not in NETWORKS:
+        raise UserError(f'there is no classifier "{name}"; choose one of {", ".join(NETWORKS)}')
+    if NETWORKS[name] is not convnet_parts:
+        import runtime.torchvision_cpu  # noqa: F401  # before torchvision: see there
+    parts, num_features = NETWORKS[name](name)
+    return Classifier(name, parts, num_features, num_classes, mean, std)

@@ -1,0 +1,121 @@
+"""Diffusion in the symbols of the papers: tables and pure functions. Holds no network.
+
+Times t, s are integers on the base grid 0..N. z_t = alpha_t x_0 + sigma_t eps.
+"""
+
+import math
+
+import torch
+
+
+def alpha_bar_table(N):
+    """Cosine schedule (Nichol & Dhariwal 2021, Eq. 17): alpha_bar at 0..N, float64 (N + 1,).
+
+    f(i) = cos^2((i / (N + 1) + s) / (1 + s) * pi / 2) with s = 0.008; beta_i = min(1 - f(i + 1) /
+    f(i), 0.999); alpha_bar = cumprod(1 - beta). Index 0 is one step into the schedule: sigma is
+    0.0063 there for N = 1024, not 0. Published checkpoints were trained on this table.
+    """
+    i = torch.arange(N + 2, dtype=torch.float64) / (N + 1)
+    f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, dim=0)
+
+
+class Diffusion:
+    """Schedule of a model with T steps, each `time_scale` points of the base grid apart.
+
+    Args:
+        T: sampling steps of the model. time_scale: N / T. mean_type: what the network predicts,
+        'xstart' (x_0) or 'epsilon' (eps). device: where the tables live.
+    """
+
+    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu'):
+        self.T, self.time_scale, self.mean_type = T, time_scale, mean_type
+        alpha_bar = alpha_bar_table(T * time_scale)
+        self.alpha = alpha_bar.sqrt().to(device)            # (N + 1,) float64
+        self.sigma = (1 - alpha_bar).sqrt().to(device)
+
+    @property
+    def N(self):
+        return self.T * self.time_scale
+
+    def at(self, t):
+        """alpha_t, sigma_t as (B, 1, 1, 1) float64 for times t (B,)."""
+        return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+
+    def add_noise(self, x_0, eps, t):
+        """z_t = alpha_t x_0 + sigma_t eps; images (B, C, H, W), t (B,)."""
+        alpha_t, sigma_t = self.at(t)
+        return alpha_t.to(x_0.dtype) * x_0 + sigma_t.to(x_0.dtype) * eps
+
+    def eps_of(self, z_t, x, t):
+        """The eps that takes x to z_t: (z_t - alpha_t x) / sigma_t."""
+        alpha_t, sigma_t = self.at(t)
+        return (z_t - alpha_t.to(z_t.dtype) * x) / sigma_t.to(z_t.dtype)
+
+    def predict(self, model, z_t, t, y=None):
+        """x_pred, eps_pred of a network at (z_t, t), unclipped, in the precision of z_t."""
+        out = model(z_t, t, y).to(z_t.dtype)
+        if self.mean_type == 'xstart':
+            return out, self.eps_of(z_t, out, t)
+        alpha_t, sigma_t = self.at(t)
+        return (z_t - sigma_t.to(z_t.dtype) * out) / alpha_t.to(z_t.dtype), out
+
+    def ddim_step(self, model, z_t, t, s, clip=True, y=None):
+        """DDIM, eta = 0 (Song et al. 2021, Eq. 12): z_t at times t (B,) -> z_s at s < t.
+
+        `clip` limits x_pred to [-1, 1] and recomputes eps from it.
+        """
+        x, eps = self.predict(model, z_t, t, y)
+        if clip:
+            x = x.clamp(-1, 1)
+            eps = self.eps_of(z_t, x, t)
+        return self.add_noise(x, eps, s)
+
+    def times(self, stride=1):
+        """[N, ..., 0]: the grid times a sampler visits, `stride` model steps apart.
+
+        Raises:
+            ValueError: stride does not divide T.
+        """
+        if stride < 1 or self.T % stride:
+            raise ValueError(f'stride {stride} does not divide the {self.T} steps of the model')
+        return list(range(self.N, -1, -stride * self.time_scale))
+
+    def sample(self, model, x_T, stride=1, clip=True, y=None):
+        """Images (B, C, H, W) in [-1, 1] from noise x_T with T / stride evaluations of the model.
+
+        The result is clipped in any case; `clip` also clips x_pred in every step.
+        """
+        z, times = x_T, self.times(stride)
+        for t, s in zip(times[:-1], times[1:]):
+            z = self.ddim_step(model, z, *(torch.full((len(z),), u, device=z.device)
+                                           for u in (t, s)), clip=clip, y=y)
+        return z.clamp(-1, 1)
+
+    def two_step_target(self, teacher, z_t, t, y=None):
+        """x_target of progressive distillation (Salimans & Ho 2022, Algorithm 2).
+
+        Two unclipped DDIM steps of the teacher (this schedule) lead from z_t over z_mid to z_s,
+        s = t - 2 steps; x_target is the x with which one DDIM step lands on the same z_s:
+        x_target = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
+        """
+        mid, s = t - self.time_scale, t - 2 * self.time_scale
+        z_mid = self.ddim_step(teacher, z_t, t, mid, clip=False, y=y)
+        z_s = self.ddim_step(teacher, z_mid, mid, s, clip=False, y=y)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t), self.at(s)
+        r = sigma_s / sigma_t                               # float64: the denominator is small
+        return (z_s - r.to(z_t.dtype) * z_t) / (alpha_s - r * alpha_t).to(z_t.dtype)
+
+
+def distillation_loss(x_pred, eps_pred, x_target, eps_target, loss_type='both'):
+    """Loss per sample (B,), for training on images and for distilling alike.
+
+    'x': mean |x_target - x_pred|^2; 'eps': mean |eps_target - eps_pred|^2; 'both': the larger of
+    the two, which is the truncated-SNR weighting max(SNR, 1) (Salimans & Ho 2022, Section 4).
+    """
+    loss_x = (x_target - x_pred).square().mean((1, 2, 3))
+    loss_eps = (eps_target - eps_pred).square().mean((1, 2, 3))
+    if loss_type == 'both':
+        return torch.maximum(loss_x, loss_eps)
+    return {'x': loss_x, 'eps': loss_eps}[loss_type]

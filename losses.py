@@ -1,0 +1,165 @@
+"""The losses of relational diffusion distillation. Weights are applied in the script.
+
+feature (B, C), feature_map (B, C, H, W) and logits (B, K) come from a frozen classifier; suffix _T
+is the teacher's target, _S the student's prediction. Everything is computed in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def feature_kl(feature_S, feature_T, temperature=1.):
+    """CFD: KL(softmax(f_T / temperature) || softmax(f_S)), mean over the batch.
+
+    Only the teacher is divided by the temperature (RCFD, Sun et al. 2023). Features (B, C).
+    """
+    log_p_T = F.log_softmax(feature_T.float() / temperature, dim=1)
+    log_p_S = F.log_softmax(feature_S.float(), dim=1)
+    return F.kl_div(log_p_S, log_p_T, reduction='batchmean', log_target=True)
+
+
+def entropy(logits):
+    """H of RCFD: mean entropy of softmax(logits), in nats; logits (B, K)."""
+    log_p = F.log_softmax(logits.float(), dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def diversity(mean_probs):
+    """D of RCFD: sum_c p_c log p_c of the mean prediction (K,) of the batch."""
+    return torch.special.xlogy(mean_probs, mean_probs).sum()
+
+
+def pixels(feature_map):
+    """Unit vectors (B * H * W, C) of the pixels of a map (B, C, H, W), image by image."""
+    return F.normalize(feature_map.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)
+
+
+class _RelationKL(torch.autograd.Function):
+    """Sum over all pixel rows of KL(softmax(S_T) || softmax(S_S)), S = F F^T / tau by image pair.
+
+    Forward walks over chunks of rows and adds up the gradient on the way, since for row p it is
+    simply softmax(S_S) - softmax(S_T): no more than one chunk of S ever exists.
+    """
+
+    @staticmethod
+    def forward(ctx, F_S, F_T, hw, tau, chunk):
+        loss, grad = F_S.new_zeros(()), torch.zeros_like(F_S)
+        for a in range(0, len(F_S), chunk):
+            rows_S, rows_T = F_S[a:a + chunk], F_T[a:a + chunk]
+            shape = (len(rows_S), -1, hw)                   # (rows, images j, pixels of j)
+            log_p_S = F.log_softmax((rows_S @ F_S.t()).div_(tau).view(shape), dim=2)
+            log_p_T = F.log_softmax((rows_T @ F_T.t()).div_(tau).view(shape), dim=2)
+            p_T = log_p_T.exp()
+            loss += (p_T * log_p_T.sub_(log_p_S)).sum()
+            G = log_p_S.exp_().sub_(p_T).view(len(rows_S), -1).div_(tau)        # d loss / d S
+            grad[a:a + chunk] += G @ F_S
+            grad.addmm_(G.t(), rows_S)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0] * grad_output, None, None, None, None
+
+
+def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=2 ** 22):
+    """IS_P2P: relations between the pixels of every ordered pair of images (i, j) of a group.
+
+    S_ij = F_i F_j^T (HW x HW) of the unit pixel vectors; the mean over all rows of
+    KL(softmax(S^T_ij / tau) || softmax(S^S_ij / tau)).
+
+    Args:
+        map_S, map_T: (B, C, H, W). temperature: tau. group: images whose pairs are compared, a
+            divisor of B; None: all B. chunk_entries: similarities held at a time.
+    """
+    B, _, H, W = map_S.shape
+    group = group or B
+    if B % group:
+        raise ValueError(f'a batch of {B} images has no groups of {group}')
+    rows = group * H * W
+    chunk = max(1, chunk_entries // rows)
+    groups = zip(pixels(map_S).split(rows), pixels(map_T.detach()).split(rows))
+    with torch.autocast(map_S.device.type, enabled=False):
+        total = sum(_RelationKL.apply(F_S, F_T, H * W, temperature, chunk) for F_S, F_T in groups)
+    return total / (B * H * W * group)
+
+
+class MemoryP2P(nn.Module):
+    """M_P2P: relations of pixels to a queue of teacher pixels from earlier batches.
+
+    P^T = softmax(F_T V^T / t_c), P^S = softmax(normalise(head(F_S)) V^T / t_c), V = `contrast_size`
+    rows of the queue; the mean over pixels of KL(P^T || P^S), t_c = contrast temperature. After
+    CIRKD (Yang et al. 2022). A step is: `choose_pixels`, `pixels_at`, `enqueue`, `choose_contrast`,
+    then forward. The caller adds up `pixels_at` over processes; the queue needs no other traffic.
+
+    Args:
+        channels: C of the feature maps. queue_size: rows of the queue. contrast_size: rows
+        compared with. update_size: pixels that enter per step. layout: 'pixels', or 'released'
+        for fixed contrast rows and scrambled queue rows, as in the code published by the authors.
+        generator: for the random start.
+    """
+
+    def __init__(self, channels, queue_size=20000, contrast_size=4096, update_size=128,
+                 contrast_temperature=0.1, temperature=1., layout='pixels', generator=None):
+        super().__init__()
+        self.contrast_temperature, self.temperature = contrast_temperature, temperature
+        self.update_size, self.layout = update_size, layout
+        self.project_head = nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False))
+        queue = torch.randn(queue_size, channels, generator=generator)
+        self.register_buffer('queue', F.normalize(queue, dim=1))            # (Q, C)
+        self.register_buffer('contrast', torch.linspace(0, queue_size - 1, contrast_size).long())
+        self.pointer = 0
+
+    def get_extra_state(self):
+        return self.pointer
+
+    def set_extra_state(self, pointer):
+        self.pointer = pointer
+
+    def choose_pixels(self, total_pixels, generator):
+        """Numbers (update_size,) of the pixels of the total batch that enter in this step."""
+        return torch.randperm(total_pixels, generator=generator)[:self.update_size]
+
+    @torch.no_grad()
+    def pixels_at(self, feature_map, numbers, first_image, total_images):
+        """Pixel vectors (update_size, C) of those `numbers` that this map holds, 0 for the others.
+
+        feature_map (B, C, H, W) are images first_image .. first_image + B - 1 of the total batch;
+        the sum over all parts of the batch is what enters the queue.
+        """
+        B, C, H, W = feature_map.shape
+        unit = F.normalize(feature_map.float(), dim=1).contiguous().view(-1)
+        n, c = numbers.to(unit.device)[:, None], torch.arange(C, device=unit.device)[None, :]
+        if self.layout == 'released':       # a (B, C, H, W) map seen as (C, B * H * W) unpermuted
+            position = c * (total_images * H * W) + n
+        else:
+            position = (n // (H * W) * C + c) * (H * W) + n % (H * W)
+        position = position - first_image * C * H * W                       # (update_size, C)
+        mine = (position >= 0) & (position < len(unit))
+        return torch.where(mine, unit[position.clamp(0, len(unit) - 1)], unit.new_zeros(()))
+
+    @torch.no_grad()
+    def enqueue(self, vectors):
+        """Put vectors (n, C), made unit vectors, over the oldest rows of the queue."""
+        rows = self.pointer + torch.arange(len(vectors), device=self.queue.device)
+        self.queue[rows % len(self.queue)] = F.normalize(vectors, dim=1)
+        self.pointer = (self.pointer + len(vectors)) % len(self.queue)
+
+    def choose_contrast(self, generator):
+        """Draw the rows of this step; the released layout keeps the same rows for ever."""
+        if self.layout == 'pixels':
+            rows = torch.randperm(len(self.queue), generator=generator)[:len(self.contrast)]
+            self.contrast.copy_(rows)
+
+    def forward(self, map_S, map_T):
+        """Loss of maps (B, C, H, W); gradients reach the head and map_S."""
+        F_S, F_T = pixels(self.project_head(map_S)), pixels(map_T.detach())
+        with torch.autocast(map_S.device.type, enabled=False):
+            V = self.queue[self.contrast]                                   # (contrast_size, C)
+            scale = 1 / (self.contrast_temperature * self.temperature)
+            log_p_S = F.log_softmax(F_S @ V.t() * scale, dim=1)
+            log_p_T = F.log_softmax(F_T @ V.t() * scale, dim=1)
+        return F.kl_div(log_p_S, log_p_T, reduction='batchmean', log_target=True)

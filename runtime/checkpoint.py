@@ -1,0 +1,178 @@
+"""Checkpoints: plain types only, written so that a kill at any moment loses nothing."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from model import UNet
+from runtime import distributed
+from runtime.options import UserError
+
+ARCH = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
+
+
+def save(path, state):
+    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def find(path):
+    """The file of a checkpoint given as a file or as the folder of its run."""
+    path = Path(path).expanduser()
+    return path / 'ckpt.pt' if path.is_dir() or not path.suffix else path
+
+
+def read(path):
+    """A checkpoint, on the CPU. Executes nothing from the file (`weights_only`).
+
+    Raises:
+        UserError: the file is missing, truncated, of another kind, or holds code.
+    """
+    path = find(path)
+    if not path.is_file():
+        raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if 'Unsupported' in str(error) else 'it is not one of '\
+            'plain tensors and numbers, or it is damaged'
+        raise UserError(f'{path} is refused as a checkpoint: {reason}')
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
+    if not isinstance(state, dict):
+        raise UserError(f'{path} holds a {type(state).__name__}, expected a checkpoint dictionary')
+    return state
+
+
+def save_run(logdir, state):
+    """Write `<logdir>/ckpt.pt` on the first process."""
+    if distributed.is_main():
+        save(Path(logdir) / 'ckpt.pt', state)
+
+
+def resume(logdir, network):
+    """The state a run left in its folder, or None for a fresh start.
+
+    Raises:
+        UserError: a checkpoint that this project did not write, or of a network of other shapes
+        than the one about to be trained.
+    """
+    path = Path(logdir) / 'ckpt.pt'
+    if not path.exists():
+        return None
+    state = read(path)
+    if 'optim' not in state or 'step' not in state:
+        raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
+                        f'cannot be continued and would be overwritten; choose another --logdir')
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    if {key: value.shape for key, value in state['net_model'].items()} != shapes:
+        raise UserError(f'--logdir {logdir} holds a run of another network '
+                        f'({architecture(state["net_model"])}); choose another --logdir')
+    return state
+
+
+def plain_keys(state_dict):
+    """A state dict without the `module.` prefixes that wrapped networks leave."""
+    return {key[len('module.'):] if key.startswith('module.') else key: value
+            for key, value in state_dict.items()}
+
+
+def architecture(state_dict):
+    """Constructor arguments of the UNet that has these parameters, read off their shapes."""
+    ch = state_dict['head.weight'].shape[0]
+    ch_mult, attn, blocks, level = [], [], 0, 0
+    count = 1 + max(int(key.split('.')[1]) for key in state_dict if key.startswith('downblocks.'))
+    for i in range(count):
+        if f'downblocks.{i}.main.weight' in state_dict:
+            level += 1
+            continue
+        if level == len(ch_mult):
+            ch_mult.append(state_dict[f'downblocks.{i}.block1.2.weight'].shape[0] // ch)
+            if f'downblocks.{i}.attn.proj.weight' in state_dict:
+                attn.append(level)
+        blocks += level == 0
+    y_weight = state_dict.get('y_embedding.weight')
+    return dict(T=state_dict['time_embedding.timembedding.0.weight'].shape[0] - 1, ch=ch,
+                ch_mult=ch_mult, attn=attn, num_res_blocks=blocks,
+                conditional=y_weight is not None,
+                class_num=10 if y_weight is None else y_weight.shape[1])
+
+
+def weights(state, path):
+    """(state dict, its name): `ema_model` of a base model (time_scale 1), else `net_model`."""
+    name = 'ema_model' if state.get('time_scale', 1) == 1 and 'ema_model' in state else 'net_model'
+    if name not in state:
+        kind = 'a classifier' if 'model' in state else 'a file with ' + ', '.join(map(str, state))
+        raise UserError(f'{path} is {kind}, not a diffusion checkpoint (expected net_model)')
+    return plain_keys(state[name]), name
+
+
+def build_unet(state, path='the checkpoint', dropout=0.):
+    """The network of a checkpoint, with its weights; returns (UNet, name of the weights used).
+
+    The architecture is read off the shapes, so no flags are needed.
+    """
+    state_dict, name = weights(state, path)
+    try:
+        network = UNet(dropout=dropout, **architecture(state_dict))
+        network.load_state_dict(state_dict)
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError):
+        raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project')
+    return network, name
+
+
+def check_flags(arch, path, flags, given):
+    """Refuse flags that contradict the network in a checkpoint.
+
+    Args:
+        arch: from `architecture`. flags: the values. given: name -> whether the user wrote it.
+    """
+    for name in ARCH[1:]:
+        ours, theirs = getattr(flags, name), arch[name]
+        if name == 'class_num' and not arch['conditional']:
+            continue
+        if given(name) and (sorted(ours) != theirs if name == 'attn' else ours != theirs):
+            raise UserError(f'--{name} is {ours} and the network in {path} has {theirs}; leave the '
+                            f'flag out (a flag repeated after a flagfile appends to it)')
+
+
+class Teacher:
+    """The network to distil from, with its grid: network, T, time_scale, conditional, class_num."""
+
+    def __init__(self, network, state, arch):
+        self.network, self.T, self.time_scale = network, state['T'], state['time_scale']
+        self.conditional, self.class_num = arch['conditional'], arch['class_num']
+
+
+def load_teacher(path, flags):
+    """A checkpoint to halve, checked against the flags given.
+
+    Raises:
+        UserError: not a diffusion checkpoint, an odd or single number of steps, a network or
+        output type that the flags contradict.
+    """
+    from runtime.options import given
+    file = find(path)
+    state = read(file)
+    network, _ = build_unet(state, file, flags.dropout)
+    arch = architecture(network.state_dict())
+    check_flags(arch, file, flags, given)
+    state.setdefault('T', arch['T'])
+    state.setdefault('time_scale', arch['T'] // state['T'])
+    if state['T'] % 2:
+        raise UserError(f'--base_ckpt {path} has {state["T"]} sampling steps, which cannot be '
+                        f'halved; an even number is needed')
+    for name in ('mean_type', 'img_size'):
+        if state.get(name, getattr(flags, name)) != getattr(flags, name):
+            raise UserError(f'--{name} is {getattr(flags, name)} and {file} was trained with '
+                            f'{state[name]}; set --{name}={state[name]}')
+    return Teacher(network, state, arch)

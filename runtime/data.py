@@ -1,0 +1,233 @@
+"""Images: the only file that knows data sets.
+
+Small sets live as uint8 on the device and are flipped and scaled there; large ones are decoded by
+a DataLoader and flipped on the device all the same. Which images make step k, and which of them
+are mirrored, is a function of (seed, k) alone.
+"""
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from runtime import distributed, seeding
+from runtime.options import UserError
+
+DATASETS = ('digits', 'cifar10', 'imagenet64', 'folder')
+IN_MEMORY = 512 * 2 ** 20       # bytes of uint8 pixels up to which a set lives on the device
+
+
+class Images(Dataset):
+    """A data set of `len(self)` RGB images of `img_size` x `img_size` pixels, as uint8.
+
+    Attributes:
+        name, split: as given to `make_dataset`; split is 'train' or 'test'.
+        labels: (N,) int64; num_classes; flip: whether a mirrored image is still a valid one.
+        images: (N, 3, H, W) uint8 when the set is held in memory, else None.
+    """
+
+    def __init__(self, name, split, img_size, labels, num_classes, images=None, decode=None,
+                 flip=True):
+        self.name, self.split, self.img_size, self.flip = name, split, img_size, flip
+        self.labels, self.num_classes = torch.as_tensor(labels, dtype=torch.int64), num_classes
+        self.images, self.decode = images, decode
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        """(image uint8 (3, H, W), label) of index `i`."""
+        return (self.decode(i) if self.images is None else self.images[i]), self.labels[i]
+
+
+def make_dataset(name, root, img_size, train, num_workers=0):
+    """The training or test split of data set `name`.
+
+    Args:
+        name: one of DATASETS. root: folder that holds (or will hold) its files.
+        img_size: height and width in pixels. train: training split, else test split.
+        num_workers: processes that decode a folder small enough to be held in memory.
+    Raises:
+        UserError: unknown name; missing, empty or unusable files; no test split.
+    """
+    makers = dict(digits=_digits, cifar10=_cifar10, imagenet64=_folder, folder=_folder)
+    if name not in makers:
+        raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
+    dataset = makers[name](name, root, img_size, 'train' if train else 'test')
+    if dataset.images is None and len(dataset) * 3 * img_size ** 2 <= IN_MEMORY:
+        dataset.images = _decode_all(dataset, num_workers)
+    return dataset
+
+
+def _resize(images, img_size):
+    """uint8 (N, 3, H, W) to (N, 3, img_size, img_size), antialiased."""
+    if images.shape[-1] == img_size:
+        return images
+    size = (img_size, img_size)
+    out = F.interpolate(images.float(), size, mode='bilinear', antialias=True, align_corners=False)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _digits(name, root, img_size, split):
+    """scikit-learn's 1797 handwritten digits (8x8, 17 grey levels); every sixth is for testing."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    chosen = (torch.arange(len(digits.target)) % 6 == 5) == (split == 'test')
+    grey = torch.from_numpy(digits.images)[chosen, None].float() * (255 / 16)
+    images = _resize(grey.expand(-1, 3, -1, -1), img_size)
+    return Images(name, split, img_size, torch.from_numpy(digits.target)[chosen], 10,
+                  images.round().to(torch.uint8), flip=False)
+
+
+def _cifar10(name, root, img_size, split):
+    """torchvision's CIFAR-10, downloaded once by the first process."""
+    import runtime.torchvision_cpu  # noqa: F401
+    from torchvision.datasets import CIFAR10
+    try:
+        with distributed.main_first():
+            data = CIFAR10(root, train=split == 'train', download=distributed.is_main())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'CIFAR-10 is neither in --data_root {root} nor could it be downloaded '
+                        f'({str(error).splitlines()[0]}); put cifar-10-python.tar.gz there', code=1)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(name, split, img_size, data.targets, 10, _resize(images, img_size))
+
+
+def _split_folder(root, split):
+    """root/train, root/test or root/val; without these, root itself is the training split."""
+    root = Path(root).expanduser()
+    names = ('train',) if split == 'train' else ('test', 'val')
+    found = [root / name for name in names if (root / name).is_dir()]
+    if found:
+        return found[0]
+    if split == 'train' and root.is_dir():
+        return root
+    raise UserError(f'--data_root {root} holds no {split} images: expected '
+                    f'{root}/{names[0]}/<class>/*.jpg' + ('' if root.is_dir() else
+                                                         ', and there is no such folder'))
+
+
+class _Decoder:
+    """Path number -> RGB uint8 (3, S, S): shorter side to S (antialiased), then centre crop."""
+
+    def __init__(self, samples, img_size):
+        from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+        self.samples = samples
+        self.transform = Compose([Resize(img_size, antialias=True), CenterCrop(img_size),
+                                  PILToTensor()])
+
+    def __call__(self, i):
+        from PIL import Image
+        with Image.open(self.samples[i][0]) as image:
+            return self.transform(image.convert('RGB'))
+
+
+def _folder(name, root, img_size, split):
+    """Any tree of class folders, in sorted order."""
+    import runtime.torchvision_cpu  # noqa: F401
+    from torchvision.datasets import ImageFolder
+    folder = _split_folder(root, split)
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError:
+        raise UserError(f'{folder} holds no images, or a class folder in it is empty: expected '
+                        f'{folder}/<class>/*.jpg (or png, ...)')
+    return Images(name, split, img_size, found.targets, len(found.classes),
+                  decode=_Decoder(found.samples, img_size))
+
+
+def _decode_all(dataset, num_workers):
+    """All images of a small folder as one uint8 tensor."""
+    from runtime.training import progress
+    images = torch.empty(len(dataset), 3, dataset.img_size, dataset.img_size, dtype=torch.uint8)
+    loader = DataLoader(dataset, 256, num_workers=num_workers)
+    with progress(len(dataset), f'decode {dataset.name}', unit='img') as bar:
+        for i, (part, _) in enumerate(loader):
+            images[256 * i:256 * i + len(part)] = part
+            bar.update(len(part))
+    return images
+
+
+def in_order(dataset, batch_size, device, indices=None, num_workers=0):
+    """Once through the data set (or through `indices` of it), without flips.
+
+    Yields:
+        images uint8 (B, 3, H, W) and labels (B,) on `device`, indices (B,) on the CPU.
+    """
+    indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices)
+    chunks = indices.split(batch_size)
+    if dataset.images is None:
+        parts = DataLoader(dataset, batch_sampler=[c.tolist() for c in chunks],
+                           num_workers=num_workers)
+    else:
+        parts = ((dataset.images[c], dataset.labels[c]) for c in chunks)
+    for chunk, (images, labels) in zip(chunks, parts):
+        yield images.to(device), labels.to(device), chunk
+
+
+class StepOrder:
+    """Indices of the images of every step, for ever: one shuffled pass after another.
+
+    Image i of step k is image number k * batch_size + i of the stream; pass e is shuffled by
+    (seed, e). Iterating yields this process's indices, part by part, from `start_step` on.
+    """
+
+    def __init__(self, length, batch_size, seed, start_step=0, accum=1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start_step, self.accum = start_step, accum
+        self._pass = (None, None)
+
+    def _shuffled(self, number):
+        if self._pass[0] != number:
+            rng = seeding.generator('cpu', self.seed, seeding.ORDER, number)
+            self._pass = (number, torch.randperm(self.length, generator=rng))
+        return self._pass[1]
+
+    def indices(self, step):
+        """(batch_size,) indices of the total batch of `step`."""
+        first, wanted, parts = step * self.batch_size, self.batch_size, []
+        while wanted:
+            number, offset = divmod(first, self.length)
+            part = self._shuffled(number)[offset:offset + wanted]
+            parts, first, wanted = parts + [part], first + len(part), wanted - len(part)
+        return torch.cat(parts)
+
+    def __iter__(self):
+        for step in itertools.count(self.start_step):
+            indices = self.indices(step)
+            for micro in range(self.accum):
+                yield indices[distributed.rows(self.batch_size, micro, self.accum)].tolist()
+
+
+def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None, num_workers=0):
+    """Training batches for ever: this process's rows of every step, part by part.
+
+    Args:
+        batch_size: images per step over all processes. start_step: steps already done.
+        accum: parts per step. flip: mirror half of the images; None: if the data set allows it.
+    Yields:
+        x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
+    """
+    flip = dataset.flip if flip is None else flip
+    order = StepOrder(len(dataset), batch_size, seed, start_step, accum)
+    loaded = _from_memory(dataset, order, device) if dataset.images is not None else DataLoader(
+        dataset, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == 'cuda',
+        persistent_workers=num_workers > 0)
+    for number, (images, labels) in enumerate(loaded, start_step * accum):
+        step, micro = divmod(number, accum)
+        x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        if flip:
+            rng = seeding.generator('cpu', seed, seeding.FLIP, step)
+            mirrored = torch.rand(batch_size, generator=rng) < 0.5
+            mirrored = mirrored[distributed.rows(batch_size, micro, accum)]
+            x_0 = torch.where(mirrored.to(device)[:, None, None, None], x_0.flip(3), x_0)
+        yield x_0, labels.to(device, non_blocking=True)
+
+
+def _from_memory(dataset, order, device):
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    for chosen in order:
+        chosen = torch.as_tensor(chosen, device=device)
+        yield images[chosen], labels[chosen]

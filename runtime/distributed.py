@@ -1,0 +1,176 @@
+"""Processes: everything that speaks to `torch.distributed`, and nothing else does.
+
+Works under torchrun, under `python -m torch.distributed.launch` and without any launcher; with
+NCCL on GPUs and gloo on CPUs. The environment set by the launcher is the truth, not the flags.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from runtime.options import UserError
+
+
+def init(gpu_id=None):
+    """Join the process group if a launcher made one; return this process's `torch.device`.
+
+    Args:
+        gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
+    """
+    if gpu_id:
+        os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    cuda = torch.cuda.is_available()
+    wanted = int(os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1))
+    if cuda and wanted > torch.cuda.device_count():
+        raise UserError(f'{wanted} processes were started on this machine and only '
+                        f'{torch.cuda.device_count()} GPUs are visible; start fewer processes '
+                        f'or name more GPUs in --gpu_id')
+    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    if not cuda:
+        backend = f', {processes} processes over gloo' if processes > 1 else ''
+        print0(f'No GPU found: running on the CPU{backend}.')
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def print0(*args, **kwargs):
+    """Print on the first process only."""
+    if is_main():
+        print(*args, flush=True, **kwargs)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def cleanup():
+    """Leave the process group; safe without one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def main_first():
+    """The first process runs the block alone, the others after it (downloads, folders)."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def rows(total, micro=0, accum=1):
+    """This process's rows of a total batch, as a slice; `micro` of `accum` parts one after another.
+
+    Row i of the total batch means the same image, time and noise for any number of processes and
+    parts: only the place where it is computed changes.
+    """
+    share = total // (world_size() * accum)
+    start = (micro * world_size() + rank()) * share
+    return slice(start, start + share)
+
+
+def check_batch(batch_size, accum=1):
+    """Refuse a total batch that cannot be shared out equally."""
+    parts = world_size() * accum
+    if batch_size % parts:
+        raise UserError(f'--batch_size {batch_size} cannot be shared out equally over '
+                        f'{world_size()} processes x --grad_accum {accum}; choose a multiple of '
+                        f'{parts}')
+
+
+def all_reduce_sum(tensor):
+    """Sum `tensor` over the processes, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_with_grad(tensor):
+    """Mean over the processes, through which gradients flow back to every process."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+    return all_reduce(tensor) / world_size()
+
+
+def broadcast_object(value):
+    """The first process's `value` (any picklable object) on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wrap_ddp(module):
+    """`module` with gradients averaged over the processes; itself when there is one process."""
+    if not dist.is_initialized():
+        return module
+    ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(module, wanted=True):
+    """Context in which a wrapped `module` keeps its gradients to itself (all but the last part)."""
+    if wanted and isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, on any backend.
+
+    torch's SyncBatchNorm wants GPUs. Mean and mean square travel through a differentiable
+    all-reduce, so the gradient is that of one big batch.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        sums = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])       # (2C,)
+        mean, square = mean_with_grad(sums).chunk(2)
+        var = square - mean.square()
+        count = x.numel() / x.shape[1] * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+def sync_batch_norm(module):
+    """Make every BatchNorm2d in `module` use the batch of all processes; keys stay the same."""
+    if not dist.is_initialized():
+        return module
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = GlobalBatchNorm2d     # same parameters and buffers, other forward
+    return module

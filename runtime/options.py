@@ -1,0 +1,204 @@
+"""Flags that several scripts share, defined once; and how a script starts, explains and fails.
+
+`define_*_flags` are called at the top of a script and take that script's defaults. Nothing here
+is read by the modules: a function gets what it needs as arguments.
+"""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+ROOT = Path(__file__).resolve().parent.parent
+HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
+ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num', 'img_size')
+
+
+class UserError(Exception):
+    """A mistake of the user (code 2) or of the environment (code 1), told in one sentence."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+def anchored(path):
+    """A relative `path` as seen from the repository root, whatever the working directory."""
+    return ROOT / Path(path).expanduser()
+
+
+def find(path):
+    """A `path` to read: from the working directory if it exists there, else from the root."""
+    path = Path(path).expanduser()
+    return path if path.exists() else anchored(path)
+
+
+def run(main):
+    """Parse the command line, run `main()`, turn mistakes into one sentence and an exit code."""
+    if any(word in HELP for word in sys.argv[1:]):
+        print(usage())
+        sys.exit(0)
+    try:
+        rest = FLAGS(sys.argv)[1:]
+        if rest:
+            raise UserError(f'unexpected word "{rest[0]}" on the command line; '
+                            f'flags are written --name value or --name=value (see --help)')
+        main()
+    except flags.Error as error:
+        fail(' '.join(str(error).split()) + ' (see --help)', 2)
+    except UserError as error:
+        fail(str(error), error.code)
+
+
+def fail(sentence, code):
+    """Print one sentence and leave; the first process speaks, the others leave in silence."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'{Path(sys.argv[0]).name}: error: {sentence}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: the other processes may wait in a collective, and no clean-up may wait for them.
+    os._exit(code) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else sys.exit(code)
+
+
+def own_flags():
+    """The flags of this script and of this module, in order of definition."""
+    modules = FLAGS.flags_by_module_dict()
+    names = [name for name in modules if name in (__name__, sys.argv[0])]
+    return [flag for name in names for flag in modules[name]]
+
+
+def usage():
+    """Docstring of the script, then every flag with its meaning and default."""
+    lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
+    for flag in own_flags():
+        default = flag.default_as_str if flag.default is not None else 'none'
+        text = f'{" ".join(flag.help.split())} (default: {default})'
+        lines.append(f'  --{flag.name}')
+        lines += textwrap.wrap(text, 92, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+    return '\n'.join(lines + ['  --flagfile', '      A file with one flag per line.'])
+
+
+def given(name):
+    """Whether the user wrote the flag, on the command line or in a flagfile."""
+    return FLAGS[name].present > 0
+
+
+def require(**names):
+    """Refuse to start without these flags: `require(logdir='where results go')`."""
+    for name, meaning in names.items():
+        if not getattr(FLAGS, name):
+            raise UserError(f'--{name} is missing: {meaning}')
+
+
+NO_EFFECT = dict(
+    num_gpus='the launcher says how many processes run',
+    distributed='the launcher says how many processes run',
+    var_type='DDIM sampling is deterministic and has no variance')
+
+
+def without_effect(**reasons):
+    """One line for every flag the user gave that changes nothing, with the reason."""
+    return [f'note: --{name} has no effect: {reason}.'
+            for name, reason in dict(NO_EFFECT, **reasons).items() if name in FLAGS and given(name)]
+
+
+def resolved():
+    """The resolved configuration as flagfile text, one flag per line."""
+    skip = ('local_rank', 'local-rank')
+    lines = [flag.serialize() for flag in own_flags() if flag.name not in skip]
+    return '\n'.join(line for line in lines if line)
+
+
+def save_flagfile(logdir):
+    """Write the resolved flags to `<logdir>/flagfile.txt`, so that a run describes itself."""
+    (Path(logdir) / 'flagfile.txt').write_text(resolved() + '\n')
+
+
+def facts():
+    """What a checkpoint says about its run beside weights and steps."""
+    return dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size, dataset=FLAGS.dataset,
+                batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
+
+
+def check_labels(dataset, conditional):
+    """Refuse a class-conditional network whose number of classes the data set contradicts."""
+    if conditional and dataset.num_classes != FLAGS.class_num:
+        raise UserError(f'--class_num is {FLAGS.class_num} and --dataset {dataset.name} has '
+                        f'{dataset.num_classes} classes; set --class_num={dataset.num_classes}')
+
+
+def announce(device, logdir, start, **numbers):
+    """Print the resolved configuration and keep it in `<logdir>/flagfile.txt`; main process."""
+    if int(os.environ.get('RANK', 0)):
+        return
+    save_flagfile(logdir)
+    words = ' '.join(resolved().split('\n'))
+    print(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
+                        subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
+    for line in without_effect():
+        print(line)
+    print(f'{"resuming at" if start else "starting at"} step {start}; '
+          + ', '.join(f'{name} {value:,}' for name, value in numbers.items()), flush=True)
+
+
+def define_device_flags():
+    """Which devices; and the flags that launchers and old command lines carry."""
+    flags.DEFINE_string('gpu_id', None, 'GPUs to use, as in 0,1,2,3; none: all that are visible')
+    flags.DEFINE_integer('num_gpus', 1, 'ignored: the launcher says how many processes there are')
+    flags.DEFINE_bool('distributed', False, 'ignored: the launcher says how many processes there '
+                      'are')
+    flags.DEFINE_integer('local_rank', 0, 'set by torch.distributed.launch; the environment counts')
+    flags.DEFINE_alias('local-rank', 'local_rank')
+    flags.DEFINE_enum('amp', 'none', ['none', 'bf16', 'auto'], 'precision of the networks: float32,'
+                      ' bfloat16 autocast, or bfloat16 where the hardware has units for it; losses '
+                      'and schedules stay in float32')
+
+
+def define_network_flags(dropout=0.):
+    """The U-Net. A checkpoint brings its own; what is given here is checked against it."""
+    flags.DEFINE_integer('ch', 128, 'base channels of the U-Net', lower_bound=1)
+    flags.DEFINE_multi_integer('ch_mult', [1, 2, 2, 2], 'channel multiplier, one per resolution '
+                               '(repeat the flag; it appends to a flagfile)')
+    flags.DEFINE_multi_integer('attn', [1], 'resolutions with attention, counted from 0')
+    flags.DEFINE_integer('num_res_blocks', 2, 'residual blocks per resolution', lower_bound=1)
+    flags.DEFINE_float('dropout', dropout, 'dropout rate', lower_bound=0., upper_bound=1.)
+    flags.DEFINE_integer('img_size', 32, 'height and width of the images', lower_bound=1)
+    flags.DEFINE_bool('conditional', False, 'class-conditional network')
+    flags.DEFINE_integer('class_num', 10, 'number of classes', lower_bound=1)
+    flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts')
+    flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
+                      'ignored: DDIM sampling is deterministic and has no variance')
+
+
+def define_data_flags():
+    """Where images come from and how many make a step."""
+    flags.DEFINE_string('dataset', 'cifar10', 'digits, cifar10, imagenet64 or folder')
+    flags.DEFINE_string('data_root', './data', 'folder of the data set; for "folder" and '
+                        '"imagenet64" the folder that holds train/<class>/ or <class>/')
+    flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', lower_bound=1)
+    flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+
+
+def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0.):
+    """Optimisation, logging and saving."""
+    flags.DEFINE_float('lr', lr, 'learning rate', lower_bound=0.)
+    flags.DEFINE_float('wd', wd, 'weight decay', lower_bound=0.)
+    flags.DEFINE_float('grad_clip', 1., 'largest norm of the gradient; 0: no clipping',
+                       lower_bound=0.)
+    flags.DEFINE_integer('total_steps', total_steps, 'optimiser steps', lower_bound=1)
+    flags.DEFINE_integer('warmup', warmup, 'steps of linear warm-up', lower_bound=0)
+    flags.DEFINE_float('ema_decay', ema_decay, 'decay of the averaged weights; 0: none',
+                       lower_bound=0., upper_bound=1.)
+    flags.DEFINE_integer('grad_accum', 1, 'parts in which each process works through its share of '
+                         'the batch, one after another', lower_bound=1)
+    flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
+    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1)
+    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: only at the end, '
+                         'negative: none')
+    flags.DEFINE_integer('save_step', 1000, 'steps between checkpoints; 0: only at the end',
+                         lower_bound=0)
+    flags.DEFINE_integer('log_step', 50, 'steps between log lines', lower_bound=1)
+    flags.DEFINE_integer('seed', 0, 'seed of everything random', lower_bound=0)

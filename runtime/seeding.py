@@ -1,0 +1,26 @@
+"""Random numbers as pure functions of (seed, purpose, step): nothing to save, exact to resume."""
+
+import numpy as np
+import torch
+
+# One stream per purpose, so that adding a draw to one never shifts another.
+WEIGHTS, ORDER, FLIP, NOISE, DROPOUT, QUEUE, CONTRAST, PIXELS, SAMPLES = range(9)
+
+
+def mix(*key):
+    """A 63-bit seed from a tuple of non-negative integers, well mixed by numpy's SeedSequence."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(device, *key):
+    """A fresh generator on `device` whose numbers depend on `key` alone."""
+    return torch.Generator(device=device).manual_seed(mix(*key))
+
+
+def noise_of_images(seed, indices, shape, device):
+    """x_T (B, *shape) whose image i depends on (seed, indices[i]) only.
+
+    Samples then do not depend on the batch size or on the number of processes.
+    """
+    rows = [torch.randn(shape, generator=generator('cpu', seed, SAMPLES, int(i))) for i in indices]
+    return torch.stack(rows).to(device)
