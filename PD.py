@@ -67,7 +67,7 @@ def train(device, dataset, base_ckpt, logdir):
     # Teacher (frozen) and student, which starts as a copy with every second point of the grid
     given = checkpoint.load_teacher(base_ckpt, FLAGS)
     T, time_scale = given.T // 2, given.time_scale * 2
-    teacher = frozen(given.network.to(device))
+    teacher = frozen(given.network.to(device, memory_format=torch.channels_last))
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
     teacher_diffusion = Diffusion(given.T, given.time_scale, FLAGS.mean_type, device)

@@ -50,7 +50,8 @@ def train(device):
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
     diffusion = Diffusion(FLAGS.T, FLAGS.time_scale, FLAGS.mean_type, device)
     net = UNet(diffusion.N, FLAGS.ch, FLAGS.ch_mult, FLAGS.attn, FLAGS.num_res_blocks,
-               FLAGS.dropout, FLAGS.conditional, FLAGS.class_num).to(device)
+               FLAGS.dropout, FLAGS.conditional, FLAGS.class_num)
+    net = net.to(device, memory_format=torch.channels_last)
     ema = frozen(copy.deepcopy(net))
     net_ddp = distributed.wrap_ddp(net)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -78,7 +79,7 @@ def train(device):
     def save(step):
         checkpoint.save_run(FLAGS.logdir, dict(
             net_model=net.state_dict(), ema_model=ema.state_dict(), x_T=x_T.cpu(), T=FLAGS.T,
-            time_scale=FLAGS.time_scale, optim=optim.state_dict(), step=step,
+            time_scale=FLAGS.time_scale, use='ema_model', optim=optim.state_dict(), step=step,
             **options.facts()))
 
     # Loop

@@ -98,7 +98,7 @@ def train(device):
 
     # Teacher and classifier (frozen), student, memory queue with its projection head
     T, time_scale = given.T // 2, given.time_scale * 2
-    teacher = frozen(given.network.to(device))
+    teacher = frozen(given.network.to(device, memory_format=torch.channels_last))
     classifier = load_classifier(
         FLAGS.classifier_path or f'classifier/result/{FLAGS.dataset}/{FLAGS.classifier}',
         FLAGS.classifier, dataset.num_classes).to(device)

@@ -131,9 +131,8 @@ def train(device, folder, state):
             if ends:
                 accuracy = evaluate(model, test_set, device)
                 save(step, accuracy)
-                bar.write(f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}, '
-                          f'{percent(accuracy)}', file=sys.stdout)
-                sys.stdout.flush()
+                report(bar, f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}, '
+                            f'{percent(accuracy)}')
                 since = (time.perf_counter(), step)
 
 
@@ -149,7 +148,7 @@ def resume(path):
     if FLAGS.seed >= 0:
         now['seed'] = FLAGS.seed
     for name, value in now.items():
-        before = state['seed'] if name == 'seed' else state['config'][name]
+        before = state['seed'] if name == 'seed' else state['config'].get(name, value)
         if before != value:
             raise UserError(f'{path} was trained with --{name} {before}, now it is {value}; give '
                             f'the same flags to resume or another --result_path')
@@ -175,14 +174,15 @@ def picked_seed():
 
 def normalisation(dataset):
     """(mean, std) of the input, three numbers each: 0.5 or measured, to four digits."""
-    return ([0.5] * 3, [0.5] * 3) if FLAGS.normalize05 else measured(dataset)
+    return ([0.5] * 3, [0.5] * 3) if FLAGS.normalize05 else measured(
+        dataset, FLAGS.num_workers)
 
 
-def measured(dataset, most=50000):
+def measured(dataset, num_workers=0, most=50000):
     """Mean and std per channel of (at most `most`, evenly spaced) images in [0, 1]."""
     chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), most)).round().long()
     sums = torch.zeros(2, 3, dtype=torch.float64)
-    for images, _, _ in data.in_order(dataset, 512, 'cpu', chosen, FLAGS.num_workers):
+    for images, _, _ in data.in_order(dataset, 512, 'cpu', chosen, num_workers):
         pixels = images.double() / 255
         sums += torch.stack([pixels.mean((2, 3)).sum(0), pixels.square().mean((2, 3)).sum(0)])
     mean, square = sums / len(chosen)
@@ -230,6 +230,14 @@ def describe(means, rate, step):
         raise UserError(f'the loss is {means["loss"]} at step {step}; lower --init_lr (it is '
                         f'{FLAGS.init_lr})', code=1)
     return f'loss {means["loss"]:.4g}, train {100 * means["accuracy"]:.1f} %, {rate:.0f} img/s'
+
+
+def report(bar, line):
+    """A line that stays: above the progress bar on a terminal, else plain on standard output."""
+    if sys.stderr.isatty():
+        bar.write(line)
+    else:
+        print(line, flush=True)
 
 
 def percent(accuracy):

@@ -107,27 +107,40 @@ def architecture(state_dict):
                 class_num=10 if y_weight is None else y_weight.shape[1])
 
 
-def weights(state, path):
-    """(state dict, its name): `ema_model` of a base model (time_scale 1), else `net_model`."""
-    name = 'ema_model' if state.get('time_scale', 1) == 1 and 'ema_model' in state else 'net_model'
+def weights(state, path, wanted='auto'):
+    """(state dict, its name) to use: the averaged weights of a base model, the raw of a student.
+
+    A base model says so itself (`use`) or, if published, by time_scale 1. `wanted` 'net' or 'ema'
+    chooses regardless.
+    """
+    base = state.get('time_scale', 1) == 1 and 'ema_model' in state
+    name = dict(net='net_model', ema='ema_model').get(wanted) or state.get(
+        'use', 'ema_model' if base else 'net_model')
     if name not in state:
-        kind = 'a classifier' if 'model' in state else 'a file with ' + ', '.join(map(str, state))
-        raise UserError(f'{path} is {kind}, not a diffusion checkpoint (expected net_model)')
+        kind = ('a classifier' if 'model' in state and 'net_model' not in state
+                else 'a file with ' + (', '.join(map(str, state)) or 'nothing in it'))
+        raise UserError(f'{path} is {kind}, not a diffusion checkpoint with {name}')
     return plain_keys(state[name]), name
 
 
-def build_unet(state, path='the checkpoint', dropout=0.):
+def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
     """The network of a checkpoint, with its weights; returns (UNet, name of the weights used).
 
     The architecture is read off the shapes, so no flags are needed.
     """
-    state_dict, name = weights(state, path)
+    state_dict, name = weights(state, path, weights_of)
     try:
         network = UNet(dropout=dropout, **architecture(state_dict))
         network.load_state_dict(state_dict)
     except (KeyError, RuntimeError, ValueError, ZeroDivisionError):
         raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project')
     return network, name
+
+
+def grid(state, arch):
+    """(T, time_scale) of a checkpoint; a file without them is a model on the full grid."""
+    T = state.get('T', arch['T'])
+    return T, state.get('time_scale', arch['T'] // T)
 
 
 def check_flags(arch, path, flags, given):
@@ -149,7 +162,7 @@ class Teacher:
     """The network to distil from, with its grid: network, T, time_scale, conditional, class_num."""
 
     def __init__(self, network, state, arch):
-        self.network, self.T, self.time_scale = network, state['T'], state['time_scale']
+        self.network, (self.T, self.time_scale) = network, grid(state, arch)
         self.conditional, self.class_num = arch['conditional'], arch['class_num']
 
 
@@ -166,13 +179,12 @@ def load_teacher(path, flags):
     network, _ = build_unet(state, file, flags.dropout)
     arch = architecture(network.state_dict())
     check_flags(arch, file, flags, given)
-    state.setdefault('T', arch['T'])
-    state.setdefault('time_scale', arch['T'] // state['T'])
-    if state['T'] % 2:
-        raise UserError(f'--base_ckpt {path} has {state["T"]} sampling steps, which cannot be '
+    teacher = Teacher(network, state, arch)
+    if teacher.T % 2:
+        raise UserError(f'--base_ckpt {path} has {teacher.T} sampling steps, which cannot be '
                         f'halved; an even number is needed')
     for name in ('mean_type', 'img_size'):
         if state.get(name, getattr(flags, name)) != getattr(flags, name):
             raise UserError(f'--{name} is {getattr(flags, name)} and {file} was trained with '
                             f'{state[name]}; set --{name}={state[name]}')
-    return Teacher(network, state, arch)
+    return teacher

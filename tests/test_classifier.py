@@ -1,0 +1,170 @@
+"""Classifiers: outputs, input normalisation, checkpoints, and training as a user runs it."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from classifier import build_classifier, load_classifier
+from classifier.train import measured, random_crop
+from runtime import checkpoint, data
+from runtime.options import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(script, *args, cwd=ROOT):
+    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        env.pop(name, None)
+    return subprocess.run([sys.executable, script, *map(str, args)], cwd=str(cwd), env=env,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def saved(path, name='convnet_small', num_classes=10, **extra):
+    """A classifier file and the network in it."""
+    model = build_classifier(name, num_classes)
+    checkpoint.save(path, dict(model=model.state_dict(), **extra))
+    return model.eval()
+
+
+@pytest.mark.parametrize('name, size, features', [
+    ('densenet_small', 16, 126), ('convnet_small', 16, 64), ('densenet121', 32, 1024),
+    ('resnet18', 32, 512)])
+def test_outputs(name, size, features):
+    model = build_classifier(name, 7).eval()
+    logits, feature, feature_map = model(torch.rand(2, 3, size, size) * 2 - 1)
+    assert model.num_features == features and model.num_classes == 7 and model.name == name
+    assert logits.shape == (2, 7) and feature_map.shape == (2, features, 4, 4)
+    assert feature_map.min() == 0       # after the final ReLU
+    assert torch.equal(feature, feature_map.mean((2, 3)))
+
+
+def test_published_names():
+    keys = set(build_classifier('densenet_small', 10).state_dict())
+    assert {'features.conv0.weight', 'features.norm0.bias', 'block1.denselayer1.norm1.weight',
+            'trans2.conv.weight', 'final_norm.running_var', 'fc.weight'} <= keys
+    assert not any('mean' == key or 'std' == key for key in keys)
+    keys = set(build_classifier('resnet18', 10).state_dict())
+    assert {'conv1.weight', 'bn1.weight', 'layer2.0.downsample.0.weight', 'fc.bias'} <= keys
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match='densenet201'):
+        build_classifier('densenet999', 10)
+
+
+def test_normalisation():
+    x = torch.rand(2, 3, 4, 4) * 2 - 1
+    assert torch.equal(build_classifier('convnet_small', 10).normalise(x), x)
+    model = build_classifier('convnet_small', 10, (0.5, 0.25, 0.1), (0.5, 0.25, 0.2))
+    white = model.normalise(torch.ones(1, 3, 1, 1)).flatten()
+    torch.testing.assert_close(white, torch.tensor([1., 3., 4.5]))
+    black = model.normalise(-torch.ones(1, 3, 1, 1)).flatten()
+    torch.testing.assert_close(black, torch.tensor([-1., -1., -0.5]))
+
+
+def test_loads_frozen(tmp_path):
+    model = saved(tmp_path / 'ckpt.pt', name='convnet_small')       # as published: {model} alone
+    state = torch.get_rng_state()
+    loaded = load_classifier(tmp_path, 'convnet_small', 10)
+    assert torch.equal(state, torch.get_rng_state())        # loading draws nothing
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(x)[0], model(x)[0])
+
+
+def test_own_checkpoint_says_all(tmp_path):
+    saved(tmp_path / 'c.pt')
+    state = torch.load(str(tmp_path / 'c.pt'), weights_only=True)
+    state['model'] = {'module.' + key: value for key, value in state['model'].items()}
+    checkpoint.save(tmp_path / 'c.pt', dict(state, name='convnet_small', mean=[.1] * 3,
+                                            std=[.2] * 3))
+    loaded = load_classifier(tmp_path / 'c.pt')
+    assert loaded.name == 'convnet_small'
+    torch.testing.assert_close(loaded.std.flatten(), torch.tensor([.2] * 3))
+    assert (load_classifier(tmp_path / 'c.pt', mean=(.5,) * 3, std=(.5,) * 3).mean == .5).all()
+
+
+def test_refusals(tmp_path):
+    saved(tmp_path / 'bare.pt')
+    torch.save(build_classifier('convnet_small', 10), str(tmp_path / 'pickle.pt'))
+    checkpoint.save(tmp_path / 'diffusion.pt', dict(net_model={}, T=8))
+    checkpoint.save(tmp_path / 'other.pt', dict(weights=torch.zeros(2)))
+    checkpoint.save(tmp_path / 'headless.pt', dict(model=dict(w=torch.zeros(2))))
+    for file, args, words in [
+            ('bare.pt', ('convnet_small', 100), '10 classes, expected 100'),
+            ('bare.pt', (), 'does not say which network'),
+            ('bare.pt', ('resnet18',), 'do not fit'),
+            ('pickle.pt', ('convnet_small',), 'refused'),
+            ('diffusion.pt', ('convnet_small',), 'diffusion checkpoint'),
+            ('other.pt', ('convnet_small',), 'weights'),
+            ('headless.pt', ('convnet_small',), 'fc.weight'),
+            ('none', ('resnet18',), 'train.py --model resnet18')]:
+        with pytest.raises(UserError, match=words):
+            load_classifier(tmp_path / file, *args)
+
+
+def test_wrong_name_refused(tmp_path):
+    model = build_classifier('convnet_small', 10)
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=model.state_dict(), name='convnet_small'))
+    with pytest.raises(UserError, match='holds the classifier convnet_small, expected resnet18'):
+        load_classifier(tmp_path, 'resnet18')
+
+
+def test_random_crop_moves_whole_images():
+    x_0 = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
+    out = random_crop(x_0, 2, torch.Generator().manual_seed(3))
+    corner = torch.randint(0, 5, (2, 2, 1), generator=torch.Generator().manual_seed(3))
+    padded = torch.nn.functional.pad(x_0, (2,) * 4, value=-1.)
+    for i in range(2):
+        top, left = corner[0, i].item(), corner[1, i].item()
+        assert torch.equal(out[i], padded[i, :, top:top + 8, left:left + 8])
+
+
+def test_measured_mean_and_std():
+    digits = data.make_dataset('digits', '.', 16, train=True)
+    mean, std = measured(digits)
+    pixels = digits.images.double() / 255
+    assert mean == [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
+    assert std == [round(v, 4) for v in pixels.std((0, 2, 3), unbiased=False).tolist()]
+
+
+@pytest.fixture(scope='module')
+def halves(tmp_path_factory):
+    """The same run in one go and in two parts."""
+    folder = tmp_path_factory.mktemp('runs')
+    flags = ['--dataset', 'digits', '--model', 'convnet_small', '--seed', 5, '--batchsize', 32,
+             '--epoch', 1, '--num_workers', 0]
+    with ThreadPoolExecutor() as pool:      # side by side, to save time
+        whole = pool.submit(run_script, 'classifier/train.py', *flags, '--max_steps', 6,
+                            '--result_path', folder / 'whole')
+        parts = [run_script('train.py', *flags, '--max_steps', n, '--result_path',
+                            folder / 'parts', cwd=ROOT / 'classifier') for n in (2, 6)]
+    return folder, flags, whole.result(), parts
+
+
+def test_training_resumes_exactly(halves):
+    folder, _, whole, parts = halves
+    assert whole.returncode == 0, whole.stderr
+    assert [part.returncode for part in parts] == [0, 0], parts[-1].stderr
+    a, b = (checkpoint.read(folder / name / 'digits/convnet_small') for name in ('whole', 'parts'))
+    assert a['step'] == b['step'] == 6 and a['accuracy'] == b['accuracy']
+    assert all(torch.equal(a['model'][key], b['model'][key]) for key in a['model'])
+    assert 'test' in whole.stdout and 'Traceback' not in whole.stderr
+    assert load_classifier(folder / 'whole/digits/convnet_small', 'convnet_small', 10)
+
+
+def test_training_ends_or_refuses(halves):
+    folder, flags, _, _ = halves
+    again = run_script('classifier/train.py', *flags, '--max_steps', 6,
+                       '--result_path', folder / 'whole')
+    assert again.returncode == 0 and 'is finished' in again.stdout
+    other = run_script('classifier/train.py', *flags, '--init_lr', 0.5,
+                       '--result_path', folder / 'whole')
+    assert other.returncode == 2 and '--init_lr' in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
