@@ -23,8 +23,6 @@ from runtime.options import UserError       # noqa: E402
 from runtime.training import Meter, autocast, learning_rate, progress       # noqa: E402
 
 FLAGS = flags.FLAGS
-IMG_SIZE = dict(digits=16, imagenet64=64)       # others: 32
-CROP = 100      # random stream of the crops, beside those of runtime/seeding.py
 SAME = ('dataset', 'epoch', 'batchsize', 'init_lr', 'wd', 'normalize05', 'img_size', 'amp')
 
 
@@ -33,7 +31,7 @@ def define_flags():
     flags.DEFINE_enum('model', 'resnet18', list(NETWORKS), 'network to train')
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to learn')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
-    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 16 for digits, '
+    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 12 for digits, '
                          '64 for imagenet64, 32 for others', lower_bound=8)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
     flags.DEFINE_integer('epoch', 300, 'passes over the training images', lower_bound=1)
@@ -57,7 +55,7 @@ def main():
     if distributed.world_size() > 1:
         raise UserError(f'a classifier is trained in one process, found '
                         f'{distributed.world_size()}; start this script with plain python')
-    FLAGS.img_size = FLAGS.img_size or IMG_SIZE.get(FLAGS.dataset, 32)
+    FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     folder = options.anchored(FLAGS.result_path) / FLAGS.dataset / FLAGS.model
     state = resume(folder / 'ckpt.pt')
     if state and state['step'] >= last_step(state['total_steps']):
@@ -109,7 +107,7 @@ def train(device, folder, state):
         for step in range(start + 1, last + 1):
             model.train()
             x_0, y = next(batches)
-            rng = seeding.generator('cpu', FLAGS.seed, CROP, step)
+            rng = seeding.generator('cpu', FLAGS.seed, seeding.CROP, step)
             x_0 = random_crop(x_0, FLAGS.img_size // 8, rng)
             with autocast(FLAGS.amp, device):
                 logits, _, _ = model(x_0)

@@ -16,6 +16,7 @@ from runtime import distributed, seeding
 from runtime.options import UserError
 
 DATASETS = ('digits', 'cifar10', 'imagenet64', 'folder')
+IMG_SIZE = dict(digits=12, imagenet64=64)       # default of scripts without a flagfile; others 32
 IN_MEMORY = 512 * 2 ** 20       # bytes of uint8 pixels up to which a set lives on the device
 
 

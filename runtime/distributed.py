@@ -65,8 +65,9 @@ def barrier():
 
 
 def cleanup():
-    """Leave the process group; safe without one."""
+    """Leave the process group when all have come this far; safe without one."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

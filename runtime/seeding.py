@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # One stream per purpose, so that adding a draw to one never shifts another.
-WEIGHTS, ORDER, FLIP, NOISE, DROPOUT, QUEUE, CONTRAST, PIXELS, SAMPLES, LABELS = range(10)
+WEIGHTS, ORDER, FLIP, NOISE, DROPOUT, QUEUE, CONTRAST, PIXELS, SAMPLES, LABELS, CROP = range(11)
 
 
 def mix(*key):

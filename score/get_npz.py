@@ -23,14 +23,13 @@ from score.reference import (Statistics, check_writable, load_statistics,       
                              save_statistics)
 
 FLAGS = flags.FLAGS
-IMG_SIZE = dict(digits=16, imagenet64=64)       # others: 32
 
 
 def define_flags():
     options.define_device_flags()
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to measure')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
-    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 16 for digits, '
+    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 12 for digits, '
                          '64 for imagenet64, 32 for others', lower_bound=1)
     flags.DEFINE_enum('split', 'train', ['train', 'test'], 'images to measure')
     flags.DEFINE_integer('half', 0, '1 or 2: only every second image, from the first or from the '
@@ -57,7 +56,7 @@ def main():
         check_writable(path)
     distributed.barrier()       # nobody starts if the file cannot be written
     dataset = data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root),
-                                FLAGS.img_size or IMG_SIZE.get(FLAGS.dataset, 32),
+                                FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32),
                                 train=FLAGS.split == 'train', num_workers=FLAGS.num_workers)
     network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     indices = chosen_images(len(dataset))
@@ -67,7 +66,7 @@ def main():
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
             save(path, stats, origin)
-    distributed.barrier()       # nobody leaves while another process still needs the group
+    # x while another process still needs the group
     distributed.cleanup()
 
 
