@@ -137,7 +137,7 @@ def train(device, dataset, base_ckpt, logdir):
         log.bar.update()
         if due(step, FLAGS.save_step, FLAGS.total_steps):
             save(step)
-        if due(step, FLAGS.sample_step, FLAGS.total_steps):
+        if due(step, FLAGS.sample_step):
             save_samples(diffusion, student, x_T, y_T, f'{logdir}/sample/{step}.png', FLAGS.amp)
     log.close()
 

@@ -42,7 +42,8 @@ flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of
 flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded')
 flags.DEFINE_enum('weights', 'auto', ['auto', 'net', 'ema'], 'weights to score; auto: the average '
                   'for a base model, the raw ones for a distilled student')
-flags.DEFINE_string('save_images', None, 'npz file for all images: arr_0, uint8 (N, H, W, 3)')
+flags.DEFINE_string('save_images', None, 'npz file for all images: arr_0, uint8 (N, H, W, 3), '
+                    'and their labels, if any: arr_1')
 
 
 def main():
@@ -106,7 +107,7 @@ def evaluate(device):
             feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
             amp=FLAGS.amp)
         report(result, reference)
-        write(file.parent, result, torch.cat(kept))
+        write(file.parent, result, torch.cat(kept), y_all if arch['conditional'] else None)
 
 
 def times(diffusion):
@@ -137,7 +138,7 @@ def report(result, reference):
           f'+- {result["inception_std"]:.3f}   {result["images_per_s"]:.0f} images/s', flush=True)
 
 
-def write(folder, result, images):
+def write(folder, result, images, y):
     """results.jsonl, the grid and, on request, all images."""
     with open(folder / 'results.jsonl', 'a') as lines:
         lines.write(json.dumps(result) + '\n')
@@ -146,7 +147,8 @@ def write(folder, result, images):
               nrow=max(1, round(FLAGS.sample_size ** 0.5)), scale=max(1, 64 // images.shape[-1]))
     if FLAGS.save_images:
         Path(FLAGS.save_images).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(FLAGS.save_images, images.permute(0, 2, 3, 1).numpy())
+        np.savez(FLAGS.save_images, images.permute(0, 2, 3, 1).numpy(),
+                 *([] if y is None else [y[:len(images)].cpu().numpy()]))
 
 
 if __name__ == '__main__':

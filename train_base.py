@@ -113,7 +113,7 @@ def train(device):
         log.bar.update()
         if due(step, FLAGS.save_step, FLAGS.total_steps):
             save(step)
-        if due(step, FLAGS.sample_step, FLAGS.total_steps):
+        if due(step, FLAGS.sample_step):
             save_samples(diffusion, ema, x_T, y_T, f'{FLAGS.logdir}/sample/{step}.png', FLAGS.amp)
     log.close()
 

@@ -18,7 +18,7 @@ DENSENETS = {
     'densenet161': (48, (6, 12, 36, 24), 96),
     'densenet169': (32, (6, 12, 32, 32), 64),
     'densenet201': (32, (6, 12, 48, 32), 64),
-    'densenet_small': (12, (4, 6, 6), 24),      # two halvings: 16 px images end in a 4x4 map
+    'densenet_small': (12, (6, 8), 24),         # one halving: 8 px digits end in a 4x4 map
 }
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d',
            'resnext101_32x8d', 'wide_resnet50_2', 'wide_resnet101_2')

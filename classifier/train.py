@@ -31,7 +31,7 @@ def define_flags():
     flags.DEFINE_enum('model', 'resnet18', list(NETWORKS), 'network to train')
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to learn')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
-    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 12 for digits, '
+    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
                          '64 for imagenet64, 32 for others', lower_bound=8)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
     flags.DEFINE_integer('epoch', 300, 'passes over the training images', lower_bound=1)

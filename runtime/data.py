@@ -6,8 +6,11 @@ are mirrored, is a function of (seed, k) alone.
 """
 
 import itertools
+import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -16,7 +19,7 @@ from runtime import distributed, seeding
 from runtime.options import UserError
 
 DATASETS = ('digits', 'cifar10', 'imagenet64', 'folder')
-IMG_SIZE = dict(digits=12, imagenet64=64)       # default of scripts without a flagfile; others 32
+IMG_SIZE = dict(digits=8, imagenet64=64)       # default of scripts without a flagfile; others 32
 IN_MEMORY = 512 * 2 ** 20       # bytes of uint8 pixels up to which a set lives on the device
 
 
@@ -53,7 +56,7 @@ def make_dataset(name, root, img_size, train, num_workers=0):
     Raises:
         UserError: unknown name; missing, empty or unusable files; no test split.
     """
-    makers = dict(digits=_digits, cifar10=_cifar10, imagenet64=_folder, folder=_folder)
+    makers = dict(digits=_digits, cifar10=_cifar10, imagenet64=_imagenet64, folder=_folder)
     if name not in makers:
         raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     dataset = makers[name](name, root, img_size, 'train' if train else 'test')
@@ -137,6 +140,72 @@ def _folder(name, root, img_size, split):
                         f'{folder}/<class>/*.jpg (or png, ...)')
     return Images(name, split, img_size, found.targets, len(found.classes),
                   decode=_Decoder(found.samples, img_size))
+
+
+def _imagenet64(name, root, img_size, split):
+    """The official downsampled ImageNet, or class folders if its batch files are not there.
+
+    The batch files (train_data_batch_1 .. 10, val_data; pickled or npz) are rewritten once as one
+    array beside them, which is then memory-mapped: no process holds the images.
+    """
+    root = Path(root).expanduser()
+    pattern = 'train_data_batch_*' if split == 'train' else 'val_data*'
+    files = sorted((f for f in root.glob(pattern) if f.suffix in ('', '.npz')),
+                   key=lambda f: (len(f.stem), f.stem))
+    if not files:
+        return _folder(name, root, img_size, split)
+    file, labels_file = root / f'{split}_{img_size}.pixels', root / f'{split}_{img_size}.labels.npy'
+    with distributed.main_first():
+        if not labels_file.exists():
+            _rewrite_batches(files, file, labels_file, img_size)
+    labels = np.load(labels_file)
+    pixels = np.memmap(file, np.uint8, 'r', shape=(len(labels), 3, img_size, img_size))
+    return Images(name, split, img_size, labels, 1000,
+                  decode=lambda i: torch.from_numpy(pixels[i].copy()))
+
+
+def _rewrite_batches(files, pixels, labels, img_size):
+    """Batch files to one raw file of pixels and an npy of labels, one batch in memory at a time."""
+    every, temporary = [], pixels.with_suffix('.tmp')
+    with open(temporary, 'wb') as out:
+        for file in files:
+            data, y = _read_batch(file, img_size)
+            np.ascontiguousarray(data).tofile(out)
+            every.append(y)
+    temporary.replace(pixels)
+    np.save(labels, np.concatenate(every))  # last: its presence says that the pixels are complete
+
+
+class _NumbersOnly(pickle.Unpickler):
+    """Unpickles arrays, lists and numbers; refuses everything that could run code."""
+
+    def find_class(self, module, name):
+        if module.split('.')[0] == 'numpy' and name in ('_reconstruct', 'ndarray', 'dtype',
+                                                       'scalar', '_frombuffer'):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
+
+
+def _read_batch(file, img_size):
+    """(data uint8 (n, 3 * H * W), labels 0..999 (n,)) of one official batch file."""
+    try:
+        if file.suffix == '.npz':
+            with np.load(file) as batch:
+                data, y = batch['data'], batch['labels']
+        else:
+            with open(file, 'rb') as stream:
+                batch = _NumbersOnly(stream, encoding='latin1').load()
+            data, y = batch['data'], batch['labels']
+        y = np.asarray(y, dtype=np.int64) - 1                       # the official files count from 1
+        if data.dtype != np.uint8 or data.shape != (len(y), 3 * img_size ** 2) or not (
+                (0 <= y) & (y < 1000)).all():
+            raise ValueError
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+            pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UserError(f'{file} is truncated or not a batch of downsampled ImageNet: expected '
+                        f'data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 '
+                        f'(--img_size {img_size})')
+    return data, y
 
 
 def _decode_all(dataset, num_workers):

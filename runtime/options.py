@@ -196,8 +196,8 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
                          'the batch, one after another', lower_bound=1)
     flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
     flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1)
-    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: only at the end, '
-                         'negative: none')
+    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none',
+                         lower_bound=0)
     flags.DEFINE_integer('save_step', 1000, 'steps between checkpoints; 0: only at the end',
                          lower_bound=0)
     flags.DEFINE_integer('log_step', 50, 'steps between log lines', lower_bound=1)

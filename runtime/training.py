@@ -48,9 +48,9 @@ def frozen(module):
     return module.eval().requires_grad_(False)
 
 
-def due(step, every, total_steps):
-    """Whether something done every `every` steps is due; the last step counts unless every < 0."""
-    return every >= 0 and (step == total_steps or (every > 0 and step % every == 0))
+def due(step, every, last=None):
+    """Whether something done every `every` steps is due (0: never), or `step` is the `last`."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def draw(batch_size, shape, low, high, generator):
@@ -99,14 +99,27 @@ class Meter:
         return dict(zip(names, values))
 
 
-def progress(total=None, desc='', initial=0, unit='step', disable=False):
+class _PlainLines:
+    """Standard error for a log file: tqdm's output without control characters."""
+
+    def write(self, text):
+        text = text.replace('\r', '').strip()
+        if text:
+            sys.stderr.write(text + '\n')
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(total=None, desc='', initial=0, unit='step'):
     """A tqdm bar on a terminal; in a log file one plain line every half minute at most."""
     watched = sys.stderr.isatty()
+    every = 0.5 if watched else 30
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=watched,
-                mininterval=0.5 if watched else 30, maxinterval=0.5 if watched else 60,
-                disable=disable or not distributed.is_main(), leave=watched,
+                mininterval=every, maxinterval=2 * every, leave=watched, ascii=not watched,
+                disable=not distributed.is_main(), file=None if watched else _PlainLines(),
                 bar_format=None if watched else '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}'
-                ', {rate_fmt}{postfix}]\n')
+                ', {rate_fmt}{postfix}]')
 
 
 class Log:

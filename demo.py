@@ -1,0 +1,144 @@
+"""The whole method on scikit-learn's handwritten digits, in minutes on a laptop CPU.
+
+  python demo.py          (or `make demo`, which also sets up the environment)
+Teacher with 64 steps -> PD 32 -> 16 -> 8 -> classifier -> 8 to 4 steps by PD and by RDD -> scores.
+Runs the same scripts and flagfiles a user calls; every command is printed. Run it again to go on
+where it stopped. Ends with a table and summary.png.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+LOGS = Path('logs/digits')
+DONE = LOGS / 'demo.json'           # commands that are finished
+SCORER = './classifier/result/digits/convnet_small'
+PREFIX = (sys.executable, '-u')
+
+# label, folder of the checkpoint, stride of the sampler
+SAMPLERS = [('Teacher, 64 steps', '64', 1), ('DDIM, 8 steps', '64', 8), ('DDIM, 4 steps', '64', 16),
+            ('PD, 8 steps', '8', 1), ('PD, 4 steps', '8to4/pd', 1), ('RDD, 4 steps', '8to4/rdd', 1)]
+
+
+def commands():
+    """[(what, command)] from the first to the last stage."""
+    classifier = 'classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1'
+    halves = 'score/get_npz.py --dataset digits --num_workers 0 --feature_network ' + SCORER
+    pd = 'PD.py --flagfile ./config/DIGITS_PD.txt'
+    stages = [
+        ('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt'),
+        ('PD: 64 -> 32 -> 16 -> 8 steps', pd),
+        ('classifier whose features RDD compares', classifier + ' --model densenet_small '
+         '--epoch 5 --seed 0'),
+        ('8 -> 4 steps by PD', pd + f' --until 0 --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/8to4/pd'),
+        ('8 -> 4 steps by RDD', 'train_rdd.py --flagfile ./config/DIGITS_RDD.txt'),
+        ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
+         '--seed 1'),
+        ('reference: one half of the real digits', halves + ' --half 1'),
+        ('floor: the other half', halves + ' --half 2')]
+    stages += [(f'score: {label}', 'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt '
+                f'--logdir ./{LOGS}/{folder} --stride {stride} --save_images '
+                f'./{LOGS}/{folder}/samples_{stride}.npz') for label, folder, stride in SAMPLERS]
+    return stages
+
+
+def fingerprint(command):
+    """Changes with the command and with the text of its flagfile."""
+    text = command + ''.join(Path(word).read_text() for word in command.split()
+                             if word.startswith('./config/'))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_all():
+    """Run what is not finished yet; stop at the first command that fails."""
+    done = json.loads(DONE.read_text()) if DONE.exists() else []
+    start, stages, again = time.time(), commands(), False
+    for number, (what, command) in enumerate(stages, 1):
+        key = fingerprint(command)
+        if key in done and not again:
+            continue
+        again = True                    # what follows builds on what is made now
+        print(f'\n[{number}/{len(stages)}] {what}  ({time.time() - start:.0f} s so far)\n'
+              f'  python {command}', flush=True)
+        code = subprocess.call([*PREFIX, *command.split()])
+        if code:
+            sys.exit(f'demo.py: error: this command ended with code {code}; '
+                     f'run the demo again to go on from here')
+        done = [k for k in done if k != key] + [key]
+        LOGS.mkdir(parents=True, exist_ok=True)
+        DONE.write_text(json.dumps(done))
+    return time.time() - start
+
+
+def rows():
+    """[(label, NFE, Frechet distance, Inception score, images/s)], real data first."""
+    import numpy as np
+    sys.path.insert(0, str(ROOT))
+    from score import frechet_distance
+    half = [np.load(f'stats/digits.train.half{i}.npz') for i in (1, 2)]
+    floor = frechet_distance(half[1]['mu'], half[1]['sigma'], half[0]['mu'], half[0]['sigma'])
+    table = [('Real digits, other half', None, floor, float(half[1]['inception_mean']), None)]
+    for label, folder, stride in SAMPLERS:
+        lines = (LOGS / folder / 'results.jsonl').read_text().splitlines()
+        last = [r for r in map(json.loads, lines) if r['stride'] == stride][-1]
+        table.append((label, last['nfe'], last['fid'], last['inception_score'],
+                      last['images_per_s']))
+    return table, int(half[0]['num_images'])
+
+
+def print_table(table, count):
+    print(f'\nScores of {count} images against {count} real digits, by the features of a small '
+          f'digit network\ntrained for scoring alone (not the classifier RDD distils with; not '
+          f'Inception, so these\nnumbers compare with each other only).\n')
+    print('| sampler | NFE | Frechet distance | inception score | images/s |')
+    print('| :--- | ---: | ---: | ---: | ---: |')
+    for label, nfe, fid, inception, rate in table:
+        print(f'| {label} | {nfe or "-"} | {fid:.2f} | {inception:.2f} | '
+              f'{f"{rate:.0f}" if rate else "-"} |')
+
+
+def picture(table, path, columns=16, size=60):
+    """One row of samples per sampler from the same x_T and labels, beside real digits."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+    from runtime.data import make_dataset
+    real = make_dataset('digits', None, 8, train=True)
+    files = [np.load(LOGS / folder / f'samples_{stride}.npz') for _, folder, stride in SAMPLERS]
+    labels = files[0]['arr_1'] if 'arr_1' in files[0] else np.arange(columns)
+    wanted = np.arange(columns) % 10
+    chosen = [np.flatnonzero(labels == c)[i // 10] for i, c in enumerate(wanted)]
+    real_rows = [np.flatnonzero(real.labels.numpy() == c)[i // 10] for i, c in enumerate(wanted)]
+    images = [real.images[real_rows].permute(0, 2, 3, 1).numpy()]
+    images += [file['arr_0'][chosen] for file in files]
+    left, right, pad = 250, 270, 4
+    sheet = Image.new('RGB', (left + columns * (size + pad) + right,
+                              len(table) * (size + pad) + pad), 'white')
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    for row, ((label, _, fid, inception, _), tiles) in enumerate(zip(table, images)):
+        y = pad + row * (size + pad)
+        draw.text((left - 14, y + size / 2), label, 'black', font, anchor='rm')
+        for column, tile in enumerate(tiles):
+            tile = Image.fromarray(tile).resize((size, size), Image.BICUBIC)
+            sheet.paste(tile, (left + column * (size + pad), y))
+        text = f'FD {fid:.2f}   IS {inception:.2f}'
+        draw.text((left + columns * (size + pad) + 14, y + size / 2), text, 'black', font,
+                  anchor='lm')
+    sheet.save(path)
+
+
+def main():
+    os.chdir(ROOT)
+    seconds = run_all()
+    table, count = rows()
+    print_table(table, count)
+    picture(table, 'summary.png')
+    print(f'\nsummary.png shows them. {seconds:.0f} s.')
+
+
+if __name__ == '__main__':
+    main()

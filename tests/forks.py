@@ -1,0 +1,123 @@
+"""Runs scripts as `python script ...` would, each in a fork of one process that has loaded torch.
+
+Standard input: JSON {name: [command, ..]}; the commands of a list run one after another, lists side
+by side. Output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and, if
+wanted, `cwd`, `ranks` (that many processes, as a launcher starts them) and `kill_after_save` (die
+as by kill -9 right after the first checkpoint).
+"""
+
+import json
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+SIDE_BY_SIDE = 2
+
+
+def preload():
+    """Everything slow to import that defines no flags and starts no thread."""
+    import sklearn.datasets  # noqa: F401
+    import tensorboardX  # noqa: F401
+    import classifier  # noqa: F401
+    import losses  # noqa: F401
+    import runtime.torchvision_cpu  # noqa: F401
+    import runtime.training  # noqa: F401
+    import score  # noqa: F401
+    import torch._dynamo  # noqa: F401  # what optimisers import when first built
+    import torchvision.utils  # noqa: F401
+
+
+def die_after_save():
+    from runtime import checkpoint
+    save = checkpoint.save
+
+    def save_and_die(*args):
+        save(*args)
+        sys.stdout.flush()
+        os._exit(137)
+
+    checkpoint.save = save_and_die
+
+
+def child(command, out, err, env):
+    """The body of a forked process: becomes the script, never returns."""
+    code = 1
+    try:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(env)
+        script = str(ROOT / command['argv'][0])
+        os.chdir(command.get('cwd', str(ROOT)))
+        sys.argv, sys.path[0] = command['argv'], os.path.dirname(script)
+        if command.get('kill_after_save'):
+            die_after_save()
+        runpy.run_path(script, run_name='__main__')
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(status):
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+def run(command, folder):
+    """[exit code, stdout, stderr] of a command, of its first process if it has several."""
+    ranks, pids = command.get('ranks', 1), []
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    for rank in range(ranks):
+        env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
+                   LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
+        out, err = (str(folder / f'{name}{rank}') for name in ('out', 'err'))
+        pids.append(os.fork())
+        if not pids[-1]:
+            child(command, out, err, env)
+    codes = [exit_code(os.waitpid(pid, 0)[1]) for pid in pids]
+    texts = [(folder / name).read_text() for name in ('out0', 'err0')]
+    return [max(codes, key=abs)] + texts
+
+
+def run_list(commands, path):
+    import time; since = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        results = [run(command, Path(folder)) for command in commands]
+    Path(path).write_text(json.dumps(results))
+    import resource; u = resource.getrusage(resource.RUSAGE_CHILDREN)
+    open('/tmp/forks.time', 'a').write(f'{time.time() - since:.2f} cpu {u.ru_utime + u.ru_stime:.2f} {commands[0]["argv"][0]} {commands[0]["argv"][-2:]}\n')
+
+
+def main():
+    jobs = json.load(sys.stdin)
+    preload()
+    with tempfile.TemporaryDirectory() as folder:
+        running = 0
+        for i, commands in enumerate(jobs.values()):
+            if running == SIDE_BY_SIDE:
+                os.wait()
+                running -= 1
+            if not os.fork():
+                run_list(commands, f'{folder}/{i}')
+                os._exit(0)
+            running += 1
+        for _ in range(running):
+            os.wait()
+        print(json.dumps({name: json.loads(Path(f'{folder}/{i}').read_text())
+                          for i, name in enumerate(jobs)}))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,151 @@
+"""Diffusion: the step of the student, an oracle network, strides, and the loss."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion import Diffusion, alpha_bar_table, distillation_loss
+
+gen = torch.Generator().manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+
+def smooth(z_t, t, y=None):
+    """Stands for a network: any smooth function of (z_t, t)."""
+    return torch.tanh(z_t.roll(1, 3) + 0.1 * t[:, None, None, None])
+
+
+def test_table_is_the_formula():
+    N, product = 6, 1.
+    table = alpha_bar_table(N)
+    assert table.shape == (N + 1,) and table.dtype == torch.float64
+
+    def f(i):
+        return math.cos((i / (N + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for i in range(N + 1):
+        product *= 1 - min(1 - f(i + 1) / f(i), 0.999)
+        assert table[i].item() == pytest.approx(product, rel=1e-12)
+    assert (1 - alpha_bar_table(1024)[0]).sqrt().item() == pytest.approx(0.0063, abs=5e-5)
+
+
+@pytest.mark.parametrize('mean_type', ['xstart', 'epsilon'])
+def test_student_step_lands_where_two_teacher_steps_do(mean_type):
+    teacher, student = Diffusion(8, 4, mean_type), Diffusion(4, 8, mean_type)
+    z_t, t = randn(4, 3, 4, 4), torch.tensor([8, 16, 24, 32])
+    x_target = teacher.two_step_target(smooth, z_t, t)
+    z_mid = teacher.ddim_step(smooth, z_t, t, t - 4, clip=False)
+    z_s = teacher.ddim_step(smooth, z_mid, t - 4, t - 8, clip=False)
+    landed = student.add_noise(x_target, student.eps_of(z_t, x_target, t), t - 8)
+    # x_target at t = N is multiplied by 1 / alpha_t inside epsilon networks: relative to its size
+    assert ((landed - z_s).abs().amax((1, 2, 3)) / z_s.abs().amax((1, 2, 3))).max() < 1e-10
+    if mean_type == 'xstart':       # the same through a student that predicts x_target
+        oracle = Diffusion(4, 8, 'xstart').ddim_step(lambda z, t, y: x_target, z_t, t, t - 8, False)
+        assert (oracle - z_s).abs().max() < 1e-10
+        assert (x_target - smooth(z_t, t)).abs().max() > 0.1    # not simply one step
+
+
+@pytest.mark.parametrize('mean_type', ['xstart', 'epsilon'])
+@pytest.mark.parametrize('stride', [1, 2, 8])
+def test_an_oracle_is_sampled_exactly(mean_type, stride):
+    """z at index 0 is alpha_0 x_0 + sigma_0 eps, so x_0 comes back up to sigma_0 (|x_0| + |eps|)."""
+    diffusion, x_0, eps = Diffusion(8, 128, mean_type), randn(2, 3, 4, 4).clamp(-.9, .9), \
+        randn(2, 3, 4, 4)
+    x_T = diffusion.add_noise(x_0, eps, torch.tensor([1024, 1024]))
+    calls = []
+
+    def oracle(z_t, t, y=None):
+        calls.append(t[0].item())
+        return x_0 if mean_type == 'xstart' else diffusion.eps_of(z_t, x_0, t)
+
+    sample = diffusion.sample(oracle, x_T, stride)
+    sigma_0 = diffusion.sigma[0].item()
+    assert 0 < (sample - x_0).abs().max() <= sigma_0 * (0.9 + eps.abs().max().item())
+    expected = diffusion.alpha[0] * x_0 + sigma_0 * eps
+    assert (sample - expected.clamp(-1, 1)).abs().max() < 1e-6
+    assert calls == list(range(1024, 0, -128 * stride))     # T / stride evaluations
+
+
+def test_strides():
+    diffusion = Diffusion(8, 2)
+    assert diffusion.times() == [16, 14, 12, 10, 8, 6, 4, 2, 0]
+    assert diffusion.times(4) == [16, 8, 0] and diffusion.times(8) == [16, 0]
+    for stride in (3, 5, 16, 0, -1):
+        with pytest.raises(ValueError, match='does not divide the 8 steps'):
+            diffusion.times(stride)
+        with pytest.raises(ValueError):
+            diffusion.sample(smooth, randn(1, 3, 4, 4), stride)
+
+
+def test_long_stride_equals_a_shorter_model():
+    x_T = randn(2, 3, 4, 4)
+    one, two = Diffusion(8, 2).sample(smooth, x_T, stride=4), Diffusion(2, 8).sample(smooth, x_T)
+    assert torch.equal(one, two)
+
+
+def test_clipping():
+    diffusion, x_T = Diffusion(4, 4), 3 * randn(2, 3, 4, 4)
+
+    def large(z_t, t, y=None):
+        return 2 * z_t
+
+    free, clipped = (diffusion.sample(large, x_T, clip=clip) for clip in (False, True))
+    assert free.abs().max() <= 1 and clipped.abs().max() <= 1 and not torch.equal(free, clipped)
+    t, s = torch.tensor([12, 12]), torch.tensor([8, 8])
+    x, alpha, sigma = (2 * x_T).clamp(-1, 1), diffusion.alpha, diffusion.sigma
+    expected = alpha[8] * x + sigma[8] * (x_T - alpha[12] * x) / sigma[12]
+    assert (diffusion.ddim_step(large, x_T, t, s) - expected).abs().max() < 1e-12
+
+
+def test_labels_reach_the_network():
+    seen = []
+
+    def network(z_t, t, y):
+        seen.append(y)
+        return z_t
+
+    y = torch.tensor([3, 5])
+    Diffusion(4, 1).sample(network, randn(2, 3, 4, 4), y=y)
+    Diffusion(4, 1).two_step_target(network, randn(2, 3, 4, 4), torch.tensor([2, 4]), y)
+    assert len(seen) == 6 and all(label is y for label in seen)
+
+
+def test_xstart_and_epsilon_networks_agree():
+    z_t, t, x = randn(3, 3, 4, 4), torch.tensor([1, 5, 8]), randn(3, 3, 4, 4)
+    by_x, by_eps = Diffusion(8, 1, 'xstart'), Diffusion(8, 1, 'epsilon')
+    x_1, eps_1 = by_x.predict(lambda *a: x, z_t, t)
+    x_2, eps_2 = by_eps.predict(lambda *a: eps_1, z_t, t)
+    assert x_1 is x and eps_2 is eps_1
+    assert (x_1 - x_2).abs().max() < 1e-10
+    assert (by_x.add_noise(x_1, eps_1, t) - z_t).abs().max() < 1e-12
+
+
+def test_predict_leaves_autocast_precision():
+    z_t, t = torch.randn(1, 3, 4, 4, generator=gen), torch.tensor([4])
+    x, eps = Diffusion(8).predict(lambda z, t, y: z.bfloat16(), z_t, t)
+    assert x.dtype == eps.dtype == torch.float32
+
+
+def test_loss_is_the_larger_error_of_each_sample():
+    x_pred, x_target, eps_pred, eps_target = (torch.zeros(2, 1, 1, 2) for _ in range(4))
+    x_pred[0], eps_pred[0], eps_pred[1], x_pred[1] = 2, 1, 3, 1
+    args = x_pred, eps_pred, x_target, eps_target
+    assert distillation_loss(*args, 'x').tolist() == [4, 1]
+    assert distillation_loss(*args, 'eps').tolist() == [1, 9]
+    assert distillation_loss(*args).tolist() == distillation_loss(*args, 'both').tolist() == [4, 9]
+
+
+def test_loss_is_truncated_snr():
+    """With both eps from the same z_t: max(|dx|^2, |deps|^2) = max(1, alpha^2 / sigma^2) |dx|^2."""
+    diffusion, t = Diffusion(64), torch.tensor([1, 20, 40, 64])
+    z_t, x_target, x_pred = (randn(4, 3, 4, 4) for _ in range(3))
+    loss = distillation_loss(x_pred, diffusion.eps_of(z_t, x_pred, t), x_target,
+                             diffusion.eps_of(z_t, x_target, t))
+    snr = (diffusion.alpha[t] / diffusion.sigma[t]) ** 2
+    assert snr[0] > 1 > snr[3]
+    expected = snr.clamp(min=1) * (x_target - x_pred).square().mean((1, 2, 3))
+    assert (loss / expected - 1).abs().max() < 1e-10
