@@ -82,7 +82,8 @@ def train(device, dataset, base_ckpt, logdir):
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, given.class_num, given.conditional, device)
-    start, state = 0, checkpoint.resume(logdir, student)
+    start, state = 0, checkpoint.resume(
+        logdir, student, T, time_scale, base_ckpt)
     if state:
         start = state['step']
         student.load_state_dict(state['net_model'])

@@ -30,7 +30,7 @@ flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / s
                      lower_bound=1)
 flags.DEFINE_integer('num_images', 50000, 'images to sample and score', lower_bound=2)
 flags.DEFINE_integer('batch_size', 128, 'images per process and batch', lower_bound=1)
-flags.DEFINE_integer('num_workers', 0, 'ignored: no image files are read')
+flags.DEFINE_integer('num_workers', 4, 'ignored: no image files are read')
 flags.DEFINE_integer('seed', 0, 'image i starts from noise that depends on (seed, i)',
                      lower_bound=0)
 flags.DEFINE_integer('sample_size', 64, 'images in the grid', lower_bound=1)

@@ -77,18 +77,15 @@ def run_all():
 
 def rows():
     """[(label, NFE, Frechet distance, Inception score, images/s)], real data first."""
-    import numpy as np
-    sys.path.insert(0, str(ROOT))
-    from score import frechet_distance
-    half = [np.load(f'stats/digits.train.half{i}.npz') for i in (1, 2)]
-    floor = frechet_distance(half[1]['mu'], half[1]['sigma'], half[0]['mu'], half[0]['sigma'])
-    table = [('Real digits, other half', None, floor, float(half[1]['inception_mean']), None)]
+    from score.compare import compare
+    floor, half, other = compare(*[f'stats/digits.train.half{i}.npz' for i in (1, 2)])
+    table = [('Real digits, other half', None, floor, other.inception_mean, None)]
     for label, folder, stride in SAMPLERS:
         lines = (LOGS / folder / 'results.jsonl').read_text().splitlines()
         last = [r for r in map(json.loads, lines) if r['stride'] == stride][-1]
         table.append((label, last['nfe'], last['fid'], last['inception_score'],
                       last['images_per_s']))
-    return table, int(half[0]['num_images'])
+    return table, half.num_images
 
 
 def print_table(table, count):

@@ -109,8 +109,9 @@ class MemoryP2P(nn.Module):
             nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False))
         queue = torch.randn(queue_size, channels, generator=generator)
+        rows = torch.linspace(0, queue_size - 1, contrast_size).round().long()
         self.register_buffer('queue', F.normalize(queue, dim=1))            # (Q, C)
-        self.register_buffer('contrast', torch.linspace(0, queue_size - 1, contrast_size).long())
+        self.register_buffer('contrast', rows)
         self.pointer = 0
 
     def get_extra_state(self):

@@ -62,7 +62,8 @@ def train(device):
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, FLAGS.class_num, FLAGS.conditional, device)
-    start, state = 0, checkpoint.resume(FLAGS.logdir, net)
+    start, state = 0, checkpoint.resume(
+        FLAGS.logdir, net, FLAGS.T, FLAGS.time_scale)
     if state:
         start = state['step']
         net.load_state_dict(state['net_model'])

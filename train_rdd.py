@@ -57,7 +57,21 @@ flags.DEFINE_float('logits_weight', 1., 'weight of --logits')
 flags.DEFINE_float('gt_weight', 1., 'weight of --gt')
 
 
+# mean and std of images in [0, 1]; none: as stored with the classifier
+NORMALISATION = {
+    'stored': (None, None),
+    '05': ((0.5,) * 3, (0.5,) * 3),
+    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATION), 'what images are '
+                  'normalised with before the classifier, for published ones that do not say; '
+                  'stored: as its checkpoint says, else 05')
+
+
 def main():
+    if not (FLAGS.feature or FLAGS.loss_type != 'none' or FLAGS.alpha or FLAGS.logits or FLAGS.gt):
+        raise UserError('--nofeature --loss_type none leaves no loss to train with; add --feature, '
+                        '--logits, --gt or --alpha')
     options.require(logdir='the folder this run writes to, such as ./logs/8to4/rdd',
                     base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/8')
     device = distributed.init(FLAGS.gpu_id)
@@ -101,7 +115,8 @@ def train(device):
     teacher = frozen(given.network.to(device, memory_format=torch.channels_last))
     classifier = load_classifier(
         FLAGS.classifier_path or f'classifier/result/{FLAGS.dataset}/{FLAGS.classifier}',
-        FLAGS.classifier, dataset.num_classes).to(device)
+        FLAGS.classifier, dataset.num_classes,
+        *NORMALISATION[FLAGS.classifier_normalisation]).to(device)
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
     teacher_diffusion = Diffusion(given.T, given.time_scale, FLAGS.mean_type, device)
@@ -124,7 +139,8 @@ def train(device):
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, given.class_num, given.conditional, device)
-    start, state = 0, checkpoint.resume(FLAGS.logdir, student)
+    start, state = 0, checkpoint.resume(
+        FLAGS.logdir, student, T, time_scale, FLAGS.base_ckpt)
     if state:
         start = state['step']
         student.load_state_dict(state['net_model'])
@@ -148,7 +164,7 @@ def train(device):
 
     def loss_terms(z_t, t, y, x_0, eps, x_target, out_T):
         """{name: (weight, loss)} of one part of the batch."""
-        (logits_T, feature_T, map_T), terms = out_T, {}
+        (_, feature_T, map_T), terms = out_T, {}
         with autocast(FLAGS.amp, device):
             x_pred, eps_pred = diffusion.predict(student_ddp, z_t, t, y)
             logits_S, feature_S, map_S = classifier(x_pred)

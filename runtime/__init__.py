@@ -1,1 +1,1 @@
-"""What running needs: flags, data, processes, checkpoints and the small verbs of a training loop."""
+"""What running needs: flags, data, processes, checkpoints, small verbs of a training loop."""

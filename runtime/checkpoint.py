@@ -59,13 +59,18 @@ def save_run(logdir, state):
         save(Path(logdir) / 'ckpt.pt', state)
 
 
-def resume(logdir, network):
+def resume(logdir, network, T, time_scale, base_ckpt=None):
     """The state a run left in its folder, or None for a fresh start.
 
+    Args:
+        network: about to be trained; T, time_scale: its grid. base_ckpt: its teacher, if any.
     Raises:
-        UserError: a checkpoint that this project did not write, or of a network of other shapes
-        than the one about to be trained.
+        UserError: a checkpoint that this project did not write, or of another network or stage
+        than the one about to be trained; the folder of the teacher.
     """
+    if base_ckpt and find(base_ckpt).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
+        raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
+                        f'would be overwritten; choose another --logdir')
     path = Path(logdir) / 'ckpt.pt'
     if not path.exists():
         return None
@@ -77,6 +82,10 @@ def resume(logdir, network):
     if {key: value.shape for key, value in state['net_model'].items()} != shapes:
         raise UserError(f'--logdir {logdir} holds a run of another network '
                         f'({architecture(state["net_model"])}); choose another --logdir')
+    if (state['T'], state['time_scale']) != (T, time_scale):
+        raise UserError(f'--logdir {logdir} holds a model with {state["T"]} steps of '
+                        f'{state["time_scale"]} grid points, and this run makes one with {T} of '
+                        f'{time_scale}; choose another --logdir')
     return state
 
 

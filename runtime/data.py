@@ -196,7 +196,7 @@ def _read_batch(file, img_size):
             with open(file, 'rb') as stream:
                 batch = _NumbersOnly(stream, encoding='latin1').load()
             data, y = batch['data'], batch['labels']
-        y = np.asarray(y, dtype=np.int64) - 1                       # the official files count from 1
+        y = np.asarray(y, dtype=np.int64) - 1           # the official files count from 1
         if data.dtype != np.uint8 or data.shape != (len(y), 3 * img_size ** 2) or not (
                 (0 <= y) & (y < 1000)).all():
             raise ValueError

@@ -36,17 +36,20 @@ def find(path):
     return path if path.exists() else anchored(path)
 
 
-def run(main):
-    """Parse the command line, run `main()`, turn mistakes into one sentence and an exit code."""
+def run(main, words=False):
+    """Parse the command line, run `main()`, turn mistakes into one sentence and an exit code.
+
+    `words`: the script takes words that are not flags; they are handed to `main(words)`.
+    """
     if any(word in HELP for word in sys.argv[1:]):
         print(usage())
         sys.exit(0)
     try:
         rest = FLAGS(sys.argv)[1:]
-        if rest:
+        if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
                             f'flags are written --name value or --name=value (see --help)')
-        main()
+        main(rest) if words else main()
     except flags.Error as error:
         fail(' '.join(str(error).split()) + ' (see --help)', 2)
     except UserError as error:

@@ -1,0 +1,37 @@
+"""Frechet distance between two files of statistics, such as the two halves of a data set.
+
+  python score/compare.py stats/cifar10.train.half1.npz stats/cifar10.train.half2.npz
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
+
+from runtime import options     # noqa: E402
+from runtime.options import UserError       # noqa: E402
+from score.metrics import frechet_distance      # noqa: E402
+from score.reference import load_statistics     # noqa: E402
+
+
+def compare(path1, path2):
+    """The distance, and both `Statistics`; refuses files of different feature networks."""
+    first, second = load_statistics(path1), load_statistics(path2)
+    if first.network != second.network:
+        raise UserError(f'{path1} was made with the feature network {first.network} and {path2} '
+                        f'with {second.network}; make both with one')
+    return frechet_distance(first.mu, first.sigma, second.mu, second.sigma), first, second
+
+
+def main(paths):
+    if len(paths) != 2:
+        raise UserError(f'expected two files of statistics, found {len(paths)}; as in: '
+                        f'compare.py A.npz B.npz')
+    distance, *both = compare(*paths)
+    for stats in both:
+        print(f'{stats.path}: {stats.dataset}, {stats.split}, {stats.num_images} images')
+    print(f'Frechet distance {distance:.4f}')
+
+
+if __name__ == '__main__':
+    options.run(main, words=True)
