@@ -62,8 +62,8 @@ def evaluate(device):
     network, weights = checkpoint.build_unet(state, file, weights_of=FLAGS.weights)
     arch = checkpoint.architecture(network.state_dict())
     checkpoint.check_flags(arch, file, FLAGS, options.given)
-    T, time_scale = checkpoint.grid(state, arch)
-    diffusion = Diffusion(T, time_scale, state.get('mean_type', FLAGS.mean_type), device)
+    T, time_scale, schedule, mean_type = checkpoint.grid(state, arch)
+    diffusion = Diffusion(T, time_scale, mean_type or FLAGS.mean_type, device, schedule)
     nfe = len(times(diffusion)) - 1
     reference = load_statistics(FLAGS.fid_cache)
     feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)

@@ -34,7 +34,7 @@ def commands():
         ('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt'),
         ('PD: 64 -> 32 -> 16 -> 8 steps', pd),
         ('classifier whose features RDD compares', classifier + ' --model densenet_small '
-         '--epoch 5 --seed 0'),
+         '--epoch 8 --seed 0'),
         ('8 -> 4 steps by PD', pd + f' --until 0 --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/8to4/pd'),
         ('8 -> 4 steps by RDD', 'train_rdd.py --flagfile ./config/DIGITS_RDD.txt'),
         ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '

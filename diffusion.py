@@ -8,13 +8,18 @@ import math
 import torch
 
 
-def alpha_bar_table(N):
+def alpha_bar_table(N, schedule='cosine'):
     """Cosine schedule (Nichol & Dhariwal 2021, Eq. 17): alpha_bar at 0..N, float64 (N + 1,).
 
     f(i) = cos^2((i / (N + 1) + s) / (1 + s) * pi / 2) with s = 0.008; beta_i = min(1 - f(i + 1) /
     f(i), 0.999); alpha_bar = cumprod(1 - beta). Index 0 is one step into the schedule: sigma is
     0.0063 there for N = 1024, not 0. Published checkpoints were trained on this table.
+    'linear' is that of DDPM (Ho et al. 2020), for checkpoints of pytorch-ddpm: beta from 1e-4 to
+    0.02 in N + 1 equal steps.
     """
+    if schedule == 'linear':
+        beta = torch.linspace(1e-4, 0.02, N + 1, dtype=torch.float64)
+        return torch.cumprod(1 - beta, dim=0)
     i = torch.arange(N + 2, dtype=torch.float64) / (N + 1)
     f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -29,9 +34,10 @@ class Diffusion:
         'xstart' (x_0) or 'epsilon' (eps). device: where the tables live.
     """
 
-    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu'):
+    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu',
+                 schedule='cosine'):
         self.T, self.time_scale, self.mean_type = T, time_scale, mean_type
-        alpha_bar = alpha_bar_table(T * time_scale)
+        alpha_bar = alpha_bar_table(T * time_scale, schedule)
         self.alpha = alpha_bar.sqrt().to(device)            # (N + 1,) float64
         self.sigma = (1 - alpha_bar).sqrt().to(device)
 

@@ -15,7 +15,7 @@ import copy
 import torch
 from absl import flags
 
-from classifier import load_classifier
+from classifier import IMAGENET_PREFIX, load_classifier, load_imagenet
 from diffusion import Diffusion, distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import checkpoint, data, distributed, options, seeding
@@ -30,7 +30,8 @@ options.define_network_flags()
 options.define_training_flags(lr=5e-5)
 options.define_device_flags()
 flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
-flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared')
+flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared; '
+                    'imagenet_resnet50 and the like: of torchvision, images resized to 224 px')
 flags.DEFINE_string('classifier_path', None, 'its folder or file; none: what classifier/train.py '
                     'wrote for --dataset and --classifier')
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
@@ -79,6 +80,15 @@ def main():
     distributed.cleanup()
 
 
+def frozen_classifier(num_classes):
+    """The network whose features are compared, in eval mode; one of ImageNet needs no labels."""
+    if FLAGS.classifier.startswith(IMAGENET_PREFIX):
+        return load_imagenet(FLAGS.classifier, FLAGS.classifier_path)
+    path = FLAGS.classifier_path or f'classifier/result/{FLAGS.dataset}/{FLAGS.classifier}'
+    return load_classifier(path, FLAGS.classifier, num_classes,
+                           *NORMALISATION[FLAGS.classifier_normalisation])
+
+
 def relation_group():
     """Images per group of IS_P2P: independent of the number of processes where that is possible."""
     share = FLAGS.batch_size // (distributed.world_size() * FLAGS.grad_accum)
@@ -113,10 +123,7 @@ def train(device):
     # Teacher and classifier (frozen), student, memory queue with its projection head
     T, time_scale = given.T // 2, given.time_scale * 2
     teacher = frozen(given.network.to(device, memory_format=torch.channels_last))
-    classifier = load_classifier(
-        FLAGS.classifier_path or f'classifier/result/{FLAGS.dataset}/{FLAGS.classifier}',
-        FLAGS.classifier, dataset.num_classes,
-        *NORMALISATION[FLAGS.classifier_normalisation]).to(device)
+    classifier = frozen_classifier(dataset.num_classes).to(device)
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
     teacher_diffusion = Diffusion(given.T, given.time_scale, FLAGS.mean_type, device)

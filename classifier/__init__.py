@@ -4,6 +4,8 @@
 """
 
 from classifier.checkpoint import load_classifier
+from classifier.imagenet import PREFIX as IMAGENET_PREFIX
+from classifier.imagenet import load_imagenet
 from classifier.networks import NETWORKS, build_classifier
 
-__all__ = ['NETWORKS', 'build_classifier', 'load_classifier']
+__all__ = ['IMAGENET_PREFIX', 'NETWORKS', 'build_classifier', 'load_classifier', 'load_imagenet']

@@ -147,9 +147,18 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
 
 
 def grid(state, arch):
-    """(T, time_scale) of a checkpoint; a file without them is a model on the full grid."""
-    T = state.get('T', arch['T'])
-    return T, state.get('time_scale', arch['T'] // T)
+    """(T, time_scale, schedule, mean_type or None) of a checkpoint.
+
+    A file of pytorch-ddpm has no T: its table of T rows is a grid 0..T-1 with DDPM's linear
+    schedule, and its networks predict eps.
+    """
+    if 'T' not in state:
+        distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
+                           f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
+        return arch['T'], 1, 'linear', state.get('mean_type', 'epsilon')
+    T = state['T']
+    return (T, state.get('time_scale', arch['T'] // T), state.get('schedule', 'cosine'),
+            state.get('mean_type'))
 
 
 def check_flags(arch, path, flags, given):
@@ -171,7 +180,8 @@ class Teacher:
     """The network to distil from, with its grid: network, T, time_scale, conditional, class_num."""
 
     def __init__(self, network, state, arch):
-        self.network, (self.T, self.time_scale) = network, grid(state, arch)
+        self.network = network
+        self.T, self.time_scale, self.schedule, _ = grid(state, arch)
         self.conditional, self.class_num = arch['conditional'], arch['class_num']
 
 
@@ -189,6 +199,9 @@ def load_teacher(path, flags):
     arch = architecture(network.state_dict())
     check_flags(arch, file, flags, given)
     teacher = Teacher(network, state, arch)
+    if teacher.schedule != 'cosine':
+        raise UserError(f'{file} was trained on the linear schedule of pytorch-ddpm, and students '
+                        f'here live on the cosine one; train a teacher with train_base.py')
     if teacher.T % 2:
         raise UserError(f'--base_ckpt {path} has {teacher.T} sampling steps, which cannot be '
                         f'halved; an even number is needed')

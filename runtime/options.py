@@ -45,7 +45,7 @@ def run(main, words=False):
         print(usage())
         sys.exit(0)
     try:
-        rest = FLAGS(sys.argv)[1:]
+        rest = FLAGS(without_strangers(sys.argv))[1:]
         if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
                             f'flags are written --name value or --name=value (see --help)')
@@ -54,6 +54,35 @@ def run(main, words=False):
         fail(' '.join(str(error).split()) + ' (see --help)', 2)
     except UserError as error:
         fail(str(error), error.code)
+
+
+# Flags of the scripts of this project, of the released code, RCFD and pytorch-ddpm: a flagfile
+# that one script wrote may be fed to another, and says at the start what it leaves out.
+KNOWN = set('''
+    T time_scale base_ckpt until loss_type classifier classifier_path classifier_normalisation
+    feature temperature logits gt feature_weight intra_weight intra_temperature relation_group
+    memory_weight contrast_temperature queue_size queue_update contrast_size queue_layout alpha beta
+    logits_weight gt_weight stride num_images fid_use_torch fid_cache fid_float feature_network
+    inception_weights weights save_images dataset data_root batch_size num_workers lr wd grad_clip
+    total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
+    ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
+    num_gpus distributed local_rank local-rank amp train eval eval_step parallel beta_1 beta_T
+    max_bad_steps keep skip_bad_images'''.split())
+
+
+def without_strangers(argv):
+    """`argv` with its flagfiles read, less the flags in them that only other scripts know."""
+    words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
+    for word in words:
+        name = word.lstrip('-').split('=')[0]
+        names = {name, name[2:] if name.startswith('no') else name}
+        stranger = word.startswith('--') and word not in argv and not any(
+            n in FLAGS for n in names) and names & KNOWN
+        (left_out if stranger else kept).append(word)
+    if left_out and int(os.environ.get('RANK', 0)) == 0:
+        print(f'note: the flagfile has flags of other scripts, without effect here: '
+              f'{" ".join(left_out)}', flush=True)
+    return kept
 
 
 def fail(sentence, code):

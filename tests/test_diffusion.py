@@ -41,7 +41,7 @@ def test_student_step_lands_where_two_teacher_steps_do(mean_type):
     z_mid = teacher.ddim_step(smooth, z_t, t, t - 4, clip=False)
     z_s = teacher.ddim_step(smooth, z_mid, t - 4, t - 8, clip=False)
     landed = student.add_noise(x_target, student.eps_of(z_t, x_target, t), t - 8)
-    # x_target at t = N is multiplied by 1 / alpha_t inside epsilon networks: relative to its size
+    # relative to its size: an epsilon network's x is divided by alpha_t
     assert ((landed - z_s).abs().amax((1, 2, 3)) / z_s.abs().amax((1, 2, 3))).max() < 1e-10
     if mean_type == 'xstart':       # the same through a student that predicts x_target
         oracle = Diffusion(4, 8, 'xstart').ddim_step(lambda z, t, y: x_target, z_t, t, t - 8, False)
@@ -52,7 +52,7 @@ def test_student_step_lands_where_two_teacher_steps_do(mean_type):
 @pytest.mark.parametrize('mean_type', ['xstart', 'epsilon'])
 @pytest.mark.parametrize('stride', [1, 2, 8])
 def test_an_oracle_is_sampled_exactly(mean_type, stride):
-    """z at index 0 is alpha_0 x_0 + sigma_0 eps, so x_0 comes back up to sigma_0 (|x_0| + |eps|)."""
+    """z at index 0 is alpha_0 x_0 + sigma_0 eps: off x_0 by at most sigma_0 (|x_0| + |eps|)."""
     diffusion, x_0, eps = Diffusion(8, 128, mean_type), randn(2, 3, 4, 4).clamp(-.9, .9), \
         randn(2, 3, 4, 4)
     x_T = diffusion.add_noise(x_0, eps, torch.tensor([1024, 1024]))

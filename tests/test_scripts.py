@@ -41,7 +41,7 @@ def launch(command, cwd=ROOT):
 
 
 def fork_all(jobs):
-    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`; see forks.py."""
+    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
     env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], input=json.dumps(jobs),
                           env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -94,8 +94,8 @@ def runs(tmp_path_factory):
     run = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     with ThreadPoolExecutor() as pool:
         base = pool.submit(launch, [*BASE, *DROPOUT, runs.to('base'), '--sample_step=1'])
-        launch(['train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8', '--seed=1',
-                '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
+        launch(['train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
+                '--seed=1', '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
                 f'--result_path={runs.folder}/classifier'], ROOT / 'classifier')
         base.result()
         stats = pool.submit(launch, ['get_npz.py', '--dataset=digits', '--img_size=8',
@@ -185,7 +185,7 @@ def test_checkpoints_of_the_chain(runs):
         assert (runs.folder / name / 'flagfile.txt').is_file()
         assert not list((runs.folder / name).glob('*.tmp'))
     # the resumed run draws no grids and must end the same: see test_resuming_is_exact
-    assert sorted(path.name for path in (runs.folder / 'base/sample').iterdir()) == [
+    assert sorted(path.name for path in (runs.folder / 'base/sample').glob('?.png')) == [
         '1.png', '2.png', '3.png', '4.png']
 
 
@@ -271,6 +271,7 @@ def bad_jobs(runs):
     """{name: [command]}; makes the broken inputs."""
     bad = runs.folder / 'bad'
     odd, one_step = other_base(runs, 'odd', T=7), other_base(runs, 'one', T=1, time_scale=8)
+    copy = other_base(runs, 'copy', step=2)
     (bad / 'empty/dog').mkdir(parents=True)
     for name, size in (('cut', 5000), ('void', 0)):
         (bad / name).mkdir()
@@ -302,7 +303,7 @@ def bad_jobs(runs):
         group=(rdd, runs.classifier, '--relation_group=3'),
         no_statistics=(evaluation(runs, 'base', f'--fid_cache={bad}/none.npz'),),
         other_run=(BASE, runs.to('base'), '--ch=64'),
-        own_teacher=(PD, teacher, runs.to('base')), other_stage=(BASE, runs.to('pd')),
+        own_teacher=(PD, copy, runs.to('bad/copy')), other_stage=(BASE, runs.to('pd')),
         other_queue=(RDD, runs.teacher('pd'), runs.classifier, runs.to('rdd_whole'),
                      '--total_steps=9', '--queue_size=70'),
         contrast=(rdd, runs.classifier, '--contrast_size=65'),
@@ -345,6 +346,7 @@ def test_mistake(runs, name):
 def test_mistakes_change_nothing(runs):
     assert set(runs.forked) == set(MISTAKES) | set(good_jobs(runs))
     assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == [
-        'cut', 'empty', 'file', 'five.pt', 'odd', 'one', 'void']
-    assert runs.ckpt('base')['T'] == 8 and runs.ckpt('pd')['T'] == 4
+        'copy', 'cut', 'empty', 'file', 'five.pt', 'odd', 'one', 'void']
+    assert runs.ckpt('base')['T'] == runs.ckpt('bad/copy')['T'] == 8 and runs.ckpt('pd')['T'] == 4
+    assert (runs.ckpt('base')['step'], runs.ckpt('bad/copy')['step']) == (4, 2)
     assert np.load(str(runs.stats))['mu'].shape == (126,)
