@@ -12,39 +12,44 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 LOGS = Path('logs/digits')
 DONE = LOGS / 'demo.json'           # commands that are finished
 SCORER = './classifier/result/digits/convnet_small'
-PREFIX = (sys.executable, '-u')
 
 # label, folder of the checkpoint, stride of the sampler
 SAMPLERS = [('Teacher, 64 steps', '64', 1), ('DDIM, 8 steps', '64', 8), ('DDIM, 4 steps', '64', 16),
             ('PD, 8 steps', '8', 1), ('PD, 4 steps', '8to4/pd', 1), ('RDD, 4 steps', '8to4/rdd', 1)]
 
 
-def commands():
-    """[(what, command)] from the first to the last stage."""
+def stages():
+    """[(foreground, background)]: two lists of (what, command) that run side by side.
+
+    Networks this small keep one thread busy and gain little from a second, so that the two
+    halves of the machine work on two things; the next stage starts when both are done.
+    """
     classifier = 'classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1'
-    halves = 'score/get_npz.py --dataset digits --num_workers 0 --feature_network ' + SCORER
+    half = f'score/get_npz.py --dataset digits --num_workers 0 --feature_network {SCORER} --half'
     pd = 'PD.py --flagfile ./config/DIGITS_PD.txt'
-    stages = [
-        ('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt'),
-        ('PD: 64 -> 32 -> 16 -> 8 steps', pd),
-        ('classifier whose features RDD compares', classifier + ' --model densenet_small '
-         '--epoch 8 --seed 0'),
-        ('8 -> 4 steps by PD', pd + f' --until 0 --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/8to4/pd'),
-        ('8 -> 4 steps by RDD', 'train_rdd.py --flagfile ./config/DIGITS_RDD.txt'),
-        ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
-         '--seed 1'),
-        ('reference: one half of the real digits', halves + ' --half 1'),
-        ('floor: the other half', halves + ' --half 2')]
-    stages += [(f'score: {label}', 'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt '
-                f'--logdir ./{LOGS}/{folder} --stride {stride} --save_images '
-                f'./{LOGS}/{folder}/samples_{stride}.npz') for label, folder, stride in SAMPLERS]
-    return stages
+    score = [(f'score: {label}', 'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt '
+              f'--logdir ./{LOGS}/{folder} --stride {stride} --save_images '
+              f'./{LOGS}/{folder}/samples_{stride}.npz') for label, folder, stride in SAMPLERS]
+    return [
+        ([('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt')],
+         [('classifier whose features RDD compares', classifier + ' --model densenet_small '
+           '--epoch 8 --seed 0'),
+          ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
+           '--seed 1'),
+          ('reference: one half of the real digits', f'{half} 1'),
+          ('floor: the other half', f'{half} 2')]),
+        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)], score[:3]),
+        ([('8 -> 4 steps by RDD', 'train_rdd.py --flagfile ./config/DIGITS_RDD.txt')],
+         [('8 -> 4 steps by PD', pd + f' --until 0 --base_ckpt ./{LOGS}/8 '
+           f'--logdir ./{LOGS}/8to4/pd'), score[3]]),
+        (score[5:], score[4:5])]
 
 
 def fingerprint(command):
@@ -54,24 +59,43 @@ def fingerprint(command):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_all():
-    """Run what is not finished yet; stop at the first command that fails."""
-    done = json.loads(DONE.read_text()) if DONE.exists() else []
-    start, stages, again = time.time(), commands(), False
-    for number, (what, command) in enumerate(stages, 1):
+def run_chain(chain, done, log=None):
+    """Run commands one after another, those that are finished left out; stop at a failure.
+
+    Returns the sentence to end with, or None. `log`: file for the output of a background chain.
+    """
+    for what, command in chain:
         key = fingerprint(command)
-        if key in done and not again:
+        if key in done:
             continue
-        again = True                    # what follows builds on what is made now
-        print(f'\n[{number}/{len(stages)}] {what}  ({time.time() - start:.0f} s so far)\n'
-              f'  python {command}', flush=True)
-        code = subprocess.call([*PREFIX, *command.split()])
+        print(f'\n{"in the background: " if log else ""}{what}\n  python {command}', flush=True)
+        code = subprocess.call([sys.executable, '-u', *command.split()], stdout=log, stderr=log)
         if code:
-            sys.exit(f'demo.py: error: this command ended with code {code}; '
-                     f'run the demo again to go on from here')
-        done = [k for k in done if k != key] + [key]
-        LOGS.mkdir(parents=True, exist_ok=True)
+            return (f'demo.py: error: "python {command}" ended with code {code}'
+                    + (f' (output in {log.name})' if log else '')
+                    + '; run the demo again to go on from here')
+        done.append(key)
         DONE.write_text(json.dumps(done))
+    return None
+
+
+def run_all():
+    """Run what is not finished yet; returns the seconds that took."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(4, (os.cpu_count() or 2) // 2))))
+    done = json.loads(DONE.read_text()) if DONE.exists() else []
+    start, plan = time.time(), stages()
+    with open(LOGS / 'background.log', 'a') as log, ThreadPoolExecutor() as pool:
+        for number, (foreground, background) in enumerate(plan, 1):
+            before = list(done)
+            print(f'\n[{number}/{len(plan)}] {time.time() - start:.0f} s so far', flush=True)
+            other = pool.submit(run_chain, background, done, log)
+            problem = run_chain(foreground, done) or other.result()
+            if problem:
+                sys.exit(problem)
+            if done != before:          # what follows builds on what was made now
+                later = [c for stage in plan[number:] for chain in stage for _, c in chain]
+                done = [key for key in done if key not in map(fingerprint, later)]
     return time.time() - start
 
 
@@ -89,7 +113,7 @@ def rows():
 
 
 def print_table(table, count):
-    print(f'\nScores of {count} images against {count} real digits, by the features of a small '
+    print(f'\nScores of {count} images each against {count} real digits, by the features of a small '
           f'digit network\ntrained for scoring alone (not the classifier RDD distils with; not '
           f'Inception, so these\nnumbers compare with each other only).\n')
     print('| sampler | NFE | Frechet distance | inception score | images/s |')

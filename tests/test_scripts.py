@@ -272,6 +272,8 @@ def bad_jobs(runs):
     bad = runs.folder / 'bad'
     odd, one_step = other_base(runs, 'odd', T=7), other_base(runs, 'one', T=1, time_scale=8)
     copy = other_base(runs, 'copy', step=2)
+    (bad / 'of_rdd').mkdir()
+    checkpoint.save(bad / 'of_rdd/ckpt.pt', dict(runs.ckpt('pd'), memory={}, optim_head={}))
     (bad / 'empty/dog').mkdir(parents=True)
     for name, size in (('cut', 5000), ('void', 0)):
         (bad / name).mkdir()
@@ -304,6 +306,9 @@ def bad_jobs(runs):
         no_statistics=(evaluation(runs, 'base', f'--fid_cache={bad}/none.npz'),),
         other_run=(BASE, runs.to('base'), '--ch=64'),
         own_teacher=(PD, copy, runs.to('bad/copy')), other_stage=(BASE, runs.to('pd')),
+        pd_into_rdd=(PD, teacher, runs.to('bad/of_rdd'), '--total_steps=9'),
+        rdd_into_pd=(RDD, teacher, runs.classifier, runs.to('pd'), '--total_steps=9'),
+        late_average=(PD, teacher, runs.to('pd'), '--total_steps=9', '--ema_decay=0.5'),
         other_queue=(RDD, runs.teacher('pd'), runs.classifier, runs.to('rdd_whole'),
                      '--total_steps=9', '--queue_size=70'),
         contrast=(rdd, runs.classifier, '--contrast_size=65'),
@@ -328,7 +333,8 @@ MISTAKES = dict(
     no_logdir='--logdir is missing', logdir_is_file='--logdir', other_ch='--ch is 64',
     other_attn='--attn', other_output='--mean_type', group='--relation_group 3',
     no_statistics='get_npz.py', other_run='another network', own_teacher='--logdir',
-    other_stage='--logdir', other_queue='--queue_size', contrast='--contrast_size',
+    other_stage='--logdir', pd_into_rdd='--logdir', rdd_into_pd='--logdir',
+    late_average='--ema_decay', other_queue='--queue_size', contrast='--contrast_size',
     channels='--ch', size='--img_size', level='--attn', share_3='--batch_size 3',
     share_1='--batch_size 1')
 
@@ -346,7 +352,8 @@ def test_mistake(runs, name):
 def test_mistakes_change_nothing(runs):
     assert set(runs.forked) == set(MISTAKES) | set(good_jobs(runs))
     assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == [
-        'copy', 'cut', 'empty', 'file', 'five.pt', 'odd', 'one', 'void']
+        'copy', 'cut', 'empty', 'file', 'five.pt', 'odd', 'of_rdd', 'one', 'void']
     assert runs.ckpt('base')['T'] == runs.ckpt('bad/copy')['T'] == 8 and runs.ckpt('pd')['T'] == 4
     assert (runs.ckpt('base')['step'], runs.ckpt('bad/copy')['step']) == (4, 2)
+    assert runs.ckpt('pd')['step'] == runs.ckpt('bad/of_rdd')['step'] == 4
     assert np.load(str(runs.stats))['mu'].shape == (126,)
