@@ -113,7 +113,7 @@ def rows():
 
 
 def print_table(table, count):
-    print(f'\nScores of {count} images each against {count} real digits, by the features of a small '
+    print(f'\nScores of {count} images against {count} real digits, by the features of a small '
           f'digit network\ntrained for scoring alone (not the classifier RDD distils with; not '
           f'Inception, so these\nnumbers compare with each other only).\n')
     print('| sampler | NFE | Frechet distance | inception score | images/s |')
