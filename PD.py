@@ -83,13 +83,10 @@ def train(device, dataset, base_ckpt, logdir):
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, given.class_num, given.conditional, device)
     start, state = 0, checkpoint.resume(
-        logdir, student, T, time_scale, base_ckpt)
+        logdir, student, 'pd', T, time_scale, base_ckpt)
     if state:
         start = state['step']
-        student.load_state_dict(state['net_model'])
-        optim.load_state_dict(state['optim'])
-        if ema:
-            ema.load_state_dict(state['ema_model'])
+        checkpoint.restore(state, net_model=student, ema_model=ema, optim=optim)
     if start >= FLAGS.total_steps:
         return distributed.print0(f'{logdir} is finished: step {start}.')
     make_logdir(logdir)
@@ -100,7 +97,7 @@ def train(device, dataset, base_ckpt, logdir):
         averaged = dict(ema_model=ema.state_dict()) if ema else {}
         checkpoint.save_run(logdir, dict(
             net_model=student.state_dict(), x_T=x_T.cpu(), T=T, time_scale=time_scale,
-            optim=optim.state_dict(), step=step, **averaged, **options.facts()))
+            method='pd', optim=optim.state_dict(), step=step, **averaged, **options.facts()))
 
     # Loop
     batches = data.batches(dataset, FLAGS.batch_size, FLAGS.seed, device, start, FLAGS.grad_accum,

@@ -74,7 +74,8 @@ def evaluate(device):
 
     # Sample and score in one stream
     network = frozen(network.to(device, memory_format=torch.channels_last))
-    img_size = state.get('img_size', FLAGS.img_size)
+    # published checkpoints do not say their size, but x_T of their grids has it
+    img_size = state['x_T'].shape[-1] if 'x_T' in state else FLAGS.img_size
     y_all = torch.randint(arch['class_num'], (FLAGS.num_images,), device=device,
                           generator=seeding.generator(device, FLAGS.seed, seeding.LABELS))
     stats, kept, seconds = ActivationStats(FLAGS.num_images), [], 0.

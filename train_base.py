@@ -42,6 +42,7 @@ def main():
 def train(device):
     # Data
     distributed.check_batch(FLAGS.batch_size, FLAGS.grad_accum)
+    options.check_network()
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
                                 num_workers=FLAGS.num_workers)
     options.check_labels(dataset, FLAGS.conditional)
@@ -63,12 +64,10 @@ def train(device):
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, FLAGS.class_num, FLAGS.conditional, device)
     start, state = 0, checkpoint.resume(
-        FLAGS.logdir, net, FLAGS.T, FLAGS.time_scale)
+        FLAGS.logdir, net, 'base', FLAGS.T, FLAGS.time_scale)
     if state:
         start = state['step']
-        net.load_state_dict(state['net_model'])
-        ema.load_state_dict(state['ema_model'])
-        optim.load_state_dict(state['optim'])
+        checkpoint.restore(state, net_model=net, ema_model=ema, optim=optim)
     if start >= FLAGS.total_steps:
         return distributed.print0(f'{FLAGS.logdir} is finished: step {start}.')
     make_logdir(FLAGS.logdir)
@@ -80,8 +79,8 @@ def train(device):
     def save(step):
         checkpoint.save_run(FLAGS.logdir, dict(
             net_model=net.state_dict(), ema_model=ema.state_dict(), x_T=x_T.cpu(), T=FLAGS.T,
-            time_scale=FLAGS.time_scale, use='ema_model', optim=optim.state_dict(), step=step,
-            **options.facts()))
+            time_scale=FLAGS.time_scale, method='base', use='ema_model',
+            optim=optim.state_dict(), step=step, **options.facts()))
 
     # Loop
     batches = data.batches(dataset, FLAGS.batch_size, FLAGS.seed, device, start, FLAGS.grad_accum,

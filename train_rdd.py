@@ -73,6 +73,9 @@ def main():
     if not (FLAGS.feature or FLAGS.loss_type != 'none' or FLAGS.alpha or FLAGS.logits or FLAGS.gt):
         raise UserError('--nofeature --loss_type none leaves no loss to train with; add --feature, '
                         '--logits, --gt or --alpha')
+    if max(FLAGS.contrast_size, FLAGS.queue_update) > FLAGS.queue_size:
+        raise UserError(f'--queue_size {FLAGS.queue_size} is smaller than --contrast_size '
+                        f'{FLAGS.contrast_size} or --queue_update {FLAGS.queue_update}; raise it')
     options.require(logdir='the folder this run writes to, such as ./logs/8to4/rdd',
                     base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/8')
     device = distributed.init(FLAGS.gpu_id)
@@ -147,15 +150,11 @@ def train(device):
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, given.class_num, given.conditional, device)
     start, state = 0, checkpoint.resume(
-        FLAGS.logdir, student, T, time_scale, FLAGS.base_ckpt)
+        FLAGS.logdir, student, 'rdd', T, time_scale, FLAGS.base_ckpt)
     if state:
         start = state['step']
-        student.load_state_dict(state['net_model'])
-        optim.load_state_dict(state['optim'])
-        memory.load_state_dict(state['memory'])
-        optim_head.load_state_dict(state['optim_head'])
-        if ema:
-            ema.load_state_dict(state['ema_model'])
+        checkpoint.restore(state, net_model=student, ema_model=ema, optim=optim, memory=memory,
+                           optim_head=optim_head)
     if start >= FLAGS.total_steps:
         return distributed.print0(f'{FLAGS.logdir} is finished: step {start}.')
     make_logdir(FLAGS.logdir)
@@ -166,7 +165,7 @@ def train(device):
         averaged = dict(ema_model=ema.state_dict()) if ema else {}
         checkpoint.save_run(FLAGS.logdir, dict(
             net_model=student.state_dict(), x_T=x_T.cpu(), T=T, time_scale=time_scale,
-            optim=optim.state_dict(), memory=memory.state_dict(),
+            method='rdd', optim=optim.state_dict(), memory=memory.state_dict(),
             optim_head=optim_head.state_dict(), step=step, **averaged, **options.facts()))
 
     def loss_terms(z_t, t, y, x_0, eps, x_target, out_T):

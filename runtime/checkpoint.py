@@ -59,11 +59,12 @@ def save_run(logdir, state):
         save(Path(logdir) / 'ckpt.pt', state)
 
 
-def resume(logdir, network, T, time_scale, base_ckpt=None):
+def resume(logdir, network, method, T, time_scale, base_ckpt=None):
     """The state a run left in its folder, or None for a fresh start.
 
     Args:
-        network: about to be trained; T, time_scale: its grid. base_ckpt: its teacher, if any.
+        network: about to be trained, by `method` ('base', 'pd', 'rdd'); T, time_scale: its grid.
+        base_ckpt: its teacher, if any.
     Raises:
         UserError: a checkpoint that this project did not write, or of another network or stage
         than the one about to be trained; the folder of the teacher.
@@ -82,11 +83,30 @@ def resume(logdir, network, T, time_scale, base_ckpt=None):
     if {key: value.shape for key, value in state['net_model'].items()} != shapes:
         raise UserError(f'--logdir {logdir} holds a run of another network '
                         f'({architecture(state["net_model"])}); choose another --logdir')
-    if (state['T'], state['time_scale']) != (T, time_scale):
-        raise UserError(f'--logdir {logdir} holds a model with {state["T"]} steps of '
-                        f'{state["time_scale"]} grid points, and this run makes one with {T} of '
-                        f'{time_scale}; choose another --logdir')
+    if (state.get('method'), state['T'], state['time_scale']) != (method, T, time_scale):
+        raise UserError(f'--logdir {logdir} holds a {state.get("method")} model with {state["T"]} '
+                        f'steps of {state["time_scale"]} grid points, and this run makes a '
+                        f'{method} model with {T} of {time_scale}; choose another --logdir')
     return state
+
+
+def restore(state, **parts):
+    """Load the parts of a resumed run: `restore(state, net_model=net, ema_model=None, ...)`.
+
+    A part that is None is not wanted now.
+    Raises:
+        UserError: a part the run does not have, has without being wanted, or has in other shapes.
+    """
+    flags = dict(ema_model='--ema_decay', memory='--queue_size and --contrast_size')
+    for name, part in parts.items():
+        try:
+            if (part is None) != (name not in state):
+                raise ValueError
+            if part is not None:
+                part.load_state_dict(state[name])
+        except (ValueError, RuntimeError, KeyError):
+            raise UserError(f'the run to be continued was started with another '
+                            f'{flags.get(name, name)}; give the same, or choose another --logdir')
 
 
 def plain_keys(state_dict):
@@ -205,6 +225,10 @@ def load_teacher(path, flags):
     if teacher.T % 2:
         raise UserError(f'--base_ckpt {path} has {teacher.T} sampling steps, which cannot be '
                         f'halved; an even number is needed')
+    halvings = 2 ** (len(arch['ch_mult']) - 1)
+    if flags.img_size % halvings:
+        raise UserError(f'--img_size is {flags.img_size}, expected a multiple of {halvings}: the '
+                        f'network in {file} halves it {len(arch["ch_mult"]) - 1} times')
     for name in ('mean_type', 'img_size'):
         if state.get(name, getattr(flags, name)) != getattr(flags, name):
             raise UserError(f'--{name} is {getattr(flags, name)} and {file} was trained with '

@@ -162,6 +162,21 @@ def check_labels(dataset, conditional):
                         f'{dataset.num_classes} classes; set --class_num={dataset.num_classes}')
 
 
+def check_network():
+    """Refuse network flags that no U-Net can have."""
+    levels, halvings = len(FLAGS.ch_mult), 2 ** (len(FLAGS.ch_mult) - 1)
+    if FLAGS.ch % 32:
+        raise UserError(f'--ch is {FLAGS.ch}, expected a multiple of 32 (group norm has 32 groups)')
+    if min(FLAGS.ch_mult) < 1:
+        raise UserError(f'--ch_mult is {FLAGS.ch_mult}, expected numbers from 1 on')
+    if FLAGS.img_size % halvings:
+        raise UserError(f'--img_size is {FLAGS.img_size}, expected a multiple of {halvings}: the '
+                        f'network halves it {levels - 1} times (--ch_mult {FLAGS.ch_mult})')
+    if not set(FLAGS.attn) <= set(range(levels)):
+        raise UserError(f'--attn is {FLAGS.attn}, expected resolutions from 0 to {levels - 1}, as '
+                        f'many as --ch_mult has (a flag repeated after a flagfile appends to it)')
+
+
 def announce(device, logdir, start, **numbers):
     """Print the resolved configuration and keep it in `<logdir>/flagfile.txt`; main process."""
     if int(os.environ.get('RANK', 0)):
