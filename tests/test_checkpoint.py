@@ -179,17 +179,20 @@ def test_flags_are_checked_against_the_network():
 
 def test_resume(tmp_path):
     network = UNet(**TINY)
-    assert checkpoint.resume(tmp_path, network, 8, 1) is None
-    state = dict(net_model=network.state_dict(), optim={}, step=2, T=8, time_scale=1)
+    assert checkpoint.resume(tmp_path, network, 'pd', 8, 1) is None
+    state = dict(net_model=network.state_dict(), optim={}, step=2, T=8, time_scale=1,
+                 method='pd')
     checkpoint.save(tmp_path / 'ckpt.pt', state)
-    assert checkpoint.resume(tmp_path, network, 8, 1, tmp_path / 'teacher')['step'] == 2
+    with pytest.raises(UserError, match='makes a rdd model'):
+        checkpoint.resume(tmp_path, network, 'rdd', 8, 1)
+    assert checkpoint.resume(tmp_path, network, 'pd', 8, 1, tmp_path / 'teacher')['step'] == 2
     for teacher in (tmp_path, tmp_path / 'ckpt.pt', str(tmp_path) + '/.'):
         with pytest.raises(UserError, match='folder of the teacher'):
-            checkpoint.resume(tmp_path, network, 8, 1, teacher)
+            checkpoint.resume(tmp_path, network, 'pd', 8, 1, teacher)
     with pytest.raises(UserError, match='8 steps of 1 .* 4 of 2'):
-        checkpoint.resume(tmp_path, network, 4, 2)
+        checkpoint.resume(tmp_path, network, 'pd', 4, 2)
     with pytest.raises(UserError, match='another network'):
-        checkpoint.resume(tmp_path, UNet(**dict(TINY, num_res_blocks=2)), 8, 1)
+        checkpoint.resume(tmp_path, UNet(**dict(TINY, num_res_blocks=2)), 'pd', 8, 1)
     checkpoint.save(tmp_path / 'ckpt.pt', dict(net_model=network.state_dict()))
     with pytest.raises(UserError, match='cannot be continued'):
-        checkpoint.resume(tmp_path, network, 8, 1)
+        checkpoint.resume(tmp_path, network, 'pd', 8, 1)

@@ -33,7 +33,7 @@ def saved(path, name='convnet_small', num_classes=10, **extra):
 
 
 @pytest.mark.parametrize('name, size, features', [
-    ('densenet_small', 16, 126), ('convnet_small', 16, 64), ('densenet121', 32, 1024),
+    ('densenet_small', 8, 144), ('convnet_small', 16, 64), ('densenet121', 32, 1024),
     ('resnet18', 32, 512)])
 def test_outputs(name, size, features):
     model = build_classifier(name, 7).eval()
@@ -47,7 +47,7 @@ def test_outputs(name, size, features):
 def test_published_names():
     keys = set(build_classifier('densenet_small', 10).state_dict())
     assert {'features.conv0.weight', 'features.norm0.bias', 'block1.denselayer1.norm1.weight',
-            'trans2.conv.weight', 'final_norm.running_var', 'fc.weight'} <= keys
+            'trans1.conv.weight', 'final_norm.running_var', 'fc.weight'} <= keys
     assert not any('mean' == key or 'std' == key for key in keys)
     keys = set(build_classifier('resnet18', 10).state_dict())
     assert {'conv1.weight', 'bn1.weight', 'layer2.0.downsample.0.weight', 'fc.bias'} <= keys

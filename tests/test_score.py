@@ -288,7 +288,7 @@ def test_get_npz(tmp_path, classifier_folder):
     network = load_feature_network(str(classifier_folder), 'cpu')
     check_network(loaded, network)
     assert loaded.num_images == 100 and loaded.half == 1 and loaded.inception_mean >= 1
-    digits = data.make_dataset('digits', '.', 16, train=True)
+    digits = data.make_dataset('digits', '.', 8, train=True)
     chosen = torch.arange(len(digits))[::2]
     chosen = chosen[torch.arange(100) * len(chosen) // 100]
     features = network(digits.images[chosen])[0].double().numpy()

@@ -273,7 +273,7 @@ def bad_jobs(runs):
     odd, one_step = other_base(runs, 'odd', T=7), other_base(runs, 'one', T=1, time_scale=8)
     copy = other_base(runs, 'copy', step=2)
     (bad / 'of_rdd').mkdir()
-    checkpoint.save(bad / 'of_rdd/ckpt.pt', dict(runs.ckpt('pd'), memory={}, optim_head={}))
+    checkpoint.save(bad / 'of_rdd/ckpt.pt', dict(runs.ckpt('pd'), method='rdd', memory={}))
     (bad / 'empty/dog').mkdir(parents=True)
     for name, size in (('cut', 5000), ('void', 0)):
         (bad / name).mkdir()
@@ -356,4 +356,4 @@ def test_mistakes_change_nothing(runs):
     assert runs.ckpt('base')['T'] == runs.ckpt('bad/copy')['T'] == 8 and runs.ckpt('pd')['T'] == 4
     assert (runs.ckpt('base')['step'], runs.ckpt('bad/copy')['step']) == (4, 2)
     assert runs.ckpt('pd')['step'] == runs.ckpt('bad/of_rdd')['step'] == 4
-    assert np.load(str(runs.stats))['mu'].shape == (126,)
+    assert np.load(str(runs.stats))['mu'].shape == (144,)
