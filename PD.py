@@ -42,9 +42,10 @@ def main():
     teacher = checkpoint.load_teacher(FLAGS.base_ckpt, FLAGS)
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
                                 num_workers=FLAGS.num_workers)
-    options.check_labels(dataset, teacher.conditional)
+    options.check_labels(dataset, teacher.conditional, teacher.class_num)
     for base_ckpt, logdir in stages(teacher.T):
         train(device, dataset, base_ckpt, logdir)
+        distributed.barrier()       # the next stage reads what the first process has just written
     distributed.cleanup()
 
 
@@ -130,10 +131,11 @@ def train(device, dataset, base_ckpt, logdir):
         if ema:
             ema_update(ema, student, FLAGS.ema_decay)
 
-        if due(step, FLAGS.log_step, FLAGS.total_steps):
+        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
+        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if due(step, FLAGS.save_step, FLAGS.total_steps):
+        if saves:
             save(step)
         if due(step, FLAGS.sample_step):
             save_samples(diffusion, student, x_T, y_T, f'{logdir}/sample/{step}.png', FLAGS.amp)

@@ -61,23 +61,28 @@ def evaluate(device):
     state = checkpoint.read(file)
     network, weights = checkpoint.build_unet(state, file, weights_of=FLAGS.weights)
     arch = checkpoint.architecture(network.state_dict())
+    # published checkpoints do not say their size, but x_T of their grids has it
+    img_size = state['x_T'].shape[-1] if 'x_T' in state else FLAGS.img_size
     checkpoint.check_flags(arch, file, FLAGS, options.given)
+    checkpoint.check_facts(dict(state, img_size=img_size), file, FLAGS, options.given)
     T, time_scale, schedule, mean_type = checkpoint.grid(state, arch)
     diffusion = Diffusion(T, time_scale, mean_type or FLAGS.mean_type, device, schedule)
     nfe = len(times(diffusion)) - 1
+    if FLAGS.num_images < distributed.world_size():
+        raise UserError(f'--num_images {FLAGS.num_images} is less than the '
+                        f'{distributed.world_size()} processes; raise it')
     reference = load_statistics(FLAGS.fid_cache)
     feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     check_network(reference, feature_network)
     for line in options.without_effect(num_workers='no image files are read',
+                                       dropout='sampling uses none',
                                        fid_use_torch='sums are on the device in float64 anyway'):
         distributed.print0(line)
 
     # Sample and score in one stream
     network = frozen(network.to(device, memory_format=torch.channels_last))
-    # published checkpoints do not say their size, but x_T of their grids has it
-    img_size = state['x_T'].shape[-1] if 'x_T' in state else FLAGS.img_size
-    y_all = torch.randint(arch['class_num'], (FLAGS.num_images,), device=device,
-                          generator=seeding.generator(device, FLAGS.seed, seeding.LABELS))
+    y_all = torch.randint(arch['class_num'], (FLAGS.num_images,),
+                          generator=seeding.generator('cpu', FLAGS.seed, seeding.LABELS)).to(device)
     stats, kept, seconds = ActivationStats(FLAGS.num_images), [], 0.
     mine = torch.arange(FLAGS.num_images).tensor_split(distributed.world_size())[distributed.rank()]
     with progress(len(mine), f'sample {nfe} steps', unit='img') as bar:
@@ -94,6 +99,7 @@ def evaluate(device):
                 kept.append(images.cpu())
             bar.update(len(indices))
     stats.reduce()
+    kept = distributed.gather_main(torch.cat(kept))
 
     # Report
     if distributed.is_main():
@@ -108,7 +114,7 @@ def evaluate(device):
             feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
             amp=FLAGS.amp)
         report(result, reference)
-        write(file.parent, result, torch.cat(kept), y_all if arch['conditional'] else None)
+        write(file.parent, result, kept, y_all if arch['conditional'] else None)
 
 
 def times(diffusion):

@@ -115,10 +115,12 @@ class MemoryP2P(nn.Module):
         self.pointer = 0
 
     def get_extra_state(self):
-        return self.pointer
+        return dict(pointer=self.pointer, layout=self.layout)
 
-    def set_extra_state(self, pointer):
-        self.pointer = pointer
+    def set_extra_state(self, state):
+        if state['layout'] != self.layout:
+            raise ValueError(f'a queue of layout {state["layout"]}, expected {self.layout}')
+        self.pointer = state['pointer']
 
     def choose_pixels(self, total_pixels, generator):
         """Numbers (update_size,) of the pixels of the total batch that enter in this step."""
@@ -157,8 +159,8 @@ class MemoryP2P(nn.Module):
 
     def forward(self, map_S, map_T):
         """Loss of maps (B, C, H, W); gradients reach the head and map_S."""
-        F_S, F_T = pixels(self.project_head(map_S)), pixels(map_T.detach())
         with torch.autocast(map_S.device.type, enabled=False):
+            F_S, F_T = pixels(self.project_head(map_S.float())), pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
             scale = 1 / (self.contrast_temperature * self.temperature)
             log_p_S = F.log_softmax(F_S @ V.t() * scale, dim=1)

@@ -45,7 +45,7 @@ def train(device):
     options.check_network()
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
                                 num_workers=FLAGS.num_workers)
-    options.check_labels(dataset, FLAGS.conditional)
+    options.check_labels(dataset, FLAGS.conditional, FLAGS.class_num)
 
     # Network and its moving average
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
@@ -75,6 +75,9 @@ def train(device):
                      parameters=sum(p.numel() for p in params))
     # With eps as output the loss is the plain error in eps, as in DDPM and the released code.
     loss_type = FLAGS.loss_type if FLAGS.mean_type == 'xstart' else 'eps'
+    if loss_type != FLAGS.loss_type and options.given('loss_type'):
+        distributed.print0('note: --loss_type has no effect with --mean_type epsilon: the loss is '
+                           'the error in eps.')
 
     def save(step):
         checkpoint.save_run(FLAGS.logdir, dict(
@@ -108,10 +111,11 @@ def train(device):
         step_optimizer(optim, params, FLAGS.grad_clip, lr)
         ema_update(ema, net, FLAGS.ema_decay)
 
-        if due(step, FLAGS.log_step, FLAGS.total_steps):
+        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
+        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if due(step, FLAGS.save_step, FLAGS.total_steps):
+        if saves:
             save(step)
         if due(step, FLAGS.sample_step):
             save_samples(diffusion, ema, x_T, y_T, f'{FLAGS.logdir}/sample/{step}.png', FLAGS.amp)

@@ -73,7 +73,8 @@ def main():
     if not (FLAGS.feature or FLAGS.loss_type != 'none' or FLAGS.alpha or FLAGS.logits or FLAGS.gt):
         raise UserError('--nofeature --loss_type none leaves no loss to train with; add --feature, '
                         '--logits, --gt or --alpha')
-    if max(FLAGS.contrast_size, FLAGS.queue_update) > FLAGS.queue_size:
+    if FLAGS.loss_type in ('mp2p', 'm_p2p') and max(
+            FLAGS.contrast_size, FLAGS.queue_update) > FLAGS.queue_size:
         raise UserError(f'--queue_size {FLAGS.queue_size} is smaller than --contrast_size '
                         f'{FLAGS.contrast_size} or --queue_update {FLAGS.queue_update}; raise it')
     options.require(logdir='the folder this run writes to, such as ./logs/8to4/rdd',
@@ -86,6 +87,9 @@ def main():
 def frozen_classifier(num_classes):
     """The network whose features are compared, in eval mode; one of ImageNet needs no labels."""
     if FLAGS.classifier.startswith(IMAGENET_PREFIX):
+        for line in options.without_effect(
+                classifier_normalisation='these weights expect that of ImageNet'):
+            distributed.print0(line)
         return load_imagenet(FLAGS.classifier, FLAGS.classifier_path)
     path = FLAGS.classifier_path or f'classifier/result/{FLAGS.dataset}/{FLAGS.classifier}'
     return load_classifier(path, FLAGS.classifier, num_classes,
@@ -121,7 +125,7 @@ def train(device):
     given = checkpoint.load_teacher(FLAGS.base_ckpt, FLAGS)
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
                                 num_workers=FLAGS.num_workers)
-    options.check_labels(dataset, given.conditional)
+    options.check_labels(dataset, given.conditional, given.class_num)
 
     # Teacher and classifier (frozen), student, memory queue with its projection head
     T, time_scale = given.T // 2, given.time_scale * 2
@@ -238,10 +242,11 @@ def train(device):
         if ema:
             ema_update(ema, student, FLAGS.ema_decay)
 
-        if due(step, FLAGS.log_step, FLAGS.total_steps):
+        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
+        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if due(step, FLAGS.save_step, FLAGS.total_steps):
+        if saves:
             save(step)
         if due(step, FLAGS.sample_step):
             save_samples(diffusion, student, x_T, y_T, f'{FLAGS.logdir}/sample/{step}.png',

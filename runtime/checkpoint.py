@@ -97,7 +97,7 @@ def restore(state, **parts):
     Raises:
         UserError: a part the run does not have, has without being wanted, or has in other shapes.
     """
-    flags = dict(ema_model='--ema_decay', memory='--queue_size and --contrast_size')
+    flags = dict(ema_model='--ema_decay', memory='--queue_size, --contrast_size or --queue_layout')
     for name, part in parts.items():
         try:
             if (part is None) != (name not in state):
@@ -196,6 +196,15 @@ def check_flags(arch, path, flags, given):
                             f'flag out (a flag repeated after a flagfile appends to it)')
 
 
+def check_facts(state, path, flags, given):
+    """Refuse an output type or image size that a checkpoint contradicts, where `given(name)`."""
+    for name in ('mean_type', 'img_size'):
+        ours = getattr(flags, name)
+        if given(name) and state.get(name, ours) != ours:
+            raise UserError(f'--{name} is {ours} and {path} was trained with {state[name]}; '
+                            f'set --{name}={state[name]}')
+
+
 class Teacher:
     """The network to distil from, with its grid: network, T, time_scale, conditional, class_num."""
 
@@ -229,8 +238,5 @@ def load_teacher(path, flags):
     if flags.img_size % halvings:
         raise UserError(f'--img_size is {flags.img_size}, expected a multiple of {halvings}: the '
                         f'network in {file} halves it {len(arch["ch_mult"]) - 1} times')
-    for name in ('mean_type', 'img_size'):
-        if state.get(name, getattr(flags, name)) != getattr(flags, name):
-            raise UserError(f'--{name} is {getattr(flags, name)} and {file} was trained with '
-                            f'{state[name]}; set --{name}={state[name]}')
+    check_facts(state, file, flags, lambda name: True)
     return teacher

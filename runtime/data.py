@@ -159,9 +159,23 @@ def _imagenet64(name, root, img_size, split):
         if not labels_file.exists():
             _rewrite_batches(files, file, labels_file, img_size)
     labels = np.load(labels_file)
-    pixels = np.memmap(file, np.uint8, 'r', shape=(len(labels), 3, img_size, img_size))
     return Images(name, split, img_size, labels, 1000,
-                  decode=lambda i: torch.from_numpy(pixels[i].copy()))
+                  decode=_Mapped(file, (len(labels), 3, img_size, img_size)))
+
+
+class _Mapped:
+    """Image number -> uint8 (3, H, W), from a raw file that each process maps for itself."""
+
+    def __init__(self, file, shape):
+        self.file, self.shape, self.map = file, shape, None
+
+    def __getstate__(self):
+        return dict(self.__dict__, map=None)
+
+    def __call__(self, i):
+        if self.map is None:
+            self.map = np.memmap(self.file, np.uint8, 'r', shape=self.shape)
+        return torch.from_numpy(self.map[i].copy())
 
 
 def _rewrite_batches(files, pixels, labels, img_size):

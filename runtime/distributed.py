@@ -6,6 +6,9 @@ NCCL on GPUs and gloo on CPUs. The environment set by the launcher is the truth,
 
 import contextlib
 import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,11 +33,15 @@ def init(gpu_id=None):
         raise UserError(f'{wanted} processes were started on this machine and only '
                         f'{torch.cuda.device_count()} GPUs are visible; start fewer processes '
                         f'or name more GPUs in --gpu_id')
+    if gpu_id and not cuda and Path('/proc/driver/nvidia/gpus').is_dir():
+        raise UserError(f'--gpu_id {gpu_id} names no GPU of this machine that torch can use; give '
+                        f'numbers that nvidia-smi lists, or leave the flag out')
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
     if processes > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        # the others wait while the first process draws a grid or rewrites a data set
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
     if not cuda:
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
@@ -115,7 +122,9 @@ def mean_with_grad(tensor):
     if not dist.is_initialized():
         return tensor
     from torch.distributed.nn.functional import all_reduce
-    return all_reduce(tensor) / world_size()
+    with warnings.catch_warnings():     # newest torch renames it; torch 2.1 has only this one
+        warnings.simplefilter('ignore', FutureWarning)
+        return all_reduce(tensor) / world_size()
 
 
 def broadcast_object(value):
@@ -125,6 +134,15 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_main(tensor):
+    """On the first process the tensors of all processes, joined in their order; None elsewhere."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, tensor)
+    return torch.cat(parts) if is_main() else None
 
 
 def wrap_ddp(module):

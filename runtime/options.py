@@ -7,6 +7,7 @@ is read by the modules: a function gets what it needs as arguments.
 import os
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from absl import flags
@@ -66,8 +67,8 @@ KNOWN = set('''
     inception_weights weights save_images dataset data_root batch_size num_workers lr wd grad_clip
     total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
     ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
-    num_gpus distributed local_rank local-rank amp train eval eval_step parallel beta_1 beta_T
-    max_bad_steps keep skip_bad_images'''.split())
+    num_gpus distributed local_rank local-rank amp train eval eval_step parallel beta_1
+    beta_T'''.split())
 
 
 def without_strangers(argv):
@@ -86,9 +87,16 @@ def without_strangers(argv):
 
 
 def fail(sentence, code):
-    """Print one sentence and leave; the first process speaks, the others leave in silence."""
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(f'{Path(sys.argv[0]).name}: error: {sentence}', file=sys.stderr, flush=True)
+    """Print one sentence and leave.
+
+    With several processes the first one speaks first: if all found the same mistake, the launcher
+    ends the others before they repeat it.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    if rank:
+        time.sleep(3)
+    name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
+    print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: the other processes may wait in a collective, and no clean-up may wait for them.
@@ -155,11 +163,12 @@ def facts():
                 batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
 
 
-def check_labels(dataset, conditional):
+def check_labels(dataset, conditional, class_num):
     """Refuse a class-conditional network whose number of classes the data set contradicts."""
-    if conditional and dataset.num_classes != FLAGS.class_num:
-        raise UserError(f'--class_num is {FLAGS.class_num} and --dataset {dataset.name} has '
-                        f'{dataset.num_classes} classes; set --class_num={dataset.num_classes}')
+    if conditional and dataset.num_classes != class_num:
+        raise UserError(f'--dataset {dataset.name} has {dataset.num_classes} classes and the '
+                        f'network is for {class_num} (--class_num); use the data set the network '
+                        f'is meant for')
 
 
 def check_network():

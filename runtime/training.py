@@ -122,6 +122,16 @@ def progress(total=None, desc='', initial=0, unit='step'):
                 ', {rate_fmt}{postfix}]')
 
 
+def _lines_until(path, step):
+    """Whole lines of a metrics.jsonl up to `step`; half a line, left by a full disk, is dropped."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)['step'] <= step:
+                yield line
+        except (ValueError, KeyError):
+            continue
+
+
 class Log:
     """Where a run can be watched: a bar, `metrics.jsonl` and TensorBoard; first process only."""
 
@@ -132,15 +142,19 @@ class Log:
         if distributed.is_main():
             from tensorboardX import SummaryWriter
             path = Path(logdir) / 'metrics.jsonl'
-            keep = [line for line in path.read_text().splitlines() if json.loads(line)['step']
-                    <= step] if path.exists() else []
-            path.write_text(''.join(line + '\n' for line in keep))      # no step twice on resume
+            keep = ''.join(line + '\n' for line in _lines_until(path, step))
+            path.with_suffix('.tmp').write_text(keep)       # no step twice after resuming
+            path.with_suffix('.tmp').replace(path)
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
 
     def write(self, step, **scalars):
         """One line of scalars, with images/s since the last line."""
         now = time.perf_counter()
+        if not math.isfinite(scalars['loss']):
+            raise UserError(f'the loss is {scalars["loss"]} at step {step} and training has '
+                            f'diverged; lower --lr or --grad_clip and run again (it goes on from '
+                            f'the last checkpoint)', code=1)
         scalars['images_per_s'] = (step - self.since[1]) * self.images_per_step / (
             now - self.since[0])
         self.since = (now, step)
