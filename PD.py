@@ -18,9 +18,9 @@ from absl import flags
 from diffusion import Diffusion, distillation_loss
 from runtime import checkpoint, data, distributed, options, seeding
 from runtime.options import UserError
-from runtime.training import (Log, Meter, autocast, draw, due, ema_update, fixed_labels,
-                              fixed_noise, frozen, learning_rate, make_logdir, save_samples,
-                              seed_dropout, step_optimizer)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
+                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
+                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -41,7 +41,9 @@ def main():
     distributed.check_batch(FLAGS.batch_size, FLAGS.grad_accum)
     teacher = checkpoint.load_teacher(FLAGS.base_ckpt, FLAGS)
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
-                                num_workers=FLAGS.num_workers)
+                                num_workers=FLAGS.num_workers,
+                                skip_bad_images=FLAGS.skip_bad_images)
+    options.check_size(dataset)
     options.check_labels(dataset, teacher.conditional, teacher.class_num)
     for base_ckpt, logdir in stages(teacher.T):
         train(device, dataset, base_ckpt, logdir)
@@ -78,13 +80,12 @@ def train(device, dataset, base_ckpt, logdir):
     params = [p for p in student.parameters() if p.requires_grad]
 
     # Optimiser; the learning rate is a function of the step
-    optim = torch.optim.Adam(params, lr=FLAGS.lr, weight_decay=FLAGS.wd)
+    optim = adam(params, FLAGS.lr, FLAGS.wd)
 
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, given.class_num, given.conditional, device)
-    start, state = 0, checkpoint.resume(
-        logdir, student, 'pd', T, time_scale, base_ckpt)
+    start, state = 0, checkpoint.resume(logdir, student, 'pd', T, time_scale, base_ckpt)
     if state:
         start = state['step']
         checkpoint.restore(state, net_model=student, ema_model=ema, optim=optim)
@@ -96,25 +97,26 @@ def train(device, dataset, base_ckpt, logdir):
 
     def save(step):
         averaged = dict(ema_model=ema.state_dict()) if ema else {}
-        checkpoint.save_run(logdir, dict(
-            net_model=student.state_dict(), x_T=x_T.cpu(), T=T, time_scale=time_scale,
-            method='pd', optim=optim.state_dict(), step=step, **averaged, **options.facts()))
+        checkpoint.save_run(
+            logdir, FLAGS.keep, net_model=student.state_dict(), x_T=x_T.cpu(), T=T,
+            time_scale=time_scale, method='pd', step=step, optim=optim.state_dict(),
+            meter=meter.state_dict(), **averaged, **options.facts())
 
     # Loop
     batches = data.batches(dataset, FLAGS.batch_size, FLAGS.seed, device, start, FLAGS.grad_accum,
                            num_workers=FLAGS.num_workers)
-    meter = Meter()
+    meter, stop = Meter(state and state.get('meter')), Stop()
     log = Log(logdir, f'PD {given.T}->{T}', start, FLAGS.total_steps, FLAGS.batch_size)
     student.train()
     for step in range(start + 1, FLAGS.total_steps + 1):
         rng = seeding.generator(device, FLAGS.seed, seeding.NOISE, T, step)
         t_all, eps_all = draw(FLAGS.batch_size, x_T.shape[1:], 1, T, rng)
-        seed_dropout(FLAGS.seed, step, T)
         for micro in range(FLAGS.grad_accum):
             rows = distributed.rows(FLAGS.batch_size, micro, FLAGS.grad_accum)
             x_0, y = next(batches)
             t, eps = t_all[rows] * time_scale, eps_all[rows]
             z_t = diffusion.add_noise(x_0, eps, t)
+            seed_dropout(student, rows, FLAGS.batch_size, FLAGS.seed, T, step)
             with torch.no_grad(), autocast(FLAGS.amp, device):
                 x_target = teacher_diffusion.two_step_target(teacher, z_t, t, y)
                 eps_target = diffusion.eps_of(z_t, x_target, t)
@@ -123,23 +125,30 @@ def train(device, dataset, base_ckpt, logdir):
                     x_pred, eps_pred = diffusion.predict(student_ddp, z_t, t, y)
                 loss = distillation_loss(x_pred, eps_pred, x_target, eps_target,
                                          FLAGS.loss_type).mean()
-                (loss / FLAGS.grad_accum).backward()
+                (strict(loss) / FLAGS.grad_accum).backward()
             meter.add(loss=loss)
 
         lr = learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=True)
-        step_optimizer(optim, params, FLAGS.grad_clip, lr)
+        norm = clip_gradient(params, FLAGS.grad_clip)
+        finite = norm.isfinite()        # on the device: nothing waits for it
+        step_optimizer(optim, finite, lr)
         if ema:
             ema_update(ema, student, FLAGS.ema_decay)
+        meter.add(grad_norm=norm)
+        meter.end_step(finite)
 
-        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
-        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
+        if due(step, FLAGS.log_step, FLAGS.total_steps):
+            meter.check(step, FLAGS.max_bad_steps)
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if saves:
-            save(step)
         if due(step, FLAGS.sample_step):
-            save_samples(diffusion, student, x_T, y_T, f'{logdir}/sample/{step}.png', FLAGS.amp)
+            save_samples(log, step, logdir, diffusion, student, x_T, y_T, FLAGS.amp)
+        if stop.asked() or due(step, FLAGS.save_step, FLAGS.total_steps):
+            save(step)
+        if stop.signal:
+            break
     log.close()
+    stop.leave_if_asked(logdir, step)
 
 
 if __name__ == '__main__':

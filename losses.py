@@ -146,9 +146,11 @@ class MemoryP2P(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, vectors):
-        """Put vectors (n, C), made unit vectors, over the oldest rows of the queue."""
+        """Put vectors (n, C), made unit vectors, over the oldest rows; broken ones stay out."""
         rows = self.pointer + torch.arange(len(vectors), device=self.queue.device)
-        self.queue[rows % len(self.queue)] = F.normalize(vectors, dim=1)
+        rows, unit = rows % len(self.queue), F.normalize(vectors, dim=1)
+        finite = unit.isfinite().all(1, keepdim=True)
+        self.queue[rows] = unit.where(finite, self.queue[rows])
         self.pointer = (self.pointer + len(vectors)) % len(self.queue)
 
     def choose_contrast(self, generator):

@@ -70,6 +70,23 @@ class AttnBlock(nn.Module):
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn for the total batch, of which `rows` are here.
+
+    With torch's generator seeded alike everywhere, the mask of an image does then not depend on
+    how the batch is shared out over processes.
+    """
+
+    total, rows = None, slice(None)
+
+    def forward(self, x):
+        if not self.training or not self.p:
+            return x
+        kept = torch.empty((self.total or len(x), *x.shape[1:]), dtype=torch.bool, device=x.device,
+                           memory_format=torch.channels_last).bernoulli_(1 - self.p)
+        return x * kept[self.rows] * (1 / max(1 - self.p, 1e-6))
+
+
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding between them, residual; attention on request."""
 
@@ -79,7 +96,7 @@ class ResBlock(nn.Module):
                                     initialize(nn.Conv2d(in_ch, out_ch, 3, padding=1)))
         self.temb_proj = nn.Sequential(nn.SiLU(), initialize(nn.Linear(tdim, out_ch)))
         self.block2 = nn.Sequential(
-            nn.GroupNorm(32, out_ch), nn.SiLU(), nn.Dropout(dropout),
+            nn.GroupNorm(32, out_ch), nn.SiLU(), Dropout(dropout),
             initialize(nn.Conv2d(out_ch, out_ch, 3, padding=1), gain=1e-5))   # starts as identity
         self.shortcut = (initialize(nn.Conv2d(in_ch, out_ch, 1)) if in_ch != out_ch
                          else nn.Identity())

@@ -16,9 +16,9 @@ from absl import flags
 from diffusion import Diffusion, distillation_loss
 from model import UNet
 from runtime import checkpoint, data, distributed, options, seeding
-from runtime.training import (Log, Meter, autocast, draw, due, ema_update, fixed_labels,
-                              fixed_noise, frozen, learning_rate, make_logdir, save_samples,
-                              seed_dropout, step_optimizer)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
+                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
+                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -44,7 +44,9 @@ def train(device):
     distributed.check_batch(FLAGS.batch_size, FLAGS.grad_accum)
     options.check_network()
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
-                                num_workers=FLAGS.num_workers)
+                                num_workers=FLAGS.num_workers,
+                                skip_bad_images=FLAGS.skip_bad_images)
+    options.check_size(dataset)
     options.check_labels(dataset, FLAGS.conditional, FLAGS.class_num)
 
     # Network and its moving average
@@ -58,13 +60,12 @@ def train(device):
     params = [p for p in net.parameters() if p.requires_grad]
 
     # Optimiser; the learning rate is a function of the step
-    optim = torch.optim.Adam(params, lr=FLAGS.lr, weight_decay=FLAGS.wd)
+    optim = adam(params, FLAGS.lr, FLAGS.wd)
 
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
     y_T = fixed_labels(FLAGS.sample_size, FLAGS.class_num, FLAGS.conditional, device)
-    start, state = 0, checkpoint.resume(
-        FLAGS.logdir, net, 'base', FLAGS.T, FLAGS.time_scale)
+    start, state = 0, checkpoint.resume(FLAGS.logdir, net, 'base', FLAGS.T, FLAGS.time_scale)
     if state:
         start = state['step']
         checkpoint.restore(state, net_model=net, ema_model=ema, optim=optim)
@@ -80,46 +81,53 @@ def train(device):
                            'the error in eps.')
 
     def save(step):
-        checkpoint.save_run(FLAGS.logdir, dict(
-            net_model=net.state_dict(), ema_model=ema.state_dict(), x_T=x_T.cpu(), T=FLAGS.T,
-            time_scale=FLAGS.time_scale, method='base', use='ema_model',
-            optim=optim.state_dict(), step=step, **options.facts()))
+        checkpoint.save_run(
+            FLAGS.logdir, FLAGS.keep, net_model=net.state_dict(), ema_model=ema.state_dict(),
+            x_T=x_T.cpu(), T=FLAGS.T, time_scale=FLAGS.time_scale, method='base', use='ema_model',
+            step=step, optim=optim.state_dict(), meter=meter.state_dict(), **options.facts())
 
     # Loop
     batches = data.batches(dataset, FLAGS.batch_size, FLAGS.seed, device, start, FLAGS.grad_accum,
                            num_workers=FLAGS.num_workers)
-    meter = Meter()
+    meter, stop = Meter(state and state.get('meter')), Stop()
     log = Log(FLAGS.logdir, f'base T={FLAGS.T}', start, FLAGS.total_steps, FLAGS.batch_size)
     net.train()
     for step in range(start + 1, FLAGS.total_steps + 1):
         rng = seeding.generator(device, FLAGS.seed, seeding.NOISE, FLAGS.T, step)
         t_all, eps_all = draw(FLAGS.batch_size, x_T.shape[1:], 0, FLAGS.T, rng)
-        seed_dropout(FLAGS.seed, step, FLAGS.T)
         for micro in range(FLAGS.grad_accum):
             rows = distributed.rows(FLAGS.batch_size, micro, FLAGS.grad_accum)
             x_0, y = next(batches)
             t, eps = t_all[rows] * FLAGS.time_scale, eps_all[rows]
             z_t = diffusion.add_noise(x_0, eps, t)
+            seed_dropout(net, rows, FLAGS.batch_size, FLAGS.seed, FLAGS.T, step)
             with distributed.no_sync(net_ddp, micro + 1 < FLAGS.grad_accum):
                 with autocast(FLAGS.amp, device):
                     x_pred, eps_pred = diffusion.predict(net_ddp, z_t, t, y)
                 loss = distillation_loss(x_pred, eps_pred, x_0, eps, loss_type).mean()
-                (loss / FLAGS.grad_accum).backward()
+                (strict(loss) / FLAGS.grad_accum).backward()
             meter.add(loss=loss)
 
         lr = learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=False)
-        step_optimizer(optim, params, FLAGS.grad_clip, lr)
+        norm = clip_gradient(params, FLAGS.grad_clip)
+        finite = norm.isfinite()        # on the device: nothing waits for it
+        step_optimizer(optim, finite, lr)
         ema_update(ema, net, FLAGS.ema_decay)
+        meter.add(grad_norm=norm)
+        meter.end_step(finite)
 
-        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
-        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
+        if due(step, FLAGS.log_step, FLAGS.total_steps):
+            meter.check(step, FLAGS.max_bad_steps)
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if saves:
-            save(step)
         if due(step, FLAGS.sample_step):
-            save_samples(diffusion, ema, x_T, y_T, f'{FLAGS.logdir}/sample/{step}.png', FLAGS.amp)
+            save_samples(log, step, FLAGS.logdir, diffusion, ema, x_T, y_T, FLAGS.amp)
+        if stop.asked() or due(step, FLAGS.save_step, FLAGS.total_steps):
+            save(step)
+        if stop.signal:
+            break
     log.close()
+    stop.leave_if_asked(FLAGS.logdir, step)
 
 
 if __name__ == '__main__':

@@ -20,9 +20,9 @@ from diffusion import Diffusion, distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import checkpoint, data, distributed, options, seeding
 from runtime.options import UserError
-from runtime.training import (Log, Meter, autocast, draw, due, ema_update, fixed_labels,
-                              fixed_noise, frozen, learning_rate, make_logdir, save_samples,
-                              seed_dropout, step_optimizer)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
+                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
+                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -56,6 +56,8 @@ flags.DEFINE_float('alpha', 0., 'weight of the entropy and diversity terms of RC
 flags.DEFINE_float('beta', 0.5, 'share of entropy in them: alpha * (beta * H + (1 - beta) * D)')
 flags.DEFINE_float('logits_weight', 1., 'weight of --logits')
 flags.DEFINE_float('gt_weight', 1., 'weight of --gt')
+for name in ('temperature', 'intra_temperature', 'contrast_temperature'):
+    flags.register_validator(name, lambda value: value > 0, 'expected a number above 0')
 
 
 # mean and std of images in [0, 1]; none: as stored with the classifier
@@ -124,7 +126,9 @@ def train(device):
     group = relation_group()
     given = checkpoint.load_teacher(FLAGS.base_ckpt, FLAGS)
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
-                                num_workers=FLAGS.num_workers)
+                                num_workers=FLAGS.num_workers,
+                                skip_bad_images=FLAGS.skip_bad_images)
+    options.check_size(dataset)
     options.check_labels(dataset, given.conditional, given.class_num)
 
     # Teacher and classifier (frozen), student, memory queue with its projection head
@@ -146,9 +150,8 @@ def train(device):
     use_memory = FLAGS.loss_type in ('mp2p', 'm_p2p')
 
     # Optimisers; the head has its own, with a constant rate and no clipping, as released
-    optim = torch.optim.Adam(params, lr=FLAGS.lr, weight_decay=FLAGS.wd)
-    optim_head = torch.optim.Adam(memory.project_head.parameters(), lr=FLAGS.lr,
-                                  weight_decay=FLAGS.wd)
+    optim = adam(params, FLAGS.lr, FLAGS.wd)
+    optim_head = adam(list(memory.parameters()), FLAGS.lr, FLAGS.wd)
 
     # Resume
     x_T = fixed_noise(FLAGS.seed, FLAGS.sample_size, FLAGS.img_size, device)
@@ -167,10 +170,11 @@ def train(device):
 
     def save(step):
         averaged = dict(ema_model=ema.state_dict()) if ema else {}
-        checkpoint.save_run(FLAGS.logdir, dict(
-            net_model=student.state_dict(), x_T=x_T.cpu(), T=T, time_scale=time_scale,
-            method='rdd', optim=optim.state_dict(), memory=memory.state_dict(),
-            optim_head=optim_head.state_dict(), step=step, **averaged, **options.facts()))
+        checkpoint.save_run(
+            FLAGS.logdir, FLAGS.keep, net_model=student.state_dict(), x_T=x_T.cpu(), T=T,
+            time_scale=time_scale, method='rdd', step=step, optim=optim.state_dict(),
+            memory=memory.state_dict(), optim_head=optim_head.state_dict(),
+            meter=meter.state_dict(), **averaged, **options.facts())
 
     def loss_terms(z_t, t, y, x_0, eps, x_target, out_T):
         """{name: (weight, loss)} of one part of the batch."""
@@ -202,14 +206,13 @@ def train(device):
     # Loop
     batches = data.batches(dataset, FLAGS.batch_size, FLAGS.seed, device, start, FLAGS.grad_accum,
                            num_workers=FLAGS.num_workers)
-    meter = Meter()
+    meter, stop = Meter(state and state.get('meter')), Stop()
     log = Log(FLAGS.logdir, f'RDD {given.T}->{T}', start, FLAGS.total_steps, FLAGS.batch_size)
     student.train()
     memory.train()
     for step in range(start + 1, FLAGS.total_steps + 1):
         rng = seeding.generator(device, FLAGS.seed, seeding.NOISE, T, step)
         t_all, eps_all = draw(FLAGS.batch_size, x_T.shape[1:], 1, T, rng)
-        seed_dropout(FLAGS.seed, step, T)
 
         # Teacher: two DDIM steps, then what the classifier sees in the target
         parts = []
@@ -228,30 +231,39 @@ def train(device):
         # Student: one DDIM step to the same place, compared through the classifier
         for micro, part in enumerate(parts):
             last = micro + 1 == FLAGS.grad_accum
+            rows = distributed.rows(FLAGS.batch_size, micro, FLAGS.grad_accum)
+            seed_dropout(student, rows, FLAGS.batch_size, FLAGS.seed, T, step)
             with distributed.no_sync(student_ddp, not last), \
                     distributed.no_sync(memory_ddp, not last):
                 terms = loss_terms(*part)
                 loss = sum(weight * term for weight, term in terms.values())
-                (loss / FLAGS.grad_accum).backward()
+                (strict(loss) / FLAGS.grad_accum).backward()
             meter.add(loss=loss, **{name: term for name, (_, term) in terms.items()})
 
         lr = learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=True)
-        step_optimizer(optim, params, FLAGS.grad_clip, lr)
+        norm = clip_gradient(params, FLAGS.grad_clip)
+        finite = norm.isfinite()        # on the device: nothing waits for it
         if use_memory:
-            step_optimizer(optim_head, list(memory.parameters()), grad_clip=0)
+            finite &= clip_gradient(list(memory.parameters()), 0).isfinite()
+            step_optimizer(optim_head, finite)      # both step, or none
+        step_optimizer(optim, finite, lr)
         if ema:
             ema_update(ema, student, FLAGS.ema_decay)
+        meter.add(grad_norm=norm)
+        meter.end_step(finite)
 
-        saves = due(step, FLAGS.save_step, FLAGS.total_steps)
-        if due(step, FLAGS.log_step) or saves:      # no state is saved with an unchecked loss
+        if due(step, FLAGS.log_step, FLAGS.total_steps):
+            meter.check(step, FLAGS.max_bad_steps)
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if saves:
-            save(step)
         if due(step, FLAGS.sample_step):
-            save_samples(diffusion, student, x_T, y_T, f'{FLAGS.logdir}/sample/{step}.png',
-                         FLAGS.amp)
+            save_samples(log, step, FLAGS.logdir, diffusion, student, x_T, y_T, FLAGS.amp)
+        if stop.asked() or due(step, FLAGS.save_step, FLAGS.total_steps):
+            save(step)
+        if stop.signal:
+            break
     log.close()
+    stop.leave_if_asked(FLAGS.logdir, step)
 
 
 if __name__ == '__main__':

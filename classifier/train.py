@@ -20,7 +20,8 @@ from absl import flags      # noqa: E402
 from classifier.networks import NETWORKS, build_classifier      # noqa: E402
 from runtime import checkpoint, data, distributed, options, seeding     # noqa: E402
 from runtime.options import UserError       # noqa: E402
-from runtime.training import Meter, autocast, learning_rate, progress       # noqa: E402
+from runtime.training import (Meter, Stop, autocast, learning_rate, make_logdir,      # noqa: E402
+                              progress)
 
 FLAGS = flags.FLAGS
 SAME = ('dataset', 'epoch', 'batchsize', 'init_lr', 'wd', 'normalize05', 'img_size', 'amp')
@@ -34,6 +35,8 @@ def define_flags():
     flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
                          '64 for imagenet64, 32 for others', lower_bound=8)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+    flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '
+                      'those that cannot be read and leave them out')
     flags.DEFINE_integer('epoch', 300, 'passes over the training images', lower_bound=1)
     flags.DEFINE_integer('batchsize', 128, 'images per step', lower_bound=2)
     flags.DEFINE_float('init_lr', 0.1, 'learning rate of the first step; a cosine takes it to 0',
@@ -68,7 +71,8 @@ def main():
 def train(device, folder, state):
     # Data
     train_set = data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root), FLAGS.img_size,
-                                  train=True, num_workers=FLAGS.num_workers)
+                                  train=True, num_workers=FLAGS.num_workers,
+                                  skip_bad_images=FLAGS.skip_bad_images)
     test_set = make_test_set()
     steps_per_epoch = max(1, round(len(train_set) / FLAGS.batchsize))
     total_steps = FLAGS.epoch * steps_per_epoch
@@ -87,7 +91,7 @@ def train(device, folder, state):
         start = state['step']
         model.load_state_dict(state['model'])
         optim.load_state_dict(state['optim'])
-    make_folder(folder)
+    make_logdir(folder, '--result_path folder')
     options.announce(device, folder, start, images=len(train_set), classes=train_set.num_classes,
                      parameters=sum(p.numel() for p in model.parameters()), steps=total_steps)
     print(f'seed {FLAGS.seed}; input mean {mean}, std {std}', flush=True)
@@ -103,6 +107,7 @@ def train(device, folder, state):
     batches = data.batches(train_set, FLAGS.batchsize, FLAGS.seed, device, start,
                            num_workers=FLAGS.num_workers)
     last, meter, since = last_step(total_steps), Meter(), (time.perf_counter(), start)
+    accuracy, stop = state['accuracy'] if state else None, Stop()
     with progress(last, FLAGS.model, start) as bar:
         for step in range(start + 1, last + 1):
             model.train()
@@ -132,6 +137,10 @@ def train(device, folder, state):
                 report(bar, f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}, '
                             f'{percent(accuracy)}')
                 since = (time.perf_counter(), step)
+            if stop.asked():
+                save(step, accuracy)
+                break
+    stop.leave_if_asked(folder, step)
 
 
 def resume(path):
@@ -161,7 +170,8 @@ def make_test_set():
     """The test split, or None with the reason printed."""
     try:
         return data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root), FLAGS.img_size,
-                                 train=False, num_workers=FLAGS.num_workers)
+                                 train=False, num_workers=FLAGS.num_workers,
+                                 skip_bad_images=FLAGS.skip_bad_images)
     except UserError as error:
         print(f'note: there will be no test accuracy: {error}.')
 
@@ -186,14 +196,6 @@ def measured(dataset, num_workers=0, most=50000):
     mean, square = sums / len(chosen)
     std = (square - mean.square()).clamp(min=1e-4).sqrt()
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
-
-
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{folder} cannot be made a folder ({error.strerror}); choose another '
-                        f'--result_path')
 
 
 def random_crop(x_0, pad, generator):

@@ -1,7 +1,9 @@
 """Checkpoints: plain types only, written so that a kill at any moment loses nothing."""
 
+import contextlib
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -15,14 +17,25 @@ ARCH = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_nu
 
 
 def save(path, state):
-    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename."""
+    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename.
+
+    Raises:
+        UserError: it cannot be written (code 1); what was there before is untouched.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise UserError(f'{path} could not be written ({reason}); what it held before is '
+                        f'untouched; make room and run the same command again', code=1)
 
 
 def find(path):
@@ -53,10 +66,59 @@ def read(path):
     return state
 
 
-def save_run(logdir, state):
-    """Write `<logdir>/ckpt.pt` on the first process."""
-    if distributed.is_main():
-        save(Path(logdir) / 'ckpt.pt', state)
+def save_run(logdir, keep, **state):
+    """Write `<logdir>/ckpt.pt` on the first process; `state` has at least step.
+
+    With `keep`, it is also ckpt_<step>.pt (one file, two names), and as many earlier ones stay.
+    """
+    if not distributed.is_main():
+        return
+    newest = Path(logdir) / 'ckpt.pt'
+    if not keep:
+        return save(newest, state)
+    numbered = newest.with_name(f'ckpt_{state["step"]}.pt')
+    save(numbered, state)
+    second_name(numbered, newest)
+    for old in history(logdir)[keep + 1:]:
+        old.unlink()
+
+
+def second_name(file, name):
+    """Let `name` mean `file` as well, replacing what it meant in one go."""
+    temporary = name.with_name(name.name + '.tmp')
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(file, temporary)
+    except OSError:         # a file system without hard links
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, name)
+
+
+def history(logdir):
+    """The files ckpt_<step>.pt of a run, the newest first."""
+    files = [f for f in Path(logdir).glob('ckpt_*.pt') if f.stem[len('ckpt_'):].isdigit()]
+    return sorted(files, key=lambda f: -int(f.stem[len('ckpt_'):]))
+
+
+def read_newest(logdir):
+    """The newest readable checkpoint of a run, or None; names those it passes over.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    newest, problem = Path(logdir) / 'ckpt.pt', None
+    for file in [newest] * newest.exists() + history(logdir):
+        try:
+            state = read(file)
+            if problem:
+                distributed.print0(f'note: {problem}; going on from {file} instead.')
+            return state
+        except UserError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
 
 
 def resume(logdir, network, method, T, time_scale, base_ckpt=None):
@@ -72,10 +134,9 @@ def resume(logdir, network, method, T, time_scale, base_ckpt=None):
     if base_ckpt and find(base_ckpt).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
         raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
                         f'would be overwritten; choose another --logdir')
-    path = Path(logdir) / 'ckpt.pt'
-    if not path.exists():
+    state = read_newest(logdir)
+    if state is None:
         return None
-    state = read(path)
     if 'optim' not in state or 'step' not in state:
         raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
                         f'cannot be continued and would be overwritten; choose another --logdir')

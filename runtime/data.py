@@ -7,6 +7,7 @@ are mirrored, is a function of (seed, k) alone.
 
 import itertools
 import pickle
+import signal
 import zipfile
 from pathlib import Path
 
@@ -46,13 +47,14 @@ class Images(Dataset):
         return (self.decode(i) if self.images is None else self.images[i]), self.labels[i]
 
 
-def make_dataset(name, root, img_size, train, num_workers=0):
+def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=False):
     """The training or test split of data set `name`.
 
     Args:
         name: one of DATASETS. root: folder that holds (or will hold) its files.
         img_size: height and width in pixels. train: training split, else test split.
         num_workers: processes that decode a folder small enough to be held in memory.
+        skip_bad_images: name image files that cannot be read and leave them out.
     Raises:
         UserError: unknown name; missing, empty or unusable files; no test split.
     """
@@ -60,6 +62,8 @@ def make_dataset(name, root, img_size, train, num_workers=0):
     if name not in makers:
         raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     dataset = makers[name](name, root, img_size, 'train' if train else 'test')
+    if skip_bad_images and isinstance(dataset.decode, _Decoder):
+        _leave_out_bad(dataset, num_workers)
     if dataset.images is None and len(dataset) * 3 * img_size ** 2 <= IN_MEMORY:
         dataset.images = _decode_all(dataset, num_workers)
     return dataset
@@ -124,8 +128,72 @@ class _Decoder:
 
     def __call__(self, i):
         from PIL import Image
-        with Image.open(self.samples[i][0]) as image:
-            return self.transform(image.convert('RGB'))
+        try:
+            with Image.open(self.samples[i][0]) as image:
+                return self.transform(_rgb(image))
+        except (OSError, ValueError, SyntaxError) as error:     # what Pillow raises
+            raise UserError(f'{self.samples[i][0]} cannot be read as an image '
+                            f'({str(error).splitlines()[0]}); repair or remove it, or leave such '
+                            f'files out with --skip_bad_images')
+
+    def problem(self, i):
+        """Why file number `i` cannot be read, or ''."""
+        try:
+            self(i)
+            return ''
+        except UserError as error:
+            return str(error).split(';')[0]
+
+
+def _rgb(image):
+    """A PIL image of any mode in RGB; 16 bits are scaled to 8, which Pillow would cut off."""
+    if image.mode.startswith('I'):
+        from PIL import Image
+        grey = (np.asarray(image) / 257).round().clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert('RGB')
+
+
+class _Problems(Dataset):
+    """What is wrong with each file, for a DataLoader."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+
+    def __len__(self):
+        return len(self.decoder.samples)
+
+    def __getitem__(self, i):
+        return self.decoder.problem(i)
+
+
+def _leave_out_bad(dataset, num_workers):
+    """Read every file once; name those that cannot be read and take them out of `dataset`."""
+    loader = _load(_Problems(dataset.decode), num_workers, batch_size=256)
+    problems = [problem for part in loader for problem in part]
+    for problem in filter(None, problems):
+        distributed.print0(f'note: left out: {problem}.')
+    good = [i for i, problem in enumerate(problems) if not problem]
+    dataset.labels = dataset.labels[good]
+    dataset.decode.samples = [dataset.decode.samples[i] for i in good]
+
+
+def _load(dataset, num_workers, **how):
+    """Batches of a DataLoader; a file that a worker cannot read is told in one sentence.
+
+    DataLoader raises the exception of a worker anew, with the traceback as its message.
+    """
+    try:
+        yield from DataLoader(dataset, num_workers=num_workers, worker_init_fn=_ignore_signals,
+                              persistent_workers=num_workers > 0, **how)
+    except UserError as error:
+        raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+
+
+def _ignore_signals(worker):
+    """The main process ends the workers; Ctrl-C reaches them as well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _folder(name, root, img_size, split):
@@ -226,7 +294,7 @@ def _decode_all(dataset, num_workers):
     """All images of a small folder as one uint8 tensor."""
     from runtime.training import progress
     images = torch.empty(len(dataset), 3, dataset.img_size, dataset.img_size, dtype=torch.uint8)
-    loader = DataLoader(dataset, 256, num_workers=num_workers)
+    loader = _load(dataset, num_workers, batch_size=256)
     with progress(len(dataset), f'decode {dataset.name}', unit='img') as bar:
         for i, (part, _) in enumerate(loader):
             images[256 * i:256 * i + len(part)] = part
@@ -243,8 +311,7 @@ def in_order(dataset, batch_size, device, indices=None, num_workers=0):
     indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices)
     chunks = indices.split(batch_size)
     if dataset.images is None:
-        parts = DataLoader(dataset, batch_sampler=[c.tolist() for c in chunks],
-                           num_workers=num_workers)
+        parts = _load(dataset, num_workers, batch_sampler=[c.tolist() for c in chunks])
     else:
         parts = ((dataset.images[c], dataset.labels[c]) for c in chunks)
     for chunk, (images, labels) in zip(chunks, parts):
@@ -296,9 +363,8 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
     """
     flip = dataset.flip if flip is None else flip
     order = StepOrder(len(dataset), batch_size, seed, start_step, accum)
-    loaded = _from_memory(dataset, order, device) if dataset.images is not None else DataLoader(
-        dataset, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == 'cuda',
-        persistent_workers=num_workers > 0)
+    loaded = _from_memory(dataset, order, device) if dataset.images is not None else _load(
+        dataset, num_workers, batch_sampler=order, pin_memory=device.type == 'cuda')
     for number, (images, labels) in enumerate(loaded, start_step * accum):
         step, micro = divmod(number, accum)
         x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)

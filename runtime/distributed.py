@@ -40,12 +40,27 @@ def init(gpu_id=None):
     if cuda:
         torch.cuda.set_device(device)
     if processes > 1 and not dist.is_initialized():
-        # the others wait while the first process draws a grid or rewrites a data set
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
+        join('nccl' if cuda else 'gloo', processes)
     if not cuda:
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
     return device
+
+
+def join(backend, processes):
+    """Meet the other processes where the launcher says."""
+    global _hosts
+    address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    try:        # the others wait while the first process draws a grid or rewrites a data set
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
+                        f'MASTER_PORT): {str(error).splitlines()[0]}; use a free port '
+                        f'(--master_port) and an address all machines reach', code=1)
+    _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo')
+
+
+_hosts = None       # group for numbers that live on the host; None: the default group
 
 
 def rank():
@@ -117,6 +132,15 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def largest(number):
+    """The largest of the integers of all processes, without touching a GPU."""
+    if not dist.is_initialized():
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
+    return int(value)
+
+
 def mean_with_grad(tensor):
     """Mean over the processes, through which gradients flow back to every process."""
     if not dist.is_initialized():
@@ -162,7 +186,7 @@ def no_sync(module, wanted=True):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on any backend.
+    """Batch norm over the batches of all processes, on any backend and device.
 
     torch's SyncBatchNorm wants GPUs. Mean and mean square travel through a differentiable
     all-reduce, so the gradient is that of one big batch.
@@ -175,20 +199,18 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean, square = mean_with_grad(sums).chunk(2)
         var = square - mean.square()
         count = x.numel() / x.shape[1] * world_size()
-        with torch.no_grad():
+        with torch.no_grad():       # a step that is not finite leaves no trace
+            finite, weight = (mean + var).isfinite(), self.momentum
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.running_mean.lerp_(mean.where(finite, self.running_mean), weight)
+            self.running_var.lerp_((var * count / (count - 1)).where(finite, self.running_var),
+                                   weight)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
 
 
 def sync_batch_norm(module):
     """Make every BatchNorm2d in `module` use the batch of all processes; keys stay the same."""
-    if not dist.is_initialized():
-        return module
-    if torch.cuda.is_available():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d     # same parameters and buffers, other forward

@@ -55,6 +55,12 @@ def run(main, words=False):
         fail(' '.join(str(error).split()) + ' (see --help)', 2)
     except UserError as error:
         fail(str(error), error.code)
+    except KeyboardInterrupt:
+        fail('interrupted', 130)
+    except RuntimeError as error:
+        if 'Connection' not in str(error) or int(os.environ.get('WORLD_SIZE', 1)) == 1:
+            raise
+        fail(f'another process has ended, see what it says ({str(error).splitlines()[0]})', 1)
 
 
 # Flags of the scripts of this project, of the released code, RCFD and pytorch-ddpm: a flagfile
@@ -67,8 +73,8 @@ KNOWN = set('''
     inception_weights weights save_images dataset data_root batch_size num_workers lr wd grad_clip
     total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
     ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
-    num_gpus distributed local_rank local-rank amp train eval eval_step parallel beta_1
-    beta_T'''.split())
+    num_gpus distributed local_rank local-rank amp keep max_bad_steps skip_bad_images train eval
+    eval_step parallel beta_1 beta_T'''.split())
 
 
 def without_strangers(argv):
@@ -163,6 +169,13 @@ def facts():
                 batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
 
 
+def check_size(dataset):
+    """Refuse a data set that cannot fill one batch with different images."""
+    if len(dataset) < FLAGS.batch_size:
+        raise UserError(f'--batch_size {FLAGS.batch_size} is more than the {len(dataset)} training '
+                        f'images of --dataset {dataset.name}; lower it')
+
+
 def check_labels(dataset, conditional, class_num):
     """Refuse a class-conditional network whose number of classes the data set contradicts."""
     if conditional and dataset.num_classes != class_num:
@@ -187,10 +200,9 @@ def check_network():
 
 
 def announce(device, logdir, start, **numbers):
-    """Print the resolved configuration and keep it in `<logdir>/flagfile.txt`; main process."""
+    """Print the resolved configuration and where the run starts; main process."""
     if int(os.environ.get('RANK', 0)):
         return
-    save_flagfile(logdir)
     words = ' '.join(resolved().split('\n'))
     print(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
                         subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
@@ -236,6 +248,8 @@ def define_data_flags():
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', lower_bound=1)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+    flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '
+                      'those that cannot be read and leave them out')
 
 
 def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0.):
@@ -256,5 +270,10 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
                          lower_bound=0)
     flags.DEFINE_integer('save_step', 1000, 'steps between checkpoints; 0: only at the end',
                          lower_bound=0)
+    flags.DEFINE_integer('keep', 1, 'earlier checkpoints to keep, as ckpt_STEP.pt; 0: none',
+                         lower_bound=0)
+    flags.DEFINE_integer('max_bad_steps', 20, 'stop after so many steps in a row whose loss or '
+                         'gradient is not finite (none of them is applied); looked at when a log '
+                         'line is due; 0: never', lower_bound=0)
     flags.DEFINE_integer('log_step', 50, 'steps between log lines', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'seed of everything random', lower_bound=0)

@@ -1,15 +1,22 @@
 """Verbs of a training loop, a dozen lines each; the loop itself stays in the script."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from runtime import distributed, seeding
+from model import Dropout
+from runtime import distributed, options, seeding
 from runtime.options import UserError
 
 
@@ -24,16 +31,38 @@ def learning_rate(step, lr, warmup, total_steps, decay):
     return rate
 
 
-def step_optimizer(optim, params, grad_clip, lr=None):
-    """One update; returns the norm of the gradient before clipping (a tensor, not synchronised)."""
-    if lr is not None:
-        for group in optim.param_groups:
-            group['lr'] = lr
+def adam(params, lr, wd):
+    """Adam as one fused kernel, where this torch has it for the device of `params`."""
+    try:
+        return torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True)
+    except RuntimeError:        # torch before 2.4 on a CPU
+        return torch.optim.Adam(params, lr=lr, weight_decay=wd)
+
+
+def strict(loss):
+    """The same loss, whose gradient is NaN if the loss is infinite or NaN."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def clip_gradient(params, grad_clip):
+    """Scale the gradient to a norm of at most `grad_clip` (0: leave it); returns its norm."""
     limit = grad_clip if grad_clip > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(params, limit)
-    optim.step()
+    return torch.nn.utils.clip_grad_norm_(params, limit)
+
+
+def step_optimizer(optim, finite, lr=None):
+    """One update, left out where `finite` (a bool tensor) is False; then empties the gradient.
+
+    The fused kernels decide that on the device, so that the host need not wait for it.
+    """
+    for group in optim.param_groups:
+        group['lr'] = group['lr'] if lr is None else lr
+    if optim.param_groups[0]['fused']:
+        optim.found_inf = (~finite).float()
+        optim.step()
+    elif finite:
+        optim.step()
     optim.zero_grad(set_to_none=True)
-    return norm
 
 
 @torch.no_grad()
@@ -80,23 +109,96 @@ def has_fast_bf16(device):
 
 
 class Meter:
-    """Means of named scalars between two log lines; adds without synchronising with the device."""
+    """Means of named scalars between two log lines, and a count of steps that are not finite.
 
-    def __init__(self):
-        self.sums, self.count = {}, 0
+    Adds on the device; `mean` and `check` alone wait for it.
+    """
+
+    def __init__(self, state=None):
+        """state: a `state_dict` to go on from, so that resuming changes no log line."""
+        state = state or dict(sums={}, bad=0, streak=0)
+        self.sums = {name: torch.tensor(values) for name, values in state['sums'].items()}
+        self.bad, self.streak = torch.tensor(state['bad']), torch.tensor(state['streak'])
 
     def add(self, **terms):
+        """Add values; those that are not finite count apart, and do not spoil the mean."""
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
-        self.count += 1
+            value = torch.as_tensor(value).detach().float()
+            finite = value.isfinite()
+            parts = torch.stack([value.where(finite, value.new_zeros(())), finite.float(),
+                                 (~finite).float()])
+            before = self.sums.get(name)
+            self.sums[name] = parts if before is None else before.to(parts.device) + parts
+
+    def end_step(self, finite):
+        """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
+        self.bad = self.bad.to(finite.device) + ~finite
+        self.streak = (self.streak.to(finite.device) + 1) * ~finite
+
+    def _reduce(self):
+        """{name: [sum, finite values, others]} over all processes, on the host."""
+        names = sorted(self.sums)
+        sums = distributed.all_reduce_sum(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, sums.tolist()))
+
+    def state_dict(self):
+        """Numbers for a checkpoint; afterwards all processes hold the same part of the sums."""
+        sums = self._reduce() if self.sums else {}
+        share = {name: [v / distributed.world_size() for v in values]
+                 for name, values in sums.items()}
+        self.sums = {name: torch.tensor(values) for name, values in share.items()}
+        return dict(sums=share, bad=int(self.bad), streak=int(self.streak))
 
     def mean(self):
-        """{name: float} over all processes, then empty. The one synchronisation point."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[n] for n in names]) / self.count
-        values = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
-        self.sums, self.count = {}, 0
-        return dict(zip(names, values))
+        """{name: float} over all processes and finite values, and bad_steps; then empty."""
+        means = {name: s / n if n else math.nan for name, (s, n, _) in self._reduce().items()}
+        means['bad_steps'] = int(self.bad)
+        self.sums, self.bad = {}, torch.zeros_like(self.bad)
+        return means
+
+    def check(self, step, max_bad_steps):
+        """Stop the run if too many steps in a row were not finite.
+
+        Raises:
+            UserError: with the step, the terms that were not finite and what to try (code 1).
+        """
+        if not 0 < max_bad_steps <= self.streak:
+            return
+        broken = [name for name, (_, _, bad) in self._reduce().items() if bad]
+        terms = [name for name in broken if name not in ('loss', 'grad_norm')] or broken
+        raise UserError(
+            f'at step {step} the last {int(self.streak)} steps in a row had a value that is not '
+            f'finite ({", ".join(terms)}) and were not applied; lower --lr or --grad_clip, or '
+            f'raise --max_bad_steps, and run again: the checkpoint is a good one', code=1)
+
+
+class Stop:
+    """SIGTERM or SIGINT, on any process, asks the run to end after the step it is in."""
+
+    received = 0        # of the process: a signal between two stages counts as well
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        Stop.received = number
+        signal.signal(number, signal.SIG_DFL)       # a second one ends the process at once
+
+    def asked(self):
+        """Whether any process has been asked; a collective of one number, off the device."""
+        self.signal = distributed.largest(Stop.received)
+        return self.signal > 0
+
+    def leave_if_asked(self, folder, step):
+        """After the loop: say that it was stopped, and end with the exit code of the signal."""
+        if not self.signal:
+            return
+        distributed.print0(f'{signal.Signals(self.signal).name}: stopped after step {step}, saved '
+                           f'in {folder}; run the same command again to go on.')
+        distributed.cleanup()
+        sys.exit(128 + self.signal)
 
 
 class _PlainLines:
@@ -147,24 +249,31 @@ class Log:
             path.with_suffix('.tmp').replace(path)
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
+            self.board.add_text('flags', options.resolved().replace('\n', '  \n'), step)
 
     def write(self, step, **scalars):
-        """One line of scalars, with images/s since the last line."""
+        """One line of scalars, with images/s since the last line and the memory in use."""
         now = time.perf_counter()
-        if not math.isfinite(scalars['loss']):
-            raise UserError(f'the loss is {scalars["loss"]} at step {step} and training has '
-                            f'diverged; lower --lr or --grad_clip and run again (it goes on from '
-                            f'the last checkpoint)', code=1)
         scalars['images_per_s'] = (step - self.since[1]) * self.images_per_step / (
             now - self.since[0])
+        scalars['memory_mb'] = memory_mb()
         self.since = (now, step)
         if self.file:
-            self.file.write(json.dumps(dict(step=step, **scalars)) + '\n')
+            line = {name: value if math.isfinite(value) else None
+                    for name, value in scalars.items()}
+            self.file.write(json.dumps(dict(step=step, **line)) + '\n')
             self.file.flush()
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
+
+    def grid(self, step, path, images):
+        """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard."""
+        if self.file:
+            side = max(1, round(len(images) ** 0.5))
+            picture = save_grid(images, path, nrow=side, scale=max(1, 64 // images.shape[-1]))
+            self.board.add_image('samples', picture, step, dataformats='HWC')
 
     def close(self):
         self.bar.close()
@@ -173,8 +282,22 @@ class Log:
             self.board.close()
 
 
+def memory_mb():
+    """Peak of the GPU memory in use, or the memory of this process now, in MiB; 0: unknown."""
+    if torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20, 1)
+    try:
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+    except OSError:
+        return 0
+    return round(pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, 1)
+
+
 def save_grid(images, path, nrow=8, scale=1):
-    """Write images (B, 3, H, W) in [-1, 1] as one PNG grid, enlarged `scale` times."""
+    """Write images (B, 3, H, W) in [-1, 1] as one PNG grid, enlarged `scale` times.
+
+    Returns the picture, uint8 (height, width, 3).
+    """
     import runtime.torchvision_cpu  # noqa: F401
     from torchvision.utils import make_grid
     from PIL import Image
@@ -183,12 +306,14 @@ def save_grid(images, path, nrow=8, scale=1):
     picture = Image.fromarray(grid)
     size = (picture.width * scale, picture.height * scale)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(size, Image.NEAREST).save(path)
+    picture = picture.resize(size, Image.NEAREST)
+    picture.save(path)
+    return np.asarray(picture)
 
 
 @torch.no_grad()
-def save_samples(diffusion, network, x_T, y, path, amp='none'):
-    """Sample a grid from fixed x_T and labels on the first process; draws no random number."""
+def save_samples(log, step, folder, diffusion, network, x_T, y, amp='none'):
+    """Draw a grid from fixed x_T and labels on the first process; takes no random number."""
     if not distributed.is_main():
         return
     training = network.training
@@ -196,22 +321,59 @@ def save_samples(diffusion, network, x_T, y, path, amp='none'):
     with autocast(amp, x_T.device):
         images = diffusion.sample(network, x_T, y=y)
     network.train(training)
-    save_grid(images, path, nrow=max(1, round(len(x_T) ** 0.5)), scale=max(1, 64 // x_T.shape[-1]))
+    log.grid(step, f'{folder}/sample/{step}.png', images)
 
 
-def seed_dropout(seed, step, T):
-    """Restart torch's default generator, from which dropout draws, at every step."""
-    torch.manual_seed(seeding.mix(seed, seeding.DROPOUT, T, step, distributed.rank()))
+def seed_dropout(network, rows, total, seed, T, step):
+    """Make the dropout masks of a step a function of (seed, T, step, place in the total batch).
+
+    Args:
+        rows: slice of the `total` images of the batch that the next forward pass works on.
+    """
+    torch.manual_seed(seeding.mix(seed, seeding.DROPOUT, T, step))
+    for module in network.modules():
+        if isinstance(module, Dropout):
+            module.total, module.rows = total, rows
 
 
-def make_logdir(logdir):
-    """Create the folder of a run (first process), or say in one sentence why it cannot be."""
-    with distributed.main_first():
+def make_logdir(logdir, flag='--logdir'):
+    """Create the folder of a run, take it for this process and write its flagfile.
+
+    Raises:
+        UserError: it cannot be written to, or another run is at work in it.
+    """
+    problem = None
+    if distributed.is_main():
         try:
             Path(logdir).mkdir(parents=True, exist_ok=True)
+            problem = lock(Path(logdir) / '.lock')
+            if not problem:
+                options.save_flagfile(logdir)
         except OSError as error:
-            raise UserError(f'--logdir {logdir} cannot be made a folder ({error.strerror}); '
-                            f'choose another', code=2)
+            problem = f'cannot be written to ({error.strerror})'
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise UserError(f'{flag} {logdir} {problem}; choose another')
+
+
+_locks = []         # open files: closing one would give its lock back
+
+
+def lock(path):
+    """Hold `path` until this process ends, however it ends; or return who holds it."""
+    file = open(path, 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None     # a file system without locks
+        file.seek(0)
+        return f'is in use by {file.read().strip() or "another run"}'
+    _locks.append(file)
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    return None
 
 
 def fixed_noise(seed, count, img_size, device):

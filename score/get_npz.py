@@ -38,6 +38,8 @@ def define_flags():
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
     flags.DEFINE_integer('batchsize', 128, 'images per process and step', lower_bound=1)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+    flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
+                      'them out')
     flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of a classifier '
                         'of classifier/train.py')
     flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: fetched '
@@ -57,7 +59,8 @@ def main():
     distributed.barrier()       # nobody starts if the file cannot be written
     dataset = data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root),
                                 FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32),
-                                train=FLAGS.split == 'train', num_workers=FLAGS.num_workers)
+                                train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
+                                skip_bad_images=FLAGS.skip_bad_images)
     network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     indices = chosen_images(len(dataset))
     origin = dict(dataset=dataset.name, split=dataset.split, half=FLAGS.half,

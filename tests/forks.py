@@ -2,8 +2,8 @@
 
 Standard input: JSON {name: [command, ..]}; the commands of a list run one after another, lists side
 by side. Output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and, if
-wanted, `cwd`, `ranks` (that many processes, as a launcher starts them) and `kill_after_save` (die
-as by kill -9 right after the first checkpoint).
+wanted, `cwd`, `env`, `ranks` (that many processes, as a launcher starts them), `kill_after_save`
+(die as by kill -9 right after the first checkpoint) and `signal`: [number, file, lines], sent to the last process when `file` has so many.
 """
 
 import json
@@ -12,6 +12,7 @@ import runpy
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def child(command, out, err, env):
         os._exit(code)
 
 
+def send(pid, number, file, lines):
+    """Send a signal as soon as `file` has so many lines, unless the process ends before."""
+    while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(.005)
+    os.kill(pid, number)
+
+
 def exit_code(status):
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
@@ -82,10 +92,13 @@ def run(command, folder):
     for rank in range(ranks):
         env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
                    LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
+        env.update(command.get('env', {}))
         out, err = (str(folder / f'{name}{rank}') for name in ('out', 'err'))
         pids.append(os.fork())
         if not pids[-1]:
             child(command, out, err, env)
+    if 'signal' in command:
+        send(pids[-1], *command['signal'])
     codes = [exit_code(os.waitpid(pid, 0)[1]) for pid in pids]
     texts = [(folder / name).read_text() for name in ('out0', 'err0')]
     return [max(codes, key=abs)] + texts

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from classifier import build_classifier
 from runtime import checkpoint
@@ -20,6 +23,7 @@ NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn
            '--num_res_blocks=1 --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1').split()
 STEPS = ['--total_steps=4', '--save_step=2', '--sample_step=0']
 DROPOUT = ['--dropout=0.1']
+LONG = ['--total_steps=40', '--save_step=3']
 BASE = ['train_base.py', *NETWORK, *STEPS, '--T=8', '--warmup=3', '--ema_decay=0.5']
 PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-3']
 RDD = ['train_rdd.py', *NETWORK, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
@@ -77,11 +81,11 @@ class Runs:
     def ckpt(self, name):
         return checkpoint.read(self.folder / name)
 
-    def losses(self, name):
+    def losses(self, name, steps=4):
         """{step: {loss term: value}}"""
         lines = map(json.loads, (self.folder / name / 'metrics.jsonl').read_text().splitlines())
         lines = list(lines)
-        assert [line['step'] for line in lines] == [1, 2, 3, 4]     # each step once
+        assert [line['step'] for line in lines] == list(range(1, steps + 1))    # each step once
         return {line['step']: {key: value for key, value in line.items() if 'loss' in key}
                 for line in lines}
 
@@ -120,6 +124,9 @@ def evaluation(runs, name, *more):
 
 
 def good_jobs(runs):
+    shutil.copytree(str(runs.folder / 'pd'), str(runs.folder / 'bad/damaged'))
+    for name in ('ckpt.pt', 'ckpt_4.pt'):
+        os.truncate(str(runs.folder / 'bad/damaged' / name), 5000)
     rdd = [*RDD, runs.teacher('pd'), runs.classifier]
     until = command(PD, runs.teacher('base'), runs.to('stages'), '--until=2', '--total_steps=2')
 
@@ -127,7 +134,24 @@ def good_jobs(runs):
         argv = [*argv, *DROPOUT, runs.to(name)]
         return [command(argv, kill_after_save=True), command(argv)]
 
+    def stopped(argv, name, number, **extra):
+        """Stopped by a signal after some steps, then started again; and the whole run."""
+        argv = [*argv, *DROPOUT, *LONG]
+        after = [number, str(runs.folder / name / 'metrics.jsonl'), 5]
+        return {name: [command(argv, runs.to(name), signal=after, **extra),
+                       command(argv, runs.to(name), **extra)],
+                f'{name}_whole': [command(argv, runs.to(f'{name}_whole'), **extra)]}
+
     return dict(
+        stopped(BASE, 'base_term', signal.SIGTERM),
+        **stopped([*PD, runs.teacher('base')], 'pd_int', signal.SIGINT, ranks=2),
+        **stopped(rdd, 'rdd_kill', signal.SIGKILL),
+        dropout_one=[command(BASE, '--dropout=0.5', runs.to('dropout_one'))],
+        dropout_two=[command(BASE, '--dropout=0.5', runs.to('dropout_two'), ranks=2)],
+        dropout_parts=[command(BASE, '--dropout=0.5', runs.to('dropout_parts'), '--grad_accum=4')],
+        diverged=[command(BASE, runs.to('diverged'), '--lr=1e20', '--warmup=0', '--total_steps=9',
+                          '--save_step=1', '--max_bad_steps=3', '--grad_clip=0')],
+        damaged=[command(PD, runs.to('bad/damaged'), runs.teacher('base'), '--total_steps=5')],
         base_resumed=resumed(BASE, 'base_resumed'),
         pd_resumed=resumed([*PD, runs.teacher('base')], 'pd_resumed'),
         rdd_whole=[command(rdd, *DROPOUT, runs.to('rdd_whole'))],
@@ -233,6 +257,45 @@ def test_resuming_is_exact(runs, whole, resumed):
     assert runs.losses(whole) == runs.losses(resumed)
 
 
+@pytest.mark.parametrize('name, code, word', [('base_term', 143, 'SIGTERM: stopped after step '),
+                                              ('pd_int', 130, 'SIGINT: stopped after step '),
+                                              ('rdd_kill', -9, '')])
+def test_stopped_and_resumed_is_exact(runs, name, code, word):
+    """The signal goes to the last process alone; all of them end after the same step."""
+    assert_ran(runs.forked[name], [code, 0])
+    assert_ran(runs.forked[f'{name}_whole'])
+    (_, first, _), (_, second, _) = runs.forked[name]
+    assert word in first and 'resuming at step' in second
+    assert_same(runs.ckpt(f'{name}_whole'), runs.ckpt(name), skip=['flags'])
+    assert runs.losses(f'{name}_whole', 40) == runs.losses(name, 40)
+
+
+def test_diverging_run_stops(runs):
+    """It names step and term; what it saved is finite."""
+    (code, _, err), = runs.forked['diverged']
+    assert code == 1 and 'Traceback' not in err
+    assert '3 steps in a row' in err and '(loss' in err and '--lr' in err
+    state = runs.ckpt('diverged')
+    assert all(value.isfinite().all() for value in state['net_model'].values())
+    assert all(value.isfinite().all() for moments in state['optim']['state'].values()
+               for value in moments.values())
+
+
+def test_damaged_newest_checkpoint(runs):
+    """It is named, and the one before is used."""
+    assert_ran(runs.forked['damaged'])
+    out = runs.forked['damaged'][0][1]
+    assert 'ckpt.pt is truncated' in out and 'ckpt_2.pt instead' in out
+    assert 'resuming at step 2' in out and runs.ckpt('bad/damaged')['step'] == 5
+
+
+def test_dropout_does_not_depend_on_the_number_of_processes(runs):
+    for name in ('dropout_one', 'dropout_two', 'dropout_parts'):
+        assert_ran(runs.forked[name])
+    assert_same_losses(runs, 'dropout_one', 'dropout_two')
+    assert_same_losses(runs, 'dropout_one', 'dropout_parts')
+
+
 def assert_same_losses(runs, one, two):
     one, two = runs.losses(one), runs.losses(two)
     for step in one:
@@ -294,6 +357,17 @@ def bad_jobs(runs):
     (bad / 'of_rdd').mkdir()
     checkpoint.save(bad / 'of_rdd/ckpt.pt', dict(runs.ckpt('pd'), method='rdd', memory={}))
     (bad / 'empty/dog').mkdir(parents=True)
+    (bad / 'broken/dog').mkdir(parents=True)
+    for i in range(8):
+        Image.new('RGB', (8, 8)).save(str(bad / f'broken/dog/{i}.png'))
+    (bad / 'broken/dog/5.png').write_bytes(b'no picture')
+    np.savez(str(bad / 'nan.npz'), mu=np.full(144, np.nan), sigma=np.eye(144))
+    np.savez(str(bad / 'mu.npz'), mu=np.zeros(144))
+    runs.busy = socket.socket()     # a port in use
+    runs.busy.bind(('127.0.0.1', 0))
+    runs.busy.listen(1)
+    busy = dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                MASTER_PORT=str(runs.busy.getsockname()[1]))
     for name, size in (('cut', 5000), ('void', 0)):
         (bad / name).mkdir()
         data = (runs.folder / 'base/ckpt.pt').read_bytes()[:size]
@@ -331,10 +405,26 @@ def bad_jobs(runs):
         other_queue=(RDD, runs.teacher('pd'), runs.classifier, runs.to('rdd_whole'),
                      '--total_steps=9', '--queue_size=70'),
         contrast=(rdd, runs.classifier, '--contrast_size=65'),
+        temperature=(rdd, runs.classifier, '--temperature=0'), negative_lr=(base, '--lr=-1'),
+        broken_image=(base, '--dataset=folder', f'--data_root={bad}/broken'),
+        small_set=(base, '--dataset=folder', f'--data_root={bad}/broken', '--skip_bad_images'),
+        nan=(evaluation(runs, 'base', f'--fid_cache={bad}/nan.npz'),),
+        mu_alone=(evaluation(runs, 'base', f'--fid_cache={bad}/mu.npz'),),
+        statistics_cut=(evaluation(runs, 'base', f'--fid_cache={bad}/file'),),
+        one_image=(evaluation(runs, 'base', '--num_images=1'),),
+        model=(['classifier/train.py', '--model=vgg', '--dataset=digits'],),
+        epoch=(['classifier/train.py', '--dataset=digits', '--epoch=0'],),
+        split=(['score/get_npz.py', '--dataset=digits', '--half=3'],),
+        network=(['score/get_npz.py', '--dataset=digits', f'--feature_network={bad}/none',
+                  f'--output={bad}/new.npz'],),
+        no_terms=(rdd, runs.classifier, '--nofeature', '--loss_type=none'),
+        steps=(base, '--total_steps=0'), clip=(base, '--grad_clip=-1'),
+        dropout=(base, '--dropout=2'), amp=(base, '--amp=fp8'), parts=(base, '--grad_accum=3'),
         channels=(base, '--ch=33'), size=(base, '--img_size=9'), level=(base, '--attn=2'))
     jobs = {name: [command(*case)] for name, case in cases.items()}
     for name, size in (('share_3', 3), ('share_1', 1)):
         jobs[name] = [command(base, f'--batch_size={size}', ranks=2)]
+    jobs['port'] = [command(base, env=busy)]
     for name, (job,) in jobs.items():       # a folder of its own for each, not to be created
         job['argv'] = [runs.to(f'bad/new_{name}') if word == 'NEW' else word
                        for word in job['argv']]
@@ -354,6 +444,11 @@ MISTAKES = dict(
     no_statistics='get_npz.py', other_run='another network', own_teacher='--logdir',
     other_stage='--logdir', pd_into_rdd='--logdir', rdd_into_pd='--logdir',
     late_average='--ema_decay', other_queue='--queue_size', contrast='--contrast_size',
+    temperature='--temperature=0', negative_lr='--lr=-1', broken_image='broken/dog/5.png',
+    small_set='7 training images', nan='nan.npz', mu_alone='expected mu and sigma',
+    statistics_cut='npz', one_image='--num_images', model='--model', epoch='--epoch', split='--half',
+    network='bad/none', no_terms='leaves no loss', steps='--total_steps', clip='--grad_clip',
+    dropout='--dropout', amp='--amp', parts='--grad_accum 3', port='MASTER_PORT',
     channels='--ch', size='--img_size', level='--attn', share_3='--batch_size 3',
     share_1='--batch_size 1')
 
@@ -361,7 +456,7 @@ MISTAKES = dict(
 @pytest.mark.parametrize('name', sorted(MISTAKES))
 def test_mistake(runs, name):
     code, _, err = runs.forked[name][0]
-    assert code == 2 and 'Traceback' not in err, err
+    assert code == (1 if name == 'port' else 2) and 'Traceback' not in err, err
     lines = err.strip().splitlines()
     assert len(lines) == 1 and ': error: ' in lines[0], err
     assert MISTAKES[name] in lines[0]
@@ -371,7 +466,8 @@ def test_mistake(runs, name):
 def test_mistakes_change_nothing(runs):
     assert set(runs.forked) == set(MISTAKES) | set(good_jobs(runs))
     assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == [
-        'copy', 'cut', 'empty', 'file', 'five.pt', 'odd', 'of_rdd', 'one', 'void']
+        'broken', 'copy', 'cut', 'damaged', 'empty', 'file', 'five.pt', 'mu.npz', 'nan.npz', 'odd',
+        'of_rdd', 'one', 'void']
     assert runs.ckpt('base')['T'] == runs.ckpt('bad/copy')['T'] == 8 and runs.ckpt('pd')['T'] == 4
     assert (runs.ckpt('base')['step'], runs.ckpt('bad/copy')['step']) == (4, 2)
     assert runs.ckpt('pd')['step'] == runs.ckpt('bad/of_rdd')['step'] == 4
