@@ -184,16 +184,15 @@ def _load(dataset, num_workers, **how):
     DataLoader raises the exception of a worker anew, with the traceback as its message.
     """
     try:
-        yield from DataLoader(dataset, num_workers=num_workers, worker_init_fn=_ignore_signals,
+        yield from DataLoader(dataset, num_workers=num_workers, worker_init_fn=_ignore_interrupt,
                               persistent_workers=num_workers > 0, **how)
     except UserError as error:
         raise UserError(str(error).strip().split('UserError: ')[-1]) from None
 
 
-def _ignore_signals(worker):
-    """The main process ends the workers; Ctrl-C reaches them as well."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_interrupt(worker):
+    """Ctrl-C reaches the workers as well; the main process decides when to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _folder(name, root, img_size, split):

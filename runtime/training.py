@@ -185,6 +185,7 @@ class Stop:
     def _note(self, number, frame):
         Stop.received = number
         signal.signal(number, signal.SIG_DFL)       # a second one ends the process at once
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # loader workers may be told to end as well
 
     def asked(self):
         """Whether any process has been asked; a collective of one number, off the device."""
@@ -259,12 +260,12 @@ class Log:
         scalars['memory_mb'] = memory_mb()
         self.since = (now, step)
         if self.file:
-            line = {name: value if math.isfinite(value) else None
-                    for name, value in scalars.items()}
-            self.file.write(json.dumps(dict(step=step, **line)) + '\n')
+            finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+            self.file.write(json.dumps(dict(step=step, **finite)) + '\n')
             self.file.flush()
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+            for name, value in finite.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
 

@@ -3,7 +3,8 @@
 Standard input: JSON {name: [command, ..]}; the commands of a list run one after another, lists side
 by side. Output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and, if
 wanted, `cwd`, `env`, `ranks` (that many processes, as a launcher starts them), `kill_after_save`
-(die as by kill -9 right after the first checkpoint) and `signal`: [number, file, lines], sent to the last process when `file` has so many.
+(die as by kill -9 right after the first checkpoint) and `signal`: [number, file, lines], sent to
+the last process when `file` has so many lines.
 """
 
 import json

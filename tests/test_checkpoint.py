@@ -65,9 +65,52 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match='ckpt.pt could not be written .No space left') as caught:
         checkpoint.save(path, dict(step=2))
+    assert caught.value.code == 1 and os.listdir(str(tmp_path)) == ['ckpt.pt']
     assert path.read_bytes() == before and checkpoint.read(path) == dict(step=1)
+
+
+def names(folder):
+    return sorted(os.listdir(str(folder)))
+
+
+def test_earlier_checkpoints(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoint.save_run(tmp_path, 2, step=step)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_10.pt', 'ckpt_2.pt', 'ckpt_3.pt']
+    for name in ('ckpt.pt', 'ckpt_10.pt'):
+        assert checkpoint.read(tmp_path / name)['step'] == 10
+    assert os.path.samefile(str(tmp_path / 'ckpt.pt'), str(tmp_path / 'ckpt_10.pt'))
+    checkpoint.save_run(tmp_path, 0, step=11)
+    assert checkpoint.read(tmp_path / 'ckpt_10.pt')['step'] == 10       # not written through
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(1, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', refuse)
+    for step in (1, 2, 3):
+        checkpoint.save_run(tmp_path, 1, step=step)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_2.pt', 'ckpt_3.pt']
+    assert checkpoint.read(tmp_path)['step'] == 3
+
+
+def test_truncated_newest(tmp_path, capsys):
+    assert checkpoint.read_newest(tmp_path) is None
+    for step in (1, 2, 3):
+        checkpoint.save_run(tmp_path, 2, step=step)
+    os.truncate(str(tmp_path / 'ckpt.pt'), 100)
+    assert checkpoint.read_newest(tmp_path)['step'] == 2
+    said = capsys.readouterr().out
+    assert 'ckpt.pt is truncated' in said and 'ckpt_2.pt instead' in said
+    (tmp_path / 'ckpt.pt').unlink()
+    (tmp_path / 'ckpt_3.pt').unlink()
+    assert checkpoint.read_newest(tmp_path)['step'] == 2
+    for step in (1, 2):
+        os.truncate(str(tmp_path / f'ckpt_{step}.pt'), 100)
+    with pytest.raises(UserError, match='ckpt_2.pt is truncated'):
+        checkpoint.read_newest(tmp_path)
 
 
 def refused(path, *words):

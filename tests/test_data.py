@@ -150,6 +150,42 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize('mode, colour, expected', [
+    ('L', 100, [100] * 3), ('1', 1, [255] * 3), ('RGBA', (10, 20, 30, 255), [10, 20, 30]),
+    ('LA', (7, 255), [7] * 3), ('I;16', 257 * 200, [200] * 3),
+    ('CMYK', (0, 255, 255, 0), [255, 0, 0])])
+def test_modes_of_images(tmp_path, mode, colour, expected):
+    suffix = 'tif' if mode == 'CMYK' else 'png'
+    save(tmp_path / f'one/a.{suffix}', mode, (8, 8), colour)
+    image, _ = make_dataset('folder', str(tmp_path), 8, True)[0]
+    assert image[:, 3, 3].tolist() == expected
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, workers):
+    for i in range(6):
+        save(tmp_path / f'{"ab"[i % 2]}/{i}.png', 'RGB', (8, 8), (i, i, i))
+    whole = (tmp_path / 'a/2.png').read_bytes()
+    (tmp_path / 'a/2.png').write_bytes(whole[:40])
+    (tmp_path / 'b/5.png').write_bytes(b'')
+    with pytest.raises(UserError) as caught:
+        make_dataset('folder', str(tmp_path), 8, True, workers)
+    assert 'a/2.png cannot be read as an image' in str(caught.value)
+    assert '\n' not in str(caught.value) and '--skip_bad_images' in str(caught.value)
+    for limit in (data.IN_MEMORY, 0):
+        monkeypatch.setattr(data, 'IN_MEMORY', limit)
+        good = make_dataset('folder', str(tmp_path), 8, True, workers, skip_bad_images=True)
+        said = capsys.readouterr().out
+        assert said.count('left out') == 2 and 'a/2.png' in said and 'b/5.png' in said
+        assert [(int(good[i][0][0, 0, 0]), int(good[i][1])) for i in range(len(good))] == [
+            (0, 0), (4, 0), (1, 1), (3, 1)]
+    broken = make_dataset('folder', str(tmp_path), 8, True)     # found while training
+    with pytest.raises(UserError, match='cannot be read as an image'):
+        for _ in zip(range(4), data.batches(broken, 2, 0, torch.device('cpu'),
+                                            num_workers=workers)):
+            pass
+
+
 @pytest.mark.parametrize('in_memory', [True, False])
 def test_folder(folder, monkeypatch, in_memory):
     if not in_memory:

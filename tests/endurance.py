@@ -1,0 +1,189 @@
+"""Long checks of training runs, by hand: docs/robustness.md has what they print.
+
+  python tests/endurance.py processes     losses of 20 steps on 1, 2 and 4 processes
+  python tests/endurance.py kills         runs killed at random moments end as if they were not
+  python tests/endurance.py restarts      torchrun restarts after one of its workers is killed
+  python tests/endurance.py memory        memory and open files over 5,000 steps of RDD
+All on tiny networks and handwritten digits, on the CPU, in a temporary folder.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn=1 --dropout=0.1 '
+           '--num_res_blocks=1 --batch_size=16 --num_workers=0 --sample_size=4 --sample_step=0 '
+           '--log_step=1').split()
+BASE = ['train_base.py', *NETWORK, '--T=8', '--lr=1e-3', '--warmup=0']
+PD = ['PD.py', *NETWORK, '--lr=1e-3']
+RDD = ['train_rdd.py', *NETWORK, '--lr=1e-3', '--queue_size=256', '--queue_update=32',
+       '--contrast_size=64', '--relation_group=4', '--classifier=densenet_small']
+ENV = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+
+
+def start(words, processes=1, **how):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                *how.pop('launcher', [])] if processes > 1 or 'launcher' in how else []
+    return subprocess.Popen([sys.executable, *launcher, *map(str, words)], cwd=str(ROOT), env=ENV,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            universal_newlines=True, **how)
+
+
+def run(words, processes=1, **how):
+    process = start(words, processes, **how)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+def prepare(folder):
+    """{name: command} of the three kinds of training, with a teacher and a classifier made."""
+    run([*BASE, '--total_steps=20', f'--logdir={folder}/teacher'])
+    run(['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--seed=0',
+         '--epoch=1', '--max_steps=20', '--num_workers=0', f'--result_path={folder}/classifier'])
+    teacher = f'--base_ckpt={folder}/teacher'
+    return dict(base=BASE, PD=[*PD, teacher], RDD=[
+        *RDD, teacher, f'--classifier_path={folder}/classifier/digits/densenet_small'])
+
+
+def lines(logdir):
+    path = Path(logdir) / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def processes(folder):
+    """The same total batch on 1, 2 and 4 processes: the table of losses."""
+    print('| run | step | 1 process | 2 processes | 4 processes | largest difference, 20 steps |')
+    print('| :--- | ---: | ---: | ---: | ---: | ---: |')
+    for name, command in prepare(folder).items():
+        losses = []
+        for count in (1, 2, 4):
+            logdir = f'{folder}/{name}{count}'
+            run([*command, '--total_steps=20', f'--logdir={logdir}'], count)
+            losses.append([line['loss'] for line in lines(logdir)])
+        worst = max(abs(v / one[0] - 1) for one in zip(*losses) for v in one)
+        for step in (1, 10, 20):
+            values = ' | '.join(f'{loss[step - 1]:.7g}' for loss in losses)
+            print(f'| {name} | {step} | {values} | {worst:.1e} |' if step == 20
+                  else f'| {name} | {step} | {values} | |', flush=True)
+
+
+def same(a, b, skip=('flags',)):
+    """Equal bit by bit."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a if k not in skip)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def kills(folder, wanted=24):
+    """SIGKILL, SIGTERM and SIGINT at random moments, until `wanted` of them hit a run."""
+    rng, commands, hit = random.Random(0), prepare(folder), 0
+    steps = ['--total_steps=60', '--save_step=7', '--log_step=1']
+    for name, command in commands.items():
+        run([*command, *steps, f'--logdir={folder}/{name}_whole'])
+    number = 0
+    while hit < wanted:
+        name, command = list(commands.items())[number % 3]
+        number += 1
+        logdir, story = f'{folder}/{name}_{number}', []
+        while True:
+            process = start([*command, *steps, f'--logdir={logdir}'])
+            try:
+                process.communicate(timeout=rng.uniform(3, 9))
+                assert process.returncode == 0
+                break
+            except subprocess.TimeoutExpired:
+                kind = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+                process.send_signal(kind)
+                process.communicate()
+                done = lines(logdir)
+                story.append(f'{kind.name} at step {done[-1]["step"] if done else 0}')
+        read = [torch.load(f'{run}/ckpt.pt', weights_only=True)
+                for run in (f'{folder}/{name}_whole', logdir)]
+        logs = [[{k: v for k, v in line.items() if k not in ('images_per_s', 'memory_mb')}
+                 for line in lines(run)] for run in (f'{folder}/{name}_whole', logdir)]
+        hit += len(story)
+        print(f'{name}: {"; ".join(story) or "not hit"}: checkpoint '
+              f'{"equal" if same(*read) else "DIFFERENT"}, log '
+              f'{"equal" if logs[0] == logs[1] else "DIFFERENT"}', flush=True)
+    print(f'{hit} signals in {number} runs')
+
+
+def command:
+    return commands[name]
+
+
+def children(pid):
+    """Process numbers of the direct children that run a training script."""
+    found = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            if int(stat.read_text().rsplit(')', 1)[1].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def restarts(folder):
+    """Two workers under torchrun --max-restarts=3; one of them is killed twice."""
+    steps = ['--total_steps=60', '--save_step=7', '--log_step=1']
+    command = prepare(folder)['RDD']
+    run([*command, *steps, f'--logdir={folder}/whole'], 2)
+    process = start([*command, *steps, f'--logdir={folder}/killed'], 2,
+                    launcher=['--max-restarts=3'])
+    for after in (12, 40):
+        while not any(line['step'] >= after for line in lines(f'{folder}/killed')):
+            time.sleep(.02)
+        victim = random.Random(after).choice(children(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        print(f'killed worker {victim} after step {lines(f"{folder}/killed")[-1]["step"]}')
+        time.sleep(5)
+    out, _ = process.communicate()
+    print('\n'.join(line for line in out.splitlines() if 'at step' in line))
+    read = [torch.load(f'{folder}/{name}/ckpt.pt', weights_only=True)
+            for name in ('whole', 'killed')]
+    print(f'exit code {process.returncode}; checkpoint '
+          f'{"equal" if same(*read) else "DIFFERENT"} to that of a run nobody killed')
+
+
+def memory(folder):
+    """Resident memory and open files of a tiny RDD run of 5,000 steps."""
+    command = [*prepare(folder)['RDD'], '--total_steps=5000', '--log_step=250', '--save_step=500',
+               '--sample_step=500', f'--logdir={folder}/long']
+    process, files = start(command), {}
+    while process.poll() is None:
+        done = lines(f'{folder}/long')
+        if done:
+            try:
+                files.setdefault(done[-1]['step'], len(os.listdir(f'/proc/{process.pid}/fd')))
+            except OSError:
+                break
+        time.sleep(.5)
+    process.communicate()
+    print('| step | memory (MiB) | open files |\n| ---: | ---: | ---: |')
+    curve = [(line['step'], line['memory_mb']) for line in lines(f'{folder}/long')]
+    for step, mb in curve:
+        print(f'| {step} | {mb:.0f} | {files.get(step, "-")} |')
+    warm = [mb for step, mb in curve if step >= 500]
+    print(f'after step 500: {min(warm):.0f} to {max(warm):.0f} MiB '
+          f'({100 * (max(warm) / min(warm) - 1):.1f} %)')
+
+
+if __name__ == '__main__':
+    checks = dict(processes=processes, kills=kills, restarts=restarts, memory=memory)
+    if len(sys.argv) != 2 or sys.argv[1] not in checks:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as temporary:
+        checks[sys.argv[1]](temporary)
