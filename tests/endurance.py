@@ -120,10 +120,6 @@ def kills(folder, wanted=24):
     print(f'{hit} signals in {number} runs')
 
 
-def command:
-    return commands[name]
-
-
 def children(pid):
     """Process numbers of the direct children that run a training script."""
     found = []

@@ -449,8 +449,8 @@ MISTAKES = dict(
     statistics_cut='npz', one_image='--num_images', model='--model', epoch='--epoch',
     split='--half', network='bad/none', no_terms='leaves no loss', steps='--total_steps',
     clip='--grad_clip', dropout='--dropout', amp='--amp', parts='--grad_accum 3',
-    port='MASTER_PORT', channels='--ch', size='--img_size', level='--attn', share_3='--batch_size 3',
-    share_1='--batch_size 1')
+    port='MASTER_PORT', channels='--ch', size='--img_size', level='--attn',
+    share_3='--batch_size 3', share_1='--batch_size 1')
 
 
 @pytest.mark.parametrize('name', sorted(MISTAKES))
