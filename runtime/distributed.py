@@ -52,7 +52,12 @@ def join(backend, processes):
     global _hosts
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     try:        # the others wait while the first process draws a grid or rewrites a data set
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
+        store, number, processes = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun restarts workers on the same store, where the dead have left addresses
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=processes,
+                                timeout=timedelta(hours=6))
     except (RuntimeError, ValueError) as error:
         raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
                         f'MASTER_PORT): {str(error).splitlines()[0]}; use a free port '
@@ -174,8 +179,10 @@ def wrap_ddp(module):
     if not dist.is_initialized():
         return module
     ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():     # newest torch renames broadcast_buffers
+        warnings.simplefilter('ignore', FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(module, wanted=True):

@@ -60,7 +60,8 @@ def run(main, words=False):
     except RuntimeError as error:
         if 'Connection' not in str(error) or int(os.environ.get('WORLD_SIZE', 1)) == 1:
             raise
-        fail(f'another process has ended, see what it says ({str(error).splitlines()[0]})', 1)
+        reason = str(error).split('] ')[-1].split('. ')[0]
+        fail(f'another process has ended, see what it said ({reason})', 1)
 
 
 # Flags of the scripts of this project, of the released code, RCFD and pytorch-ddpm: a flagfile

@@ -147,7 +147,8 @@ def restarts(folder):
         print(f'killed worker {victim} after step {lines(f"{folder}/killed")[-1]["step"]}')
         time.sleep(5)
     out, _ = process.communicate()
-    print('\n'.join(line for line in out.splitlines() if 'at step' in line))
+    print(out if process.returncode else '\n'.join(
+        line for line in out.splitlines() if 'at step' in line))
     read = [torch.load(f'{folder}/{name}/ckpt.pt', weights_only=True)
             for name in ('whole', 'killed')]
     print(f'exit code {process.returncode}; checkpoint '
