@@ -183,7 +183,7 @@ def differences(found, expected):
     shapes = [{key: tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
                for key, value in state_dict.items()} for state_dict in (found, expected)]
     for key in {**shapes[1], **shapes[0]}:
-        pair = [shape.get(key, 'missing') for shape in shapes]
+        pair = [shape.get(key, 'absent') for shape in shapes]
         if pair[0] != pair[1]:
             yield (key, *pair)
 
