@@ -74,8 +74,10 @@ def assemble(name, weights, mean, std, file):
     """A frozen classifier with these weights; draws no random number, initialises nothing."""
     with torch.device('meta'):
         classifier = build_classifier(name, weights['fc.weight'].shape[0], mean, std)
-    for key, found, expected in checkpoint.differences(weights, classifier.state_dict()):
+    key, found, expected = next(checkpoint.differences(weights, classifier.state_dict()), [''] * 3)
+    try:
+        classifier.load_state_dict(weights, assign=True)
+    except RuntimeError:
         raise UserError(f'the weights in {file} do not fit the classifier {name}: {key} is '
                         f'{found}, expected {expected}; name the network they were trained with')
-    classifier.load_state_dict(weights, assign=True)
     return classifier.eval().requires_grad_(False)
