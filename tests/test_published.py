@@ -203,7 +203,7 @@ def flagfile(script, path, *more):
 
 def chain(folder):
     """Base, resumed and finished by its own flagfile, PD, RCFD, each evaluated."""
-    here = ['--dataset=digits', '--num_workers=0', '--gpu_id=']
+    here = ['--dataset=digits', '--num_workers=0', '--gpu_id=', '--log_step=1']
     own = folder / 'new/base/flagfile.txt'
     score = [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt']
     first = flagfile('train_base.py', folder / 'base.txt', *here, f'--logdir={folder}/new/base')
