@@ -30,8 +30,8 @@ def files(tmp_path_factory):
     return {name: folder / f'{name}.pth' for name in NAMES}
 
 
-def images():
-    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def images(size):
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def prepared(x):
@@ -40,13 +40,13 @@ def prepared(x):
     return Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))((x + 1) / 2)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_outputs_are_those_of_torchvision(files, name):
+@pytest.mark.parametrize('name, size', [('resnet18', 300), ('densenet121', 32)])
+def test_outputs_are_those_of_torchvision(files, name, size):
     expected, seen = network(name), []
     last = expected.fc if name == 'resnet18' else expected.classifier
     hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ours = load_imagenet(f'imagenet_{name}', str(files[name]))
-    x = images().requires_grad_()
+    x = images(size).requires_grad_()
     logits, feature, feature_map = ours(x)
     with torch.no_grad():
         torch.testing.assert_close(logits, expected(prepared(x)), rtol=1e-5, atol=1e-5)
