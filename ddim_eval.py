@@ -36,7 +36,8 @@ flags.DEFINE_integer('seed', 0, 'image i starts from noise that depends on (seed
 flags.DEFINE_integer('sample_size', 64, 'images in the grid', lower_bound=1)
 flags.DEFINE_string('fid_cache', './stats/cifar10.train.npz', 'statistics of the reference images, '
                     'made by score/get_npz.py')
-flags.DEFINE_bool('fid_use_torch', False, 'ignored: sums are on the device in float64 anyway')
+flags.DEFINE_bool('fid_use_torch', False, 'compute the Frechet distance on the GPU rather than the '
+                  'CPU; in float64 either way')
 flags.DEFINE_bool('fid_float', False, 'score float samples instead of 8-bit images')
 flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of a classifier')
 flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded')
@@ -75,9 +76,10 @@ def evaluate(device):
     feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     check_network(reference, feature_network)
     for line in options.without_effect(num_workers='no image files are read',
-                                       dropout='sampling uses none',
-                                       fid_use_torch='sums are on the device in float64 anyway'):
+                                       dropout='sampling uses none'):
         distributed.print0(line)
+    if FLAGS.fid_use_torch and device.type == 'cpu':
+        distributed.print0('note: --fid_use_torch has no effect: there is no GPU.')
 
     # Sample and score in one stream
     network = frozen(network.to(device, memory_format=torch.channels_last))
@@ -104,7 +106,8 @@ def evaluate(device):
     # Report
     if distributed.is_main():
         inception, inception_std = stats.inception_score()
-        fid = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma)
+        fid = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
+                               device if FLAGS.fid_use_torch else 'cpu')
         result = dict(
             ckpt=str(file), step=state.get('step'), weights=weights, T=T, stride=FLAGS.stride,
             nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images, fid=round(fid, 4),

@@ -52,7 +52,8 @@ def classifier_weights(state, file):
                         f'{", ".join(map(str, list(state)[:5])) or "nothing"}')
     weights = checkpoint.plain_keys(state['model'])
     if getattr(weights.get('fc.weight'), 'ndim', 0) != 2:
-        raise UserError(f'{file} is not a classifier of this project: its "model" has no fc.weight')
+        raise UserError(f'{file} is not a classifier of this project: its "model" holds '
+                        f'{checkpoint.some_of(weights)}, expected a matrix fc.weight among them')
     return {key: value.float() if value.is_floating_point() else value
             for key, value in weights.items()}
 
@@ -73,9 +74,10 @@ def assemble(name, weights, mean, std, file):
     """A frozen classifier with these weights; draws no random number, initialises nothing."""
     with torch.device('meta'):
         classifier = build_classifier(name, weights['fc.weight'].shape[0], mean, std)
+    key, found, expected = next(checkpoint.differences(weights, classifier.state_dict()), [''] * 3)
     try:
         classifier.load_state_dict(weights, assign=True)
     except RuntimeError:
-        raise UserError(f'the weights in {file} do not fit the classifier {name}; name the network '
-                        f'they were trained with')
+        raise UserError(f'the weights in {file} do not fit the classifier {name}: {key} is '
+                        f'{found}, expected {expected}; name the network they were trained with')
     return classifier.eval().requires_grad_(False)

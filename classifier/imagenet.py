@@ -49,7 +49,8 @@ def load_imagenet(name, path=None):
     import runtime.torchvision_cpu  # noqa: F401
     from torchvision import models
     model = name[len(PREFIX):]
-    if not model.startswith(('res', 'wide_res', 'densenet')) or not hasattr(models, model):
+    if not model.startswith(('res', 'wide_res', 'densenet')) or not callable(
+            getattr(models, model, None)):
         raise UserError(f'there is no classifier "{name}"; expected imagenet_ and a DenseNet or '
                         f'ResNet of torchvision, as in imagenet_resnet50')
     if path is None:
@@ -57,11 +58,13 @@ def load_imagenet(name, path=None):
     file = options.find(path)
     state = checkpoint.read(file)
     network = getattr(models, model)(weights=None)
+    weights = state['model'] if isinstance(state.get('model'), dict) else state
     try:
-        network.load_state_dict(checkpoint.plain_keys(state.get('model', state)))
+        network.load_state_dict(checkpoint.plain_keys(weights))
     except (RuntimeError, AttributeError):
-        raise UserError(f'{file} does not hold the weights of torchvision\'s {model}; leave '
-                        f'--classifier_path out to have them fetched')
+        raise UserError(f'{file} holds {checkpoint.some_of(weights)}, which are not the weights of '
+                        f'torchvision\'s {model}; give their file, or leave --classifier_path '
+                        f'out to have them fetched')
     return ImageNetClassifier(name, network).eval().requires_grad_(False)
 
 

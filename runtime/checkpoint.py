@@ -206,11 +206,18 @@ def weights(state, path, wanted='auto'):
     base = state.get('time_scale', 1) == 1 and 'ema_model' in state
     name = dict(net='net_model', ema='ema_model').get(wanted) or state.get(
         'use', 'ema_model' if base else 'net_model')
-    if name not in state:
+    if not isinstance(state.get(name), dict):
         kind = ('a classifier' if 'model' in state and 'net_model' not in state
-                else 'a file with ' + (', '.join(map(str, state)) or 'nothing in it'))
-        raise UserError(f'{path} is {kind}, not a diffusion checkpoint with {name}')
+                else f'a file with {some_of(state)}')
+        raise UserError(f'{path} is {kind}, not a diffusion checkpoint with {name}; give what '
+                        f'train_base.py, PD.py or train_rdd.py wrote')
     return plain_keys(state[name]), name
+
+
+def some_of(state):
+    """The first keys of a dict, for messages that say what a file holds."""
+    keys = [str(key) for key in state]
+    return ', '.join(keys[:5] + ['..'] * (len(keys) > 5)) or 'nothing in it'
 
 
 def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
@@ -221,17 +228,33 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
     state_dict, name = weights(state, path, weights_of)
     try:
         network = UNet(dropout=dropout, **architecture(state_dict))
-        network.load_state_dict(state_dict)
-    except (KeyError, RuntimeError, ValueError, ZeroDivisionError):
-        raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project')
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError, ZeroDivisionError):
+        raise UserError(f'the {name} in {path} has names or shapes that fit no U-Net of this '
+                        f'project: expected head.weight, downblocks.0.block1.2.weight and so on, '
+                        f'found {some_of(state_dict)}')
+    for key, found, expected in differences(state_dict, network.state_dict()):
+        raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project: '
+                        f'{key} is {found}, expected {expected}')
+    network.load_state_dict(state_dict)
     return network, name
+
+
+def differences(found, expected):
+    """(name, shape found, shape expected) wherever two state dicts differ."""
+    shapes = [{key: tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+               for key, value in state_dict.items()} for state_dict in (found, expected)]
+    for key in {**shapes[1], **shapes[0]}:
+        pair = [shape.get(key, 'absent') for shape in shapes]
+        if pair[0] != pair[1]:
+            yield (key, *pair)
 
 
 def grid(state, arch):
     """(T, time_scale, schedule, mean_type or None) of a checkpoint.
 
-    A file of pytorch-ddpm has no T: its table of T rows is a grid 0..T-1 with DDPM's linear
-    schedule, and its networks predict eps.
+    A file of pytorch-ddpm has no T: its table of 1000 rows is a grid 0..999 with DDPM's linear
+    schedule of 1000 entries, sampled in 999 steps or divisors of them, and its networks predict
+    eps.
     """
     if 'T' not in state:
         distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '

@@ -8,7 +8,6 @@ are mirrored, is a function of (seed, k) alone.
 import itertools
 import pickle
 import signal
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -269,24 +268,30 @@ class _NumbersOnly(pickle.Unpickler):
 
 def _read_batch(file, img_size):
     """(data uint8 (n, 3 * H * W), labels 0..999 (n,)) of one official batch file."""
+    expected = (f'expected data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 of '
+                f'downsampled ImageNet (--img_size {img_size})')
     try:
-        if file.suffix == '.npz':
-            with np.load(file) as batch:
-                data, y = batch['data'], batch['labels']
-        else:
-            with open(file, 'rb') as stream:
-                batch = _NumbersOnly(stream, encoding='latin1').load()
-            data, y = batch['data'], batch['labels']
-        y = np.asarray(y, dtype=np.int64) - 1           # the official files count from 1
-        if data.dtype != np.uint8 or data.shape != (len(y), 3 * img_size ** 2) or not (
-                (0 <= y) & (y < 1000)).all():
-            raise ValueError
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile):
-        raise UserError(f'{file} is truncated or not a batch of downsampled ImageNet: expected '
-                        f'data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 '
-                        f'(--img_size {img_size})')
-    return data, y
+        batch = _load_batch(file)
+    except Exception as error:      # a broken pickle or zip file may raise anything
+        raise UserError(f'{file} is truncated or not a batch ({file.stat().st_size} bytes, '
+                        f'{type(error).__name__}): {expected}; fetch it again')
+    if not {'data', 'labels'} <= set(batch):
+        raise UserError(f'{file} holds {", ".join(map(str, batch)) or "nothing"}, {expected}')
+    data, y = np.asarray(batch['data']), np.ravel(batch['labels'])
+    fits = data.dtype == np.uint8 and data.shape == (len(y), 3 * img_size ** 2)
+    if not fits or y.dtype.kind not in 'iu' or y.min(initial=1) < 1 or y.max(initial=1) > 1000:
+        raise UserError(f'{file} holds data, {data.dtype} {data.shape}, and {len(y)} labels '
+                        f'from {min(y, default="none")} to {max(y, default="none")}, {expected}')
+    return data, y.astype(np.int64) - 1         # the official files count from 1
+
+
+def _load_batch(file):
+    """The dict of arrays in a batch file, pickled or npz; runs no code from it."""
+    if file.suffix == '.npz':
+        with np.load(file) as batch:
+            return {key: batch[key] for key in batch.files}
+    with open(file, 'rb') as stream:
+        return dict(_NumbersOnly(stream, encoding='latin1').load())
 
 
 def _decode_all(dataset, num_workers):

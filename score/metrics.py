@@ -7,14 +7,15 @@ from runtime import distributed
 from runtime.options import UserError
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al., 1706.08500, equation 6.
 
     The trace of the root is taken from symmetric matrices: S1 S2 has the eigenvalues of R S2 R
     with R = S1^(1/2), which are real and not negative. Singular covariances need no special care.
 
     Args:
-        mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). numpy, computed in float64.
+        mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
+        device: where this is computed, in float64.
 
     Returns:
         float, at least 0.
@@ -22,27 +23,27 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     Raises:
         UserError: shapes that do not belong together, or values that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(v, dtype=np.float64) for v in (mu1, sigma1, mu2, sigma2))
-    if mu1.ndim != 1 or mu1.shape != mu2.shape or not (
-            sigma1.shape == sigma2.shape == 2 * mu1.shape):
-        raise UserError(f'the statistics to compare have different shapes: means {mu1.shape} and '
-                        f'{mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}; make both '
-                        f'with one feature network')
-    if not all(np.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device=device)
+                                for v in (mu1, sigma1, mu2, sigma2))
+    shapes = [tuple(v.shape) for v in (mu1, mu2, sigma1, sigma2)]
+    if mu1.ndim != 1 or shapes != [shapes[0]] * 2 + [shapes[0] * 2] * 2:
+        raise UserError('the statistics to compare have different shapes: means {} and {}, '
+                        'covariances {} and {}; make both with one feature network'.format(*shapes))
+    if not all(torch.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
         raise UserError('the statistics to compare hold values that are not finite; the images or '
                         'the network that made them are broken', code=1)
     root = symmetric_sqrt(sigma1)
     product = root @ sigma2 @ root
     # Rounding makes eigenvalues that should be 0 slightly negative.
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)
-    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(eigenvalues).sum()
-    return max(0., float(np.square(mu1 - mu2).sum() + trace))
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
+    trace = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.sqrt().sum()
+    return max(0., ((mu1 - mu2).square().sum() + trace).item())
 
 
 def symmetric_sqrt(matrix):
     """R (D, D) with R R = matrix, for a symmetric positive semi-definite one."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def inception_score(probs, splits=10):

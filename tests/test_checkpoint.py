@@ -182,18 +182,26 @@ def test_without_average():
 
 
 def test_other_kinds_of_files():
-    with pytest.raises(UserError, match='a classifier, not a diffusion'):
-        checkpoint.build_unet(dict(model={}))
-    with pytest.raises(UserError, match='fit no U-Net'):
-        checkpoint.build_unet(dict(net_model=dict(weight=torch.zeros(3))))
-    broken = filled(1.)
-    broken['tail.2.bias'] = torch.zeros(4)
-    with pytest.raises(UserError, match='fit no U-Net'):
-        checkpoint.build_unet(dict(net_model=broken))
-    missing = filled(1.)
-    del missing['middleblocks.0.attn.proj.bias']
-    with pytest.raises(UserError, match='fit no U-Net'):
-        checkpoint.build_unet(dict(net_model=missing))
+    def fits_not(*words, **state):
+        with pytest.raises(UserError, match='FILE') as caught:
+            checkpoint.build_unet(state, 'FILE')
+        assert all(word in str(caught.value) for word in words), caught.value
+
+    fits_not('is a classifier, not a diffusion checkpoint with net_model', 'PD.py', model={})
+    fits_not('a file with weights, epoch,', 'not a diffusion', weights={}, epoch=3)
+    fits_not('a file with net_model,', net_model=torch.zeros(3))
+    fits_not('fit no U-Net', 'expected head.weight', 'found weight', net_model=dict(
+        weight=torch.zeros(3)))
+    for key, value, words in [
+            ('tail.2.bias', torch.zeros(4), 'tail.2.bias is (4,), expected (3,)'),
+            ('tail.2.bias', 'text', 'tail.2.bias is str, expected (3,)'),
+            ('middleblocks.0.attn.proj.bias', None, 'attn.proj.bias is absent, expected (32,)'),
+            ('extra.bias', torch.zeros(4), 'extra.bias is (4,), expected absent'),
+            ('head.weight', 3, 'found time_embedding.'), ('head.weight', None, 'expected head.')]:
+        broken = dict(filled(1.), **{key: value})
+        if value is None:
+            del broken[key]
+        fits_not('fit no U-Net', words, net_model=broken)
 
 
 def test_grid():

@@ -99,11 +99,11 @@ def test_refusals(tmp_path):
     for file, args, words in [
             ('bare.pt', ('convnet_small', 100), '10 classes, expected 100'),
             ('bare.pt', (), 'does not say which network'),
-            ('bare.pt', ('resnet18',), 'do not fit'),
+            ('bare.pt', ('resnet18',), 'resnet18: conv1.weight is absent, expected .64, 3, 3'),
             ('pickle.pt', ('convnet_small',), 'refused'),
             ('diffusion.pt', ('convnet_small',), 'diffusion checkpoint'),
             ('other.pt', ('convnet_small',), 'weights'),
-            ('headless.pt', ('convnet_small',), 'fc.weight'),
+            ('headless.pt', ('convnet_small',), '"model" holds w, expected .* fc.weight'),
             ('none', ('resnet18',), 'train.py --model resnet18')]:
         with pytest.raises(UserError, match=words):
             load_classifier(tmp_path / file, *args)

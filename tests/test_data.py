@@ -241,3 +241,36 @@ def test_hostile_imagenet64(tmp_path):
     with pytest.raises(UserError, match='not a batch'):
         make_dataset('imagenet64', str(tmp_path), 4, True)
     assert not (tmp_path / 'ran').exists()
+
+
+def test_broken_imagenet64(tmp_path):
+    """Truncated or other files: one sentence with the file, what it holds, what was expected."""
+    data = np.random.RandomState(0).randint(0, 256, (40, 48), dtype=np.uint8)
+    labels = list(range(1, 41))
+    np.savez(str(tmp_path / 'whole.npz'), data=data, labels=labels)
+    whole = dict(npz=(tmp_path / 'whole.npz').read_bytes(),
+                 pickled=pickle.dumps(dict(data=data, labels=labels, mean=data.mean(0))))
+    broken = {f'{kind}, first {size} bytes': (content[:size], f'truncated or not a batch ({size}')
+              for kind, content in whole.items() for size in (0, 3, 100, 1000, len(content) - 1)}
+    flipped = whole['npz'][:500] + bytes([whole['npz'][500] ^ 1]) + whole['npz'][501:]
+    broken.update({'npz, flipped bit': (flipped, 'truncated or not a batch (')})
+    for name, batch, words in [
+            ('list', [1, 2], 'not a batch ('), ('keys', dict(data=data), 'holds data, expected'),
+            ('size', dict(data=data[:, :12], labels=labels), 'uint8 (40, 12), and 40 labels'),
+            ('type', dict(data=data / 255, labels=labels), 'data, float64 (40, 48), and 40'),
+            ('count', dict(data=data, labels=labels[1:]), 'and 39 labels from 2 to 40, expected'),
+            ('zero', dict(data=data, labels=range(40)), '40 labels from 0 to 39, expected'),
+            ('none', dict(data=[], labels=[]), '0 labels from none to none')]:
+        broken[name] = pickle.dumps(dict(batch, labels=list(batch['labels'])) if isinstance(
+            batch, dict) and 'labels' in batch else batch), words
+    for name, (content, words) in broken.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        file = folder / ('train_data_batch_1' + ('.npz' if name.startswith('npz') else ''))
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            make_dataset('imagenet64', str(folder), 4, True)
+        message = str(caught.value)
+        assert '\n' not in message and str(file) in message and words in message, message
+        assert 'uint8 (n, 48), and labels 1..1000' in message
+        assert not list(folder.glob('*.labels.npy')) and not list(folder.glob('*.pixels'))

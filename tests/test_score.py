@@ -1,6 +1,7 @@
 """Scores against closed forms, statistics files, and get_npz as a user runs it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,36 @@ def test_rank_deficient_covariances():
 def test_symmetric():
     one, two = (np.zeros(8), random_covariance(8)), (np.ones(8), random_covariance(8))
     assert frechet_distance(*one, *two) == pytest.approx(frechet_distance(*two, *one))
+
+
+def test_same_distance_as_pytorch_fid(monkeypatch):
+    """Its own function; scipy 1.18 took away the argument with which it asks for a root."""
+    scipy_linalg = pytest.importorskip('scipy.linalg', reason='pytorch-fid needs scipy')
+    import runtime.torchvision_cpu  # noqa: F401
+    from pytorch_fid import fid_score
+    monkeypatch.setattr(fid_score, 'linalg', SimpleNamespace(
+        sqrtm=lambda matrix, disp: (scipy_linalg.sqrtm(matrix), 0)))
+    a, b = (rng.standard_normal((500, 64)) @ rng.standard_normal((64, 64)) + i for i in range(2))
+    stats = [m for x in (a, b) for m in (x.mean(0), np.cov(x, rowvar=False))]
+    expected = fid_score.calculate_frechet_distance(*stats)
+    assert expected > 100 and frechet_distance(*stats) == pytest.approx(expected, rel=1e-9)
+
+
+def test_arrays_and_tensors_of_any_precision():
+    mu, sigma = rng.standard_normal(8), random_covariance(8)
+    tensors = [torch.from_numpy(v) for v in (mu, sigma)]
+    expected = frechet_distance(mu, sigma, mu + 1, np.eye(8))
+    assert frechet_distance(*tensors, mu + 1, np.eye(8, dtype=np.float32)) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_same_distance_on_the_gpu():
+    mu, sigma, other = rng.standard_normal(64), random_covariance(64, 500), random_covariance(64)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    found = frechet_distance(mu, sigma, mu + 1, other, device='cuda')
+    assert torch.cuda.max_memory_allocated() > before       # it was there
+    assert found == pytest.approx(frechet_distance(mu, sigma, mu + 1, other), rel=1e-9)
 
 
 def test_broken_statistics_refused():
