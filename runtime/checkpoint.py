@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def read(path):
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():     # torch 2.1 warns of its own TypedStorage
+            warnings.simplefilter('ignore', UserWarning)
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if 'Unsupported' in str(error) else 'it is not one of '\
             'plain tensors and numbers, or it is damaged'
