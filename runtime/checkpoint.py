@@ -34,7 +34,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        reasons = [getattr(e, 'strerror', None) for e in (error, error.__context__)]
+        reason = reasons[0] or reasons[1] or str(error).splitlines()[0]
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
 

@@ -57,6 +57,9 @@ def run(main, words=False):
         fail(str(error), error.code)
     except KeyboardInterrupt:
         fail('interrupted', 130)
+    except OSError as error:        # a disk that is full or gone
+        fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
+             f'); mend that and run the same command again', 1)
     except RuntimeError as error:
         if 'Connection' not in str(error) or int(os.environ.get('WORLD_SIZE', 1)) == 1:
             raise
