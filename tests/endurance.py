@@ -24,8 +24,8 @@ NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn
            '--num_res_blocks=1 --batch_size=16 --num_workers=0 --sample_size=4 --sample_step=0 '
            '--log_step=1').split()
 BASE = ['train_base.py', *NETWORK, '--T=8', '--lr=1e-3', '--warmup=0']
-PD = ['PD.py', *NETWORK, '--lr=1e-3']
-RDD = ['train_rdd.py', *NETWORK, '--lr=1e-3', '--queue_size=256', '--queue_update=32',
+PD = ['PD.py', *NETWORK]
+RDD = ['train_rdd.py', *NETWORK, '--queue_size=256', '--queue_update=32',
        '--contrast_size=64', '--relation_group=4', '--classifier=densenet_small']
 ENV = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
 
@@ -47,7 +47,7 @@ def run(words, processes=1, **how):
 
 def prepare(folder):
     """{name: command} of the three kinds of training, with a teacher and a classifier made."""
-    run([*BASE, '--total_steps=20', f'--logdir={folder}/teacher'])
+    run([*BASE, '--total_steps=200', f'--logdir={folder}/teacher'])
     run(['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--seed=0',
          '--epoch=1', '--max_steps=20', '--num_workers=0', f'--result_path={folder}/classifier'])
     teacher = f'--base_ckpt={folder}/teacher'
