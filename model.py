@@ -82,8 +82,8 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or not self.p:
             return x
-        kept = torch.empty((self.total or len(x), *x.shape[1:]), dtype=torch.bool, device=x.device,
-                           memory_format=torch.channels_last).bernoulli_(1 - self.p)
+        B, C, H, W = x.shape        # numbers in the order of channels_last memory
+        kept = torch.rand(self.total or B, H, W, C, device=x.device).permute(0, 3, 1, 2) >= self.p
         return x * kept[self.rows] * (1 / max(1 - self.p, 1e-6))
 
 
