@@ -124,7 +124,8 @@ class MemoryP2P(nn.Module):
 
     def choose_pixels(self, total_pixels, generator):
         """Numbers (update_size,) of the pixels of the total batch that enter in this step."""
-        return torch.randperm(total_pixels, generator=generator)[:self.update_size]
+        return torch.randperm(total_pixels, generator=generator,
+                              device=generator.device)[:self.update_size]
 
     @torch.no_grad()
     def pixels_at(self, feature_map, numbers, first_image, total_images):
@@ -156,8 +157,8 @@ class MemoryP2P(nn.Module):
     def choose_contrast(self, generator):
         """Draw the rows of this step; the released layout keeps the same rows for ever."""
         if self.layout == 'pixels':
-            rows = torch.randperm(len(self.queue), generator=generator)[:len(self.contrast)]
-            self.contrast.copy_(rows)
+            rows = torch.randperm(len(self.queue), generator=generator, device=generator.device)
+            self.contrast.copy_(rows[:len(self.contrast)])
 
     def forward(self, map_S, map_T):
         """Loss of maps (B, C, H, W); gradients reach the head and map_S."""

@@ -84,7 +84,7 @@ class Dropout(nn.Dropout):
             return x
         B, C, H, W = x.shape        # numbers in the order of channels_last memory
         kept = torch.rand(self.total or B, H, W, C, device=x.device).permute(0, 3, 1, 2) >= self.p
-        return x * kept[self.rows] * (1 / max(1 - self.p, 1e-6))
+        return x * kept[self.rows].clone() * (1 / max(1 - self.p, 1e-6))
 
 
 class ResBlock(nn.Module):

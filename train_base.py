@@ -120,11 +120,12 @@ def train(device):
             meter.check(step, FLAGS.max_bad_steps)
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if due(step, FLAGS.sample_step):
+        stopping = stop.asked()
+        if due(step, FLAGS.sample_step) and not stopping:
             save_samples(log, step, FLAGS.logdir, diffusion, ema, x_T, y_T, FLAGS.amp)
-        if stop.asked() or due(step, FLAGS.save_step, FLAGS.total_steps):
+        if due(step, FLAGS.save_step, FLAGS.total_steps) or stopping:
             save(step)
-        if stop.signal:
+        if stopping:
             break
     log.close()
     stop.leave_if_asked(FLAGS.logdir, step)

@@ -110,14 +110,14 @@ def relation_group():
 
 def enqueue_pixels(memory, maps_T, step, device):
     """Random pixels of the whole batch enter the queue; only these travel between processes."""
-    rng = seeding.generator('cpu', FLAGS.seed, seeding.PIXELS, step)
+    rng = seeding.generator(device, FLAGS.seed, seeding.PIXELS, step)
     hw, vectors = maps_T[0].shape[2] * maps_T[0].shape[3], 0
     numbers = memory.choose_pixels(FLAGS.batch_size * hw, rng)
     for micro, map_T in enumerate(maps_T):
         first = distributed.rows(FLAGS.batch_size, micro, FLAGS.grad_accum).start
         vectors = vectors + memory.pixels_at(map_T, numbers, first, FLAGS.batch_size)
     memory.enqueue(distributed.all_reduce_sum(vectors))
-    memory.choose_contrast(seeding.generator('cpu', FLAGS.seed, seeding.CONTRAST, step))
+    memory.choose_contrast(seeding.generator(device, FLAGS.seed, seeding.CONTRAST, step))
 
 
 def train(device):
@@ -256,11 +256,12 @@ def train(device):
             meter.check(step, FLAGS.max_bad_steps)
             log.write(step, lr=lr, **meter.mean())
         log.bar.update()
-        if due(step, FLAGS.sample_step):
+        stopping = stop.asked()
+        if due(step, FLAGS.sample_step) and not stopping:
             save_samples(log, step, FLAGS.logdir, diffusion, student, x_T, y_T, FLAGS.amp)
-        if stop.asked() or due(step, FLAGS.save_step, FLAGS.total_steps):
+        if due(step, FLAGS.save_step, FLAGS.total_steps) or stopping:
             save(step)
-        if stop.signal:
+        if stopping:
             break
     log.close()
     stop.leave_if_asked(FLAGS.logdir, step)

@@ -123,10 +123,11 @@ def train(device, folder, state):
             optim.step()
             optim.zero_grad(set_to_none=True)
             meter.add(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
+            meter.end_step(loss.detach().isfinite())
             bar.update()
 
-            ends = step % steps_per_epoch == 0 or step == last
-            if step % FLAGS.log_step == 0 or ends:
+            ends, stopping = step % steps_per_epoch == 0 or step == last, stop.asked()
+            if step % FLAGS.log_step == 0 or ends or stopping:
                 now = time.perf_counter()
                 rate, since = (step - since[1]) * FLAGS.batchsize / (now - since[0]), (now, step)
                 words = describe(meter.mean(), rate, step)
@@ -137,7 +138,7 @@ def train(device, folder, state):
                 report(bar, f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}, '
                             f'{percent(accuracy)}')
                 since = (time.perf_counter(), step)
-            if stop.asked():
+            if stopping:
                 save(step, accuracy)
                 break
     stop.leave_if_asked(folder, step)
@@ -226,9 +227,9 @@ def evaluate(model, dataset, device):
 
 def describe(means, rate, step):
     """Words for the progress bar; stops a run that has diverged."""
-    if not means['loss'] < float('inf'):
-        raise UserError(f'the loss is {means["loss"]} at step {step}; lower --init_lr (it is '
-                        f'{FLAGS.init_lr})', code=1)
+    if means['bad_steps']:
+        raise UserError(f'the loss is not finite at step {step} or shortly before; lower --init_lr '
+                        f'(it is {FLAGS.init_lr})', code=1)
     return f'loss {means["loss"]:.4g}, train {100 * means["accuracy"]:.1f} %, {rate:.0f} img/s'
 
 

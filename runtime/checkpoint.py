@@ -83,8 +83,10 @@ def save_run(logdir, keep, **state):
     numbered = newest.with_name(f'ckpt_{state["step"]}.pt')
     save(numbered, state)
     second_name(numbered, newest)
-    for old in history(logdir)[keep + 1:]:
-        old.unlink()
+    files = history(logdir)
+    here = files.index(numbered)        # later ones could not be read, or the run had gone on
+    for other in files[:here] + files[here + keep + 1:]:
+        other.unlink()
 
 
 def second_name(file, name):
@@ -139,9 +141,13 @@ def resume(logdir, network, method, T, time_scale, base_ckpt=None):
         raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
                         f'would be overwritten; choose another --logdir')
     state = read_newest(logdir)
+    step = state.get('step') if state else 0
+    if distributed.broadcast_object(step) != step:
+        raise UserError(f'process {distributed.rank()} finds step {step} in --logdir {logdir}, the '
+                        f'first one another; all machines must see the same folder', code=1)
     if state is None:
         return None
-    if 'optim' not in state or 'step' not in state:
+    if not {'net_model', 'optim', 'step', 'T', 'time_scale'} <= set(state):
         raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
                         f'cannot be continued and would be overwritten; choose another --logdir')
     shapes = {key: value.shape for key, value in network.state_dict().items()}

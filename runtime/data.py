@@ -6,6 +6,7 @@ are mirrored, is a function of (seed, k) alone.
 """
 
 import itertools
+import os
 import pickle
 import signal
 from pathlib import Path
@@ -130,7 +131,7 @@ class _Decoder:
         try:
             with Image.open(self.samples[i][0]) as image:
                 return self.transform(_rgb(image))
-        except (OSError, ValueError, SyntaxError) as error:     # what Pillow raises
+        except Exception as error:      # Pillow raises what it likes, for what anyone may have sent
             raise UserError(f'{self.samples[i][0]} cannot be read as an image '
                             f'({str(error).splitlines()[0]}); repair or remove it, or leave such '
                             f'files out with --skip_bad_images')
@@ -173,6 +174,9 @@ def _leave_out_bad(dataset, num_workers):
     for problem in filter(None, problems):
         distributed.print0(f'note: left out: {problem}.')
     good = [i for i, problem in enumerate(problems) if not problem]
+    if not good:
+        raise UserError(f'none of the {len(problems)} images of --dataset {dataset.name} can be '
+                        f'read; see the reasons above')
     dataset.labels = dataset.labels[good]
     dataset.decode.samples = [dataset.decode.samples[i] for i in good]
 
@@ -183,15 +187,18 @@ def _load(dataset, num_workers, **how):
     DataLoader raises the exception of a worker anew, with the traceback as its message.
     """
     try:
-        yield from DataLoader(dataset, num_workers=num_workers, worker_init_fn=_ignore_interrupt,
+        yield from DataLoader(dataset, num_workers=num_workers, worker_init_fn=_outlive_signals,
                               persistent_workers=num_workers > 0, **how)
+        return
     except UserError as error:
-        raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+        sentence = str(error).strip().split('UserError: ')[-1]
+    raise UserError(sentence)       # outside: the workers are gone when this is told
 
 
-def _ignore_interrupt(worker):
-    """Ctrl-C reaches the workers as well; the main process decides when to end them."""
+def _outlive_signals(worker):
+    """Signals to a whole group of processes leave a worker 30 s to serve the step under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _folder(name, root, img_size, split):
@@ -246,14 +253,16 @@ class _Mapped:
 
 def _rewrite_batches(files, pixels, labels, img_size):
     """Batch files to one raw file of pixels and an npy of labels, one batch in memory at a time."""
-    every, temporary = [], pixels.with_suffix('.tmp')
+    every, temporary = [], pixels.with_suffix(f'.{os.getpid()}.tmp')      # two runs may do this
     with open(temporary, 'wb') as out:
         for file in files:
             data, y = _read_batch(file, img_size)
             np.ascontiguousarray(data).tofile(out)
             every.append(y)
     temporary.replace(pixels)
-    np.save(labels, np.concatenate(every))  # last: its presence says that the pixels are complete
+    with open(temporary, 'wb') as out:
+        np.save(out, np.concatenate(every))
+    temporary.replace(labels)       # last: its presence says that the pixels are complete
 
 
 class _NumbersOnly(pickle.Unpickler):
@@ -373,15 +382,17 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
         step, micro = divmod(number, accum)
         x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
         if flip:
-            rng = seeding.generator('cpu', seed, seeding.FLIP, step)
-            mirrored = torch.rand(batch_size, generator=rng) < 0.5
+            rng = seeding.generator(device, seed, seeding.FLIP, step)
+            mirrored = torch.rand(batch_size, generator=rng, device=device) < 0.5
             mirrored = mirrored[distributed.rows(batch_size, micro, accum)]
-            x_0 = torch.where(mirrored.to(device)[:, None, None, None], x_0.flip(3), x_0)
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
         yield x_0, labels.to(device, non_blocking=True)
 
 
 def _from_memory(dataset, order, device):
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     for chosen in order:
-        chosen = torch.as_tensor(chosen, device=device)
+        chosen = torch.as_tensor(chosen)
+        if device.type == 'cuda':       # pinned, or the host would wait for the device
+            chosen = chosen.pin_memory().to(device, non_blocking=True)
         yield images[chosen], labels[chosen]

@@ -51,20 +51,23 @@ def join(backend, processes):
     """Meet the other processes where the launcher says."""
     global _hosts
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-    try:        # the others wait while the first process draws a grid or rewrites a data set
+    try:
         store, number, processes = next(dist.rendezvous('env://'))
+        store.set_timeout(PATIENCE)
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun restarts workers on the same store, where the dead have left addresses
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=processes,
-                                timeout=timedelta(hours=6))
+                                timeout=PATIENCE)
+        _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
                         f'MASTER_PORT): {str(error).splitlines()[0]}; use a free port '
                         f'(--master_port) and an address all machines reach', code=1)
-    _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo')
 
 
+# the others wait while the first process draws a grid or rewrites a data set
+PATIENCE = timedelta(hours=6)
 _hosts = None       # group for numbers that live on the host; None: the default group
 
 
@@ -195,16 +198,16 @@ def no_sync(module, wanted=True):
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on any backend and device.
 
-    torch's SyncBatchNorm wants GPUs. Mean and mean square travel through a differentiable
+    torch's SyncBatchNorm wants GPUs. Mean and variance travel through a differentiable
     all-reduce, so the gradient is that of one big batch.
     """
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        sums = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])       # (2C,)
-        mean, square = mean_with_grad(sums).chunk(2)
-        var = square - mean.square()
+        mean = mean_with_grad(x.mean((0, 2, 3)))
+        centred = x - mean[:, None, None]
+        var = mean_with_grad(centred.square().mean((0, 2, 3)))
         count = x.numel() / x.shape[1] * world_size()
         with torch.no_grad():       # a step that is not finite leaves no trace
             finite, weight = (mean + var).isfinite(), self.momentum
@@ -213,7 +216,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_((var * count / (count - 1)).where(finite, self.running_var),
                                    weight)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
 def sync_batch_norm(module):

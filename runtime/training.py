@@ -117,7 +117,7 @@ class Meter:
     def __init__(self, state=None):
         """state: a `state_dict` to go on from, so that resuming changes no log line."""
         state = state or dict(sums={}, bad=0, streak=0)
-        self.sums = {name: torch.tensor(values) for name, values in state['sums'].items()}
+        self.sums, self.before = {}, dict(state['sums'])
         self.bad, self.streak = torch.tensor(state['bad']), torch.tensor(state['streak'])
 
     def add(self, **terms):
@@ -127,8 +127,9 @@ class Meter:
             finite = value.isfinite()
             parts = torch.stack([value.where(finite, value.new_zeros(())), finite.float(),
                                  (~finite).float()])
-            before = self.sums.get(name)
-            self.sums[name] = parts if before is None else before.to(parts.device) + parts
+            if name in self.before:
+                parts = parts + torch.tensor(self.before.pop(name), device=parts.device)
+            self.sums[name] = self.sums[name] + parts if name in self.sums else parts
 
     def end_step(self, finite):
         """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
@@ -146,14 +147,14 @@ class Meter:
         sums = self._reduce() if self.sums else {}
         share = {name: [v / distributed.world_size() for v in values]
                  for name, values in sums.items()}
-        self.sums = {name: torch.tensor(values) for name, values in share.items()}
+        self.sums, self.before = {}, dict(share)
         return dict(sums=share, bad=int(self.bad), streak=int(self.streak))
 
     def mean(self):
         """{name: float} over all processes and finite values, and bad_steps; then empty."""
         means = {name: s / n if n else math.nan for name, (s, n, _) in self._reduce().items()}
         means['bad_steps'] = int(self.bad)
-        self.sums, self.bad = {}, torch.zeros_like(self.bad)
+        self.sums, self.before, self.bad = {}, {}, torch.zeros_like(self.bad)
         return means
 
     def check(self, step, max_bad_steps):
@@ -175,7 +176,7 @@ class Meter:
 class Stop:
     """SIGTERM or SIGINT, on any process, asks the run to end after the step it is in."""
 
-    received = 0        # of the process: a signal between two stages counts as well
+    received, since = 0, 0.     # of the process: a signal between two stages counts as well
 
     def __init__(self):
         self.signal = 0
@@ -183,9 +184,12 @@ class Stop:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        Stop.received = number
-        signal.signal(number, signal.SIG_DFL)       # a second one ends the process at once
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # loader workers may be told to end as well
+        now = time.monotonic()
+        if not Stop.received:
+            Stop.received, Stop.since = number, now
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # loader workers may be told as well
+        elif now - Stop.since > 2:      # not the same request, sent on by a launcher
+            os._exit(128 + number)
 
     def asked(self):
         """Whether any process has been asked; a collective of one number, off the device."""

@@ -3,8 +3,9 @@
 Standard input: JSON {name: [command, ..]}; the commands of a list run one after another, lists side
 by side. Output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and, if
 wanted, `cwd`, `env`, `ranks` (that many processes, as a launcher starts them), `kill_after_save`
-(die as by kill -9 right after the first checkpoint) and `signal`: [number, file, lines], sent to
-the last process when `file` has so many lines.
+(die as by kill -9 right after the first checkpoint), `signal`: [number, file, lines], sent to the
+last process when `file` has so many lines, and `slow_files`: images are read by workers, slowly,
+and the signal goes to the process and its workers.
 """
 
 import json
@@ -47,6 +48,19 @@ def die_after_save():
     checkpoint.save = save_and_die
 
 
+def slow_files():
+    """Never hold a data set in memory, and take time to read an image."""
+    from runtime import data
+    read = data._Decoder.__call__
+
+    def read_slowly(*args):
+        time.sleep(.02)
+        return read(*args)
+
+    data.IN_MEMORY, data._Decoder.__call__ = 0, read_slowly
+    os.setsid()
+
+
 def child(command, out, err, env):
     """The body of a forked process: becomes the script, never returns."""
     code = 1
@@ -59,6 +73,8 @@ def child(command, out, err, env):
         sys.argv, sys.path[0] = command['argv'], os.path.dirname(script)
         if command.get('kill_after_save'):
             die_after_save()
+        if command.get('slow_files'):
+            slow_files()
         runpy.run_path(script, run_name='__main__')
         code = 0
     except SystemExit as leaving:
@@ -71,13 +87,13 @@ def child(command, out, err, env):
         os._exit(code)
 
 
-def send(pid, number, file, lines):
+def send(pid, number, file, lines, group=False):
     """Send a signal as soon as `file` has so many lines, unless the process ends before."""
     while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(.005)
-    os.kill(pid, number)
+    (os.killpg if group else os.kill)(pid, number)
 
 
 def exit_code(status):
@@ -99,7 +115,7 @@ def run(command, folder):
         if not pids[-1]:
             child(command, out, err, env)
     if 'signal' in command:
-        send(pids[-1], *command['signal'])
+        send(pids[-1], *command['signal'], group='slow_files' in command)
     codes = [exit_code(os.waitpid(pid, 0)[1]) for pid in pids]
     texts = [(folder / name).read_text() for name in ('out0', 'err0')]
     return [max(codes, key=abs)] + texts

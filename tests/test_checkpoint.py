@@ -82,6 +82,9 @@ def test_earlier_checkpoints(tmp_path):
     for name in ('ckpt.pt', 'ckpt_10.pt'):
         assert checkpoint.read(tmp_path / name)['step'] == 10
     assert os.path.samefile(str(tmp_path / 'ckpt.pt'), str(tmp_path / 'ckpt_10.pt'))
+    checkpoint.save_run(tmp_path, 2, step=5)        # ckpt_10.pt was damaged: it does not stay
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_2.pt', 'ckpt_3.pt', 'ckpt_5.pt']
+    checkpoint.save_run(tmp_path, 2, step=10)
     checkpoint.save_run(tmp_path, 0, step=11)
     assert checkpoint.read(tmp_path / 'ckpt_10.pt')['step'] == 10       # not written through
 

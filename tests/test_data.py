@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -161,6 +163,14 @@ def test_modes_of_images(tmp_path, mode, colour, expected):
     assert image[:, 3, 3].tolist() == expected
 
 
+def huge_png():
+    """A file that says it has 10 ** 10 pixels, which Pillow refuses by an exception of its own."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', 100000, 100000, 8, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + header + struct.pack(
+        '>I', zlib.crc32(header)) + struct.pack('>I', 0) + b'IEND' + struct.pack(
+        '>I', zlib.crc32(b'IEND'))
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, workers):
     for i in range(6):
@@ -179,6 +189,8 @@ def test_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, workers):
         assert said.count('left out') == 2 and 'a/2.png' in said and 'b/5.png' in said
         assert [(int(good[i][0][0, 0, 0]), int(good[i][1])) for i in range(len(good))] == [
             (0, 0), (4, 0), (1, 1), (3, 1)]
+    (tmp_path / 'a/4.png').write_bytes(huge_png())
+    assert len(make_dataset('folder', str(tmp_path), 8, True, skip_bad_images=True)) == 3
     broken = make_dataset('folder', str(tmp_path), 8, True)     # found while training
     with pytest.raises(UserError, match='cannot be read as an image'):
         for _ in zip(range(4), data.batches(broken, 2, 0, torch.device('cpu'),

@@ -124,6 +124,15 @@ def evaluation(runs, name, *more):
             '--feature_network=' + runs.classifier.split('=')[1], *more]
 
 
+def pictures(runs):
+    """A folder of images that a worker can read."""
+    for i in range(12):
+        path = runs.folder / f'pictures/{"ab"[i % 2]}/{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (20 * i, 0, 0)).save(str(path))
+    return runs.folder / 'pictures'
+
+
 def good_jobs(runs):
     shutil.copytree(str(runs.folder / 'pd'), str(runs.folder / 'bad/damaged'))
     for name in ('ckpt.pt', 'ckpt_4.pt'):
@@ -147,11 +156,16 @@ def good_jobs(runs):
         stopped(BASE, 'base_term', signal.SIGTERM),
         **stopped([*PD, runs.teacher('base')], 'pd_int', signal.SIGINT, ranks=2),
         **stopped(rdd, 'rdd_kill', signal.SIGKILL),
+        **stopped([*BASE, '--dataset=folder', f'--data_root={pictures(runs)}', '--num_workers=2'],
+                  'folder_term', signal.SIGTERM, slow_files=True),
         dropout_one=[command(BASE, '--dropout=0.5', runs.to('dropout_one'))],
         dropout_two=[command(BASE, '--dropout=0.5', runs.to('dropout_two'), ranks=2)],
         dropout_parts=[command(BASE, '--dropout=0.5', runs.to('dropout_parts'), '--grad_accum=4')],
         diverged=[command(BASE, runs.to('diverged'), '--lr=1e20', '--warmup=0', '--total_steps=9',
                           '--save_step=1', '--max_bad_steps=3', '--grad_clip=0')],
+        bad_classifier=[command(['classifier/train.py', '--model=convnet_small', '--dataset=digits',
+                                 '--init_lr=1e30', '--max_steps=5', '--num_workers=0', '--seed=0',
+                                 f'--result_path={runs.folder}/bad_classifier'])],
         damaged=[command(PD, runs.to('bad/damaged'), runs.teacher('base'), '--total_steps=5')],
         base_resumed=resumed(BASE, 'base_resumed'),
         pd_resumed=resumed([*PD, runs.teacher('base')], 'pd_resumed'),
@@ -260,7 +274,8 @@ def test_resuming_is_exact(runs, whole, resumed):
 
 @pytest.mark.parametrize('name, code, word', [('base_term', 143, 'SIGTERM: stopped after step '),
                                               ('pd_int', 130, 'SIGINT: stopped after step '),
-                                              ('rdd_kill', -9, '')])
+                                              ('rdd_kill', -9, ''),
+                                              ('folder_term', 143, 'SIGTERM: stopped after ')])
 def test_stopped_and_resumed_is_exact(runs, name, code, word):
     """The signal goes to the last process alone; all of them end after the same step."""
     assert_ran(runs.forked[name], [code, 0])
@@ -280,6 +295,12 @@ def test_diverging_run_stops(runs):
     assert all(value.isfinite().all() for value in state['net_model'].values())
     assert all(value.isfinite().all() for moments in state['optim']['state'].values()
                for value in moments.values())
+
+
+def test_diverging_classifier_is_not_saved(runs):
+    (code, _, err), = runs.forked['bad_classifier']
+    assert code == 1 and 'Traceback' not in err and '--init_lr' in err
+    assert not list((runs.folder / 'bad_classifier').rglob('*.pt'))
 
 
 def test_damaged_newest_checkpoint(runs):
@@ -406,6 +427,9 @@ def bad_jobs(runs):
         other_queue=(RDD, runs.teacher('pd'), runs.classifier, runs.to('rdd_whole'),
                      '--total_steps=9', '--queue_size=70'),
         contrast=(rdd, runs.classifier, '--contrast_size=65'),
+        classifier_there=(BASE, f'--logdir={classifier}'),
+        all_bad=(['classifier/train.py', '--dataset=folder', f'--data_root={bad}/cut',
+                  '--skip_bad_images', f'--result_path={bad}/new'],),
         temperature=(rdd, runs.classifier, '--temperature=0'), negative_lr=(base, '--lr=-1'),
         broken_image=(base, '--dataset=folder', f'--data_root={bad}/broken'),
         small_set=(base, '--dataset=folder', f'--data_root={bad}/broken', '--skip_bad_images'),
@@ -445,6 +469,7 @@ MISTAKES = dict(
     no_statistics='get_npz.py', other_run='another network', own_teacher='--logdir',
     other_stage='--logdir', pd_into_rdd='--logdir', rdd_into_pd='--logdir',
     late_average='--ema_decay', other_queue='--queue_size', contrast='--contrast_size',
+    classifier_there='cannot be continued', all_bad='images',
     temperature='--temperature=0', negative_lr='--lr=-1', broken_image='broken/dog/5.png',
     small_set='7 training images', nan='nan.npz', mu_alone='expected mu and sigma',
     statistics_cut='npz', one_image='--num_images', model='--model', epoch='--epoch',

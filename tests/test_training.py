@@ -101,7 +101,9 @@ def test_meter_goes_on_from_its_state():
     for meter in (whole, half):
         meter.add(loss=torch.tensor(.1), grad_norm=torch.tensor(.7))
         meter.end_step(torch.tensor(False))
-    half = Meter(json.loads(json.dumps(half.state_dict())))
+    state = half.state_dict()
+    state['sums']['old'] = [1., 1., 0.]         # a term that is not wanted any more
+    half = Meter(json.loads(json.dumps(state)))
     for meter in (whole, half):
         meter.add(loss=torch.tensor(.3), grad_norm=torch.tensor(math.inf))
         meter.end_step(torch.tensor(False))
@@ -121,6 +123,11 @@ def test_dropout_masks_belong_to_the_image():
     assert whole.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (whole == 0).float().mean().item() == pytest.approx(.25, abs=.03)
     assert not torch.equal(whole[0], whole[1])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        seed_dropout(layer, slice(0, 2), 8, 1, 2, 3)
+        layer(x[:2].clone().requires_grad_(True))
+    assert max(v.untyped_storage().nbytes() for v in kept) <= x[:2].numel() * 4   # no whole masks
     seed_dropout(layer, slice(0, 8), 8, 1, 2, 4)
     assert not torch.equal(layer(x), whole)             # another step
     assert layer.eval()(x) is x and Dropout(0.)(x) is x
@@ -140,6 +147,8 @@ def test_global_batch_norm_is_batch_norm():
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     for key, value in one.state_dict().items():
         torch.testing.assert_close(other[0].state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    far = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * .1 + 1000
+    torch.testing.assert_close(other(far), one(far), rtol=1e-2, atol=1e-2)
     before = {key: value.clone() for key, value in other[0].state_dict().items()}
     other(x * math.inf)
     for key in ('running_mean', 'running_var'):
@@ -187,7 +196,7 @@ def test_stop():
             stop.leave_if_asked('folder', 3)
         assert leaving.value.code == 143
     finally:
-        Stop.received = 0
+        Stop.received, Stop.since = 0, 0.
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
