@@ -107,9 +107,10 @@ def evaluate(device):
         inception, inception_std = stats.inception_score()
         fid = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma)
         result = dict(
-            ckpt=str(file), step=state.get('step'), weights=weights, T=T, stride=FLAGS.stride,
-            nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images, fid=round(fid, 4),
-            inception_score=round(inception, 4), inception_std=round(inception_std, 4),
+            ckpt=str(file), method=state.get('method'), step=state.get('step'), weights=weights,
+            T=T, stride=FLAGS.stride, nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images,
+            fid=round(fid, 4), inception_score=round(inception, 4),
+            inception_std=round(inception_std, 4),
             images_per_s=round(len(mine) / seconds * distributed.world_size(), 1),
             reference=FLAGS.fid_cache, reference_images=reference.num_images,
             feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
