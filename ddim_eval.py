@@ -9,16 +9,14 @@ to <logdir>/results.jsonl and saves a grid of the first images to <logdir>/sampl
 
 import json
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 from absl import flags
 
 from diffusion import Diffusion
-from runtime import checkpoint, distributed, options, seeding
+from runtime import checkpoint, distributed, options, pictures, seeding
 from runtime.options import UserError
-from runtime.training import autocast, frozen, progress, save_grid
+from runtime.training import autocast, frozen, progress
 from score import (ActivationStats, check_network, frechet_distance, load_feature_network,
                    load_statistics, to_uint8)
 
@@ -43,8 +41,9 @@ flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of
 flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded')
 flags.DEFINE_enum('weights', 'auto', ['auto', 'net', 'ema'], 'weights to score; auto: the average '
                   'for a base model, the raw ones for a distilled student')
-flags.DEFINE_string('save_images', None, 'npz file for all images: arr_0, uint8 (N, H, W, 3), '
-                    'and their labels, if any: arr_1')
+flags.DEFINE_string('save_images', None, 'where all images go: one file that ends in .npz (arr_0: '
+                    'uint8 (N, H, W, 3); arr_1: labels, if any), or a new folder of PNGs')
+flags.DEFINE_bool('trajectory', False, 'draw z_t and x_pred of the first 8 images over the steps')
 
 
 def main():
@@ -72,6 +71,8 @@ def evaluate(device):
     if FLAGS.num_images < distributed.world_size():
         raise UserError(f'--num_images {FLAGS.num_images} is less than the '
                         f'{distributed.world_size()} processes; raise it')
+    if FLAGS.save_images:
+        pictures.check_place(FLAGS.save_images)
     reference = load_statistics(FLAGS.fid_cache)
     feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     check_network(reference, feature_network)
@@ -109,15 +110,19 @@ def evaluate(device):
         fid = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
                                device if FLAGS.fid_use_torch else 'cpu')
         result = dict(
-            ckpt=str(file), step=state.get('step'), weights=weights, T=T, stride=FLAGS.stride,
-            nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images, fid=round(fid, 4),
-            inception_score=round(inception, 4), inception_std=round(inception_std, 4),
+            ckpt=str(file), method=state.get('method'), step=state.get('step'), weights=weights,
+            T=T, stride=FLAGS.stride, nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images,
+            fid=round(fid, 4), inception_score=round(inception, 4),
+            inception_std=round(inception_std, 4),
             images_per_s=round(len(mine) / seconds * distributed.world_size(), 1),
             reference=FLAGS.fid_cache, reference_images=reference.num_images,
             feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
             amp=FLAGS.amp)
         report(result, reference)
-        write(file.parent, result, kept, y_all if arch['conditional'] else None)
+        y = y_all if arch['conditional'] else None
+        write(file.parent, result, kept, y, arch['class_num'])
+        if FLAGS.trajectory:
+            draw_trajectory(file.parent, result, diffusion, network, img_size, y)
 
 
 def times(diffusion):
@@ -148,17 +153,32 @@ def report(result, reference):
           f'+- {result["inception_std"]:.3f}   {result["images_per_s"]:.0f} images/s', flush=True)
 
 
-def write(folder, result, images, y):
+def title(result):
+    return f'{result["ckpt"]}  NFE {result["nfe"]}  seed {result["seed"]}  {result["weights"]}'
+
+
+def write(folder, result, images, y, class_num):
     """results.jsonl, the grid and, on request, all images."""
     with open(folder / 'results.jsonl', 'a') as lines:
         lines.write(json.dumps(result) + '\n')
-    name = f'eval_nfe{result["nfe"]}_seed{result["seed"]}.png'
-    save_grid(images[:FLAGS.sample_size].float() / 127.5 - 1, folder / 'sample' / name,
-              nrow=max(1, round(FLAGS.sample_size ** 0.5)), scale=max(1, 64 // images.shape[-1]))
+    first = images[:FLAGS.sample_size]
+    rows, labels = pictures.rows_by_class(first, None if y is None else y[:len(first)].cpu(),
+                                          class_num)
+    pictures.save_labelled(folder / f'sample/eval_nfe{result["nfe"]}_seed{result["seed"]}.png',
+                           title(result), rows, labels)
     if FLAGS.save_images:
-        Path(FLAGS.save_images).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(FLAGS.save_images, images.permute(0, 2, 3, 1).numpy(),
-                 *([] if y is None else [y[:len(images)].cpu().numpy()]))
+        pictures.save_images(FLAGS.save_images, images, None if y is None else y[:len(images)])
+
+
+def draw_trajectory(folder, result, diffusion, network, img_size, y):
+    """The way of the first 8 images from noise, beside the grid."""
+    count, device = min(8, result['num_images']), diffusion.alpha.device
+    x_T = seeding.noise_of_images(FLAGS.seed, range(count), (3, img_size, img_size), device)
+    with autocast(FLAGS.amp, device):
+        steps = pictures.trajectory(diffusion, network, x_T, FLAGS.stride,
+                                    None if y is None else y[:count])
+    name = f'sample/trajectory_nfe{result["nfe"]}_seed{result["seed"]}.png'
+    pictures.save_trajectory(folder / name, title(result), steps)
 
 
 if __name__ == '__main__':

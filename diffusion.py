@@ -95,8 +95,8 @@ class Diffusion:
         """
         z, times = x_T, self.times(stride)
         for t, s in zip(times[:-1], times[1:]):
-            z = self.ddim_step(model, z, *(torch.full((len(z),), u, device=z.device)
-                                           for u in (t, s)), clip=clip, y=y)
+            t, s = (torch.full((z.shape[0],), u, dtype=torch.long, device=z.device) for u in (t, s))
+            z = self.ddim_step(model, z, t, s, clip=clip, y=y)
         return z.clamp(-1, 1)
 
     def two_step_target(self, teacher, z_t, t, y=None):

@@ -37,7 +37,7 @@ class DownSample(nn.Module):
         self.main = initialize(nn.Conv2d(in_ch, in_ch, 3, stride=2, padding=1))
 
     def forward(self, x, temb):
-        return self.main(x)
+        return self.main(x if self.main.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class UpSample(nn.Module):
@@ -149,6 +149,16 @@ class UNet(nn.Module):
                 self.upblocks.append(UpSample(now))
         self.tail = nn.Sequential(nn.GroupNorm(32, now), nn.SiLU(),
                                   initialize(nn.Conv2d(now, 3, 3, padding=1), gain=1e-5))
+        self.details = dict(norm_eps=1e-5, downsample_padding=1)
+
+    def set_details(self, norm_eps, downsample_padding):
+        """What no shape tells; the networks of DDPM's authors have 1e-6, and 0: right and below."""
+        self.details = dict(norm_eps=norm_eps, downsample_padding=downsample_padding)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = norm_eps
+            if isinstance(module, DownSample):
+                module.main.padding = (downsample_padding, downsample_padding)
 
     def forward(self, x, t, y=None):
         """Images (B, 3, H, W), times (B,) int in 0..T, labels (B,) int or None -> (B, 3, H, W)."""

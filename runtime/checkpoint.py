@@ -246,6 +246,8 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
         raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project: '
                         f'{key} is {found}, expected {expected}')
     network.load_state_dict(state_dict)
+    if 'details' in state:      # a network of diffusers, see export.py
+        network.set_details(**state['details'])
     return network, name
 
 
@@ -325,6 +327,9 @@ def load_teacher(path, flags):
     if teacher.schedule != 'cosine':
         raise UserError(f'{file} was trained on the linear schedule of pytorch-ddpm, and students '
                         f'here live on the cosine one; train a teacher with train_base.py')
+    if 'details' in state:
+        raise UserError(f'{file} is a network of diffusers with {state["details"]}, which students '
+                        f'here would not have; train a teacher with train_base.py')
     if teacher.T % 2:
         raise UserError(f'--base_ckpt {path} has {teacher.T} sampling steps, which cannot be '
                         f'halved; an even number is needed')

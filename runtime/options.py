@@ -78,7 +78,7 @@ KNOWN = set('''
     total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
     ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
     num_gpus distributed local_rank local-rank amp keep max_bad_steps skip_bad_images train eval
-    eval_step parallel beta_1 beta_T'''.split())
+    eval_step parallel beta_1 beta_T trajectory'''.split())
 
 
 def without_strangers(argv):
