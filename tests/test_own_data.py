@@ -41,7 +41,8 @@ def walked(tmp_path_factory):
         path = folder / f'images/{"ab"[i % 2]}/{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (40, 36), (30 * i, 255 - 30 * i, 60)).save(str(path))
-    places = {'./my_images': folder / 'images', './logs/mine': folder / 'logs',
+    places = {'./my_images': folder / 'images', './my_model': folder / 'model',
+              './logs/mine': folder / 'logs',
               './classifier/result/folder/resnet18': folder / 'result/folder/resnet18',
               './stats/folder.train.npz': folder / 'stats.npz',
               'SCORER': folder / 'result/folder/resnet18'}
