@@ -5,6 +5,7 @@ a DataLoader and flipped on the device all the same. Which images make step k, a
 are mirrored, is a function of (seed, k) alone.
 """
 
+import importlib.util
 import itertools
 import pickle
 import signal
@@ -78,14 +79,17 @@ def _resize(images, img_size):
 
 
 def _digits(name, root, img_size, split):
-    """scikit-learn's 1797 handwritten digits (8x8, 17 grey levels); every sixth is for testing."""
-    from sklearn.datasets import load_digits
-    digits = load_digits()
-    chosen = (torch.arange(len(digits.target)) % 6 == 5) == (split == 'test')
-    grey = torch.from_numpy(digits.images)[chosen, None].float() * (255 / 16)
+    """scikit-learn's 1797 handwritten digits (8x8, 17 grey levels); every sixth is for testing.
+
+    Read from its file: importing scikit-learn would take longer than the first training steps.
+    """
+    package = importlib.util.find_spec('sklearn').submodule_search_locations[0]
+    rows = np.loadtxt(Path(package, 'datasets/data/digits.csv.gz'), np.float32, delimiter=',')
+    rows = torch.from_numpy(rows)[(np.arange(len(rows)) % 6 == 5) == (split == 'test')]
+    grey = rows[:, :64].view(-1, 1, 8, 8) * (255 / 16)
     images = _resize(grey.expand(-1, 3, -1, -1), img_size)
-    return Images(name, split, img_size, torch.from_numpy(digits.target)[chosen], 10,
-                  images.round().to(torch.uint8), flip=False)
+    return Images(name, split, img_size, rows[:, 64], 10, images.round().to(torch.uint8),
+                  flip=False)
 
 
 def _cifar10(name, root, img_size, split):
@@ -376,12 +380,20 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
             rng = seeding.generator('cpu', seed, seeding.FLIP, step)
             mirrored = torch.rand(batch_size, generator=rng) < 0.5
             mirrored = mirrored[distributed.rows(batch_size, micro, accum)]
-            x_0 = torch.where(mirrored.to(device)[:, None, None, None], x_0.flip(3), x_0)
+            mirrored = sent(mirrored, device)[:, None, None, None]
+            x_0 = torch.where(mirrored, x_0.flip(3), x_0)
         yield x_0, labels.to(device, non_blocking=True)
 
 
 def _from_memory(dataset, order, device):
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     for chosen in order:
-        chosen = torch.as_tensor(chosen, device=device)
+        chosen = sent(torch.tensor(chosen), device)
         yield images[chosen], labels[chosen]
+
+
+def sent(tensor, device):
+    """`tensor` on `device`; from pinned memory, so that the host does not wait for a GPU."""
+    if torch.device(device).type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
