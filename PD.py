@@ -18,9 +18,10 @@ from absl import flags
 from diffusion import Diffusion, distillation_loss
 from runtime import checkpoint, data, distributed, options, seeding
 from runtime.options import UserError
-from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
-                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
-                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, compile_networks,
+                              draw, due, ema_update, fixed_labels, fixed_noise, frozen,
+                              learning_rate, make_logdir, save_samples, seed_dropout,
+                              step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -77,6 +78,7 @@ def train(device, dataset, base_ckpt, logdir):
     diffusion = Diffusion(T, time_scale, FLAGS.mean_type, device)
     ema = frozen(copy.deepcopy(student)) if FLAGS.ema_decay else None
     student_ddp = distributed.wrap_ddp(student)
+    compile_networks(FLAGS.compile, device, teacher, student_ddp)
     params = [p for p in student.parameters() if p.requires_grad]
 
     # Optimiser; the learning rate is a function of the step

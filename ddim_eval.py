@@ -16,7 +16,7 @@ from absl import flags
 from diffusion import Diffusion
 from runtime import checkpoint, distributed, options, pictures, seeding
 from runtime.options import UserError
-from runtime.training import autocast, frozen, progress
+from runtime.training import autocast, compile_networks, frozen, progress
 from score import (ActivationStats, check_network, frechet_distance, load_feature_network,
                    load_statistics, to_uint8)
 
@@ -84,6 +84,7 @@ def evaluate(device):
 
     # Sample and score in one stream
     network = frozen(network.to(device, memory_format=torch.channels_last))
+    compile_networks(FLAGS.compile, device, network)
     y_all = torch.randint(arch['class_num'], (FLAGS.num_images,),
                           generator=seeding.generator('cpu', FLAGS.seed, seeding.LABELS)).to(device)
     stats, kept, seconds = ActivationStats(FLAGS.num_images), [], 0.

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CHUNK_ENTRIES = 2 ** 22         # similarities of pixels held at a time
+
 
 def feature_kl(feature_S, feature_T, temperature=1.):
     """CFD: KL(softmax(f_T / temperature) || softmax(f_S)), mean over the batch.
@@ -36,34 +38,36 @@ def pixels(feature_map):
 
 
 class _RelationKL(torch.autograd.Function):
-    """Sum over all pixel rows of KL(softmax(S_T) || softmax(S_S)), S = F F^T / tau by image pair.
+    """Sum over all rows of KL(softmax(S_T) || softmax(S_S)), S = F K^T / tau.
 
-    Forward walks over chunks of rows and adds up the gradient on the way, since for row p it is
-    simply softmax(S_S) - softmax(S_T): no more than one chunk of S ever exists.
+    Keys K: the rows F themselves (keys None), softmax over every `segment` columns apart; or given
+    ones, the same for S_S and S_T. Forward walks over chunks of rows and adds up the gradient on
+    the way, since for a row it is softmax(S_S) - softmax(S_T): only one chunk of S ever exists.
     """
 
     @staticmethod
-    def forward(ctx, F_S, F_T, hw, tau, chunk):
-        loss, grad = F_S.new_zeros(()), torch.zeros_like(F_S)
-        for a in range(0, len(F_S), chunk):
-            rows_S, rows_T = F_S[a:a + chunk], F_T[a:a + chunk]
-            shape = (len(rows_S), -1, hw)                   # (rows, images j, pixels of j)
-            log_p_S = F.log_softmax((rows_S @ F_S.t()).div_(tau).view(shape), dim=2)
-            log_p_T = F.log_softmax((rows_T @ F_T.t()).div_(tau).view(shape), dim=2)
+    def forward(ctx, F_S, F_T, keys, segment, tau, chunk_entries):
+        K_S, K_T = (F_S, F_T) if keys is None else (keys, keys)
+        loss, grad, chunk = F_S.new_zeros(()), torch.zeros_like(F_S), chunk_entries // len(K_S)
+        for rows_S, rows_T, grad_rows in zip(*(v.split(max(1, chunk)) for v in (F_S, F_T, grad))):
+            shape = (len(rows_S), -1, segment)
+            log_p_S = F.log_softmax((rows_S @ K_S.t()).div_(tau).view(shape), dim=2)
+            log_p_T = F.log_softmax((rows_T @ K_T.t()).div_(tau).view(shape), dim=2)
             p_T = log_p_T.exp()
             loss += (p_T * log_p_T.sub_(log_p_S)).sum()
             G = log_p_S.exp_().sub_(p_T).view(len(rows_S), -1).div_(tau)        # d loss / d S
-            grad[a:a + chunk] += G @ F_S
-            grad.addmm_(G.t(), rows_S)
+            grad_rows.addmm_(G, K_S)
+            if keys is None:
+                grad.addmm_(G.t(), rows_S)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        return ctx.saved_tensors[0] * grad_output, None, None, None, None
+        return (ctx.saved_tensors[0] * grad_output,) + 5 * (None,)
 
 
-def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=2 ** 22):
+def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHUNK_ENTRIES):
     """IS_P2P: relations between the pixels of every ordered pair of images (i, j) of a group.
 
     S_ij = F_i F_j^T (HW x HW) of the unit pixel vectors; the mean over all rows of
@@ -78,10 +82,10 @@ def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=2 *
     if B % group:
         raise ValueError(f'a batch of {B} images has no groups of {group}')
     rows = group * H * W
-    chunk = max(1, chunk_entries // rows)
     groups = zip(pixels(map_S).split(rows), pixels(map_T.detach()).split(rows))
     with torch.autocast(map_S.device.type, enabled=False):
-        total = sum(_RelationKL.apply(F_S, F_T, H * W, temperature, chunk) for F_S, F_T in groups)
+        total = sum(_RelationKL.apply(F_S, F_T, None, H * W, temperature, chunk_entries)
+                    for F_S, F_T in groups)
     return total / (B * H * W * group)
 
 
@@ -165,7 +169,5 @@ class MemoryP2P(nn.Module):
         with torch.autocast(map_S.device.type, enabled=False):
             F_S, F_T = pixels(self.project_head(map_S.float())), pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
-            scale = 1 / (self.contrast_temperature * self.temperature)
-            log_p_S = F.log_softmax(F_S @ V.t() * scale, dim=1)
-            log_p_T = F.log_softmax(F_T @ V.t() * scale, dim=1)
-        return F.kl_div(log_p_S, log_p_T, reduction='batchmean', log_target=True)
+            tau = self.contrast_temperature * self.temperature
+            return _RelationKL.apply(F_S, F_T, V, len(V), tau, CHUNK_ENTRIES) / len(F_S)

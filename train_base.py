@@ -16,9 +16,10 @@ from absl import flags
 from diffusion import Diffusion, distillation_loss
 from model import UNet
 from runtime import checkpoint, data, distributed, options, seeding
-from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
-                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
-                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, compile_networks,
+                              draw, due, ema_update, fixed_labels, fixed_noise, frozen,
+                              learning_rate, make_logdir, save_samples, seed_dropout,
+                              step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -57,6 +58,7 @@ def train(device):
     net = net.to(device, memory_format=torch.channels_last)
     ema = frozen(copy.deepcopy(net))
     net_ddp = distributed.wrap_ddp(net)
+    compile_networks(FLAGS.compile, device, net_ddp, ema)
     params = [p for p in net.parameters() if p.requires_grad]
 
     # Optimiser; the learning rate is a function of the step

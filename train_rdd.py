@@ -20,9 +20,10 @@ from diffusion import Diffusion, distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import checkpoint, data, distributed, options, seeding
 from runtime.options import UserError
-from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, draw, due,
-                              ema_update, fixed_labels, fixed_noise, frozen, learning_rate,
-                              make_logdir, save_samples, seed_dropout, step_optimizer, strict)
+from runtime.training import (Log, Meter, Stop, adam, autocast, clip_gradient, compile_networks,
+                              draw, due, ema_update, fixed_labels, fixed_noise, frozen,
+                              learning_rate, make_logdir, save_samples, seed_dropout,
+                              step_optimizer, strict)
 
 FLAGS = flags.FLAGS
 options.define_data_flags()
@@ -134,7 +135,8 @@ def train(device):
     # Teacher and classifier (frozen), student, memory queue with its projection head
     T, time_scale = given.T // 2, given.time_scale * 2
     teacher = frozen(given.network.to(device, memory_format=torch.channels_last))
-    classifier = frozen_classifier(dataset.num_classes).to(device)
+    classifier = frozen_classifier(dataset.num_classes).to(
+        device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
     teacher_diffusion = Diffusion(given.T, given.time_scale, FLAGS.mean_type, device)
@@ -146,6 +148,7 @@ def train(device):
         FLAGS.contrast_temperature, layout=FLAGS.queue_layout)).to(device)
     student_ddp, memory_ddp = distributed.wrap_ddp(student), distributed.wrap_ddp(memory)
     params = [p for p in student.parameters() if p.requires_grad]
+    compile_networks(FLAGS.compile, device, teacher, classifier, student_ddp)
     use_intra = FLAGS.loss_type in ('mp2p', 'is_p2p')
     use_memory = FLAGS.loss_type in ('mp2p', 'm_p2p')
 

@@ -1,5 +1,6 @@
 """torchvision's ImageNet classifiers, for images of any size and data sets without labels."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,12 +24,13 @@ class ImageNetClassifier(nn.Module):
         last = list(network.children())[-1]                 # the linear layer
         self.num_features, self.num_classes = last.in_features, last.out_features
         self.last = [last]                                  # in a list: not registered twice
+        for key, value in (('mean', MEAN), ('std', STD)):
+            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)
 
     def forward(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1000), feature (B, C), feature_map."""
         x = F.interpolate(x, (SIZE, SIZE), mode='bilinear', antialias=True, align_corners=False)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        h = (x * 0.5 + 0.5 - mean) / std
+        h = (x * 0.5 + 0.5 - self.mean) / self.std
         for name, part in list(self.network.named_children())[:-1]:
             if name != 'avgpool':
                 h = part(h)

@@ -81,7 +81,8 @@ def train(device, folder, state):
     FLAGS.seed = state['seed'] if state else picked_seed()      # so that flagfile.txt has it
     mean, std = (state['mean'], state['std']) if state else normalisation(train_set)
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
-    model = build_classifier(FLAGS.model, train_set.num_classes, mean, std).to(device)
+    model = build_classifier(FLAGS.model, train_set.num_classes, mean, std)
+    model = model.to(device, memory_format=torch.channels_last)
     optim = torch.optim.SGD(model.parameters(), lr=FLAGS.init_lr, momentum=0.9,
                             weight_decay=FLAGS.wd, nesterov=True)
 
@@ -207,8 +208,8 @@ def random_crop(x_0, pad, generator):
     B, _, H, W = x_0.shape
     padded = F.pad(x_0, (pad,) * 4, value=-1.).permute(0, 2, 3, 1)      # (B, H + 2p, W + 2p, 3)
     corner = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
-    rows = (corner[0] + torch.arange(H)).to(x_0.device)     # (B, H)
-    columns = (corner[1] + torch.arange(W)).to(x_0.device)      # (B, W)
+    rows = data.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
+    columns = data.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
     image = torch.arange(B, device=x_0.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 

@@ -78,7 +78,7 @@ KNOWN = set('''
     total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
     ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
     num_gpus distributed local_rank local-rank amp keep max_bad_steps skip_bad_images train eval
-    eval_step parallel beta_1 beta_T trajectory'''.split())
+    compile trajectory eval_step parallel beta_1 beta_T'''.split())
 
 
 def without_strangers(argv):
@@ -243,6 +243,8 @@ def define_network_flags(dropout=0.):
     flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts')
     flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
                       'ignored: DDIM sampling is deterministic and has no variance')
+    flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start (minutes for '
+                      'large networks), then faster steps; needs torch 2.2 and a C++ compiler')
 
 
 def define_data_flags():

@@ -108,6 +108,27 @@ def has_fast_bf16(device):
         return False
 
 
+def compile_networks(wanted, device, *networks):
+    """With `wanted`, torch.compile `networks` in place: their parameters keep their names.
+
+    Compiling happens in the first call; shapes are fixed, so that a grid of another size compiles
+    its own and does not slow down training.
+    Raises:
+        UserError: this machine cannot compile, found out with one number (code 1).
+    """
+    if not wanted:
+        return
+    try:
+        torch._inductor.config.fallback_random = True       # dropout masks as without it
+        torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))
+        for network in networks:
+            network.compile(dynamic=False)
+    except Exception as error:      # what it raises depends on what is missing, and on the version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'--compile does not work here, with torch {torch.__version__} ({reason}); '
+                        f'leave it out', code=1)
+
+
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
 
