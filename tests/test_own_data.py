@@ -1,66 +1,110 @@
-"""The README's walk through one's own images: every command as written, made tiny at its end."""
+"""The README's "Your own images", command by command, on a folder of twelve small pictures."""
 
-import re
-import shlex
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from runtime import checkpoint
-from test_scripts import ROOT, command, fork_all
 
-TINY = '--ch=32 --num_res_blocks=1 --batch_size=4 --num_workers=0'.split()
-STEPS = TINY + '--total_steps=2 --save_step=0 --sample_step=0 --log_step=1 --sample_size=4'.split()
-SMALLER = {
-    'train_base.py': STEPS, 'PD.py': STEPS,
-    'train_rdd.py': STEPS + '--queue_size=64 --contrast_size=16 --queue_update=8'.split(),
-    'classifier/train.py': '--epoch=1 --batchsize=4 --num_workers=0'.split(),
-    'score/get_npz.py': ['--num_workers=0', '--feature_network=SCORER'],
-    'ddim_eval.py': ['--num_images=8', '--batch_size=4', '--feature_network=SCORER', '--ch=32',
-                     '--num_res_blocks=1']}
+ROOT = Path(__file__).resolve().parent.parent
+SECTION = (ROOT / 'README.md').read_text().split('## Your own images\n')[1].split('\n## ')[0]
+TINY = ('--ch=32 --num_res_blocks=1 --img_size=8 --batch_size=4 --total_steps=1 --warmup=0 '
+        '--num_workers=0 --sample_size=4 --log_step=1').split()
 
 
-def commands(places):
-    """The commands of the section, as words, with its folders replaced by those of the test."""
-    text = (ROOT / 'README.md').read_text()
-    section = text.split('\n## Your own images\n')[1].split('\n## ')[0]
-    block = re.search('```\n(.*?)```', section, re.S).group(1)
-    for line in block.replace('\\\n', ' ').splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] == ['python']:
-            words += SMALLER.get(words[1], [])
-            for place, path in places.items():
-                words = [word.replace(place, str(path)) for word in words]
-            yield words[1:]
+def readme_commands():
+    """([commands with labels], [command without]) of the section, as lists of words."""
+    blocks = SECTION.split('```')[1::2]
+    return [[line.split()[1:] for line in block.strip().splitlines()] for block in blocks]
+
+
+def overrides(words, folder):
+    """What makes a command of the README tiny, and keeps its results in `folder`.
+
+    Paths that scripts anchor at the repository root have to be given again; the rest is relative.
+    """
+    scorer = f'--feature_network={folder}/logs/photos/classifier/folder/densenet_small'
+    return {
+        'train_base.py': [*TINY, '--T=16'],
+        'PD.py': TINY,
+        'classifier/train.py': [
+            '--model=densenet_small', '--img_size=8', '--epoch=1', '--batchsize=4', '--seed=0',
+            '--num_workers=0', f'--result_path={folder}/logs/photos/classifier'],
+        'train_rdd.py': [*TINY, '--queue_size=64', '--contrast_size=16', '--queue_update=8'] + (
+            ['--classifier=imagenet_resnet18', f'--classifier_path={folder}/resnet18.pt',
+             f'--logdir={folder}/logs/photos/unlabelled']
+            if 'imagenet_resnet50' in words else
+            ['--classifier=densenet_small',
+             '--classifier_path=./logs/photos/classifier/folder/densenet_small']),
+        'score/get_npz.py': ['--img_size=8', '--num_workers=0', scorer,
+                             f'--output={folder}/stats/photos.npz'],
+        'ddim_eval.py': ['--ch=32', '--num_res_blocks=1', '--img_size=8', '--num_images=12',
+                         '--batch_size=8', scorer, '--save_images=./images'],
+        'plot.py': [], 'export.py': []}[words[0]]
 
 
 @pytest.fixture(scope='module')
-def walked(tmp_path_factory):
+def photos(tmp_path_factory):
+    """(folder, {command: [code, output, error]})"""
     folder = tmp_path_factory.mktemp('own')
-    for i in range(8):
-        path = folder / f'images/{"ab"[i % 2]}/{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (40, 36), (30 * i, 255 - 30 * i, 60)).save(str(path))
-    places = {'./my_images': folder / 'images', './my_model': folder / 'model',
-              './logs/mine': folder / 'logs',
-              './classifier/result/folder/resnet18': folder / 'result/folder/resnet18',
-              './stats/folder.train.npz': folder / 'stats.npz',
-              'SCORER': folder / 'result/folder/resnet18'}
-    words = list(commands(places))
-    for one in words:       # these two write where no flag of the README says
-        one += dict([('classifier/train.py', [f'--result_path={folder}/result']),
-                     ('score/get_npz.py', [f'--output={folder}/stats.npz'])]).get(one[0], [])
-    return folder, words, fork_all(dict(walk=[command(one) for one in words]))['walk']
+    rng = np.random.default_rng(0)
+    for kind, suffix in (('cats', 'jpg'), ('dogs', 'png')):
+        (folder / 'photos/train' / kind).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.fromarray(rng.integers(0, 256, (12, 16 + i, 3), dtype=np.uint8))
+            picture.save(folder / f'photos/train/{kind}/{i}.{suffix}')
+    (folder / 'config').symlink_to(ROOT / 'config')
+    import runtime.torchvision_cpu  # noqa: F401
+    from torchvision.models import resnet18
+    torch.save(resnet18(weights=None).state_dict(), folder / 'resnet18.pt')
+    chain, without_labels = readme_commands()
+    commands = [dict(argv=[*words, *overrides(words, folder)], cwd=str(folder))
+                for words in chain + without_labels]
+    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], stdout=subprocess.PIPE,
+                          input=json.dumps(dict(it=commands)), universal_newlines=True, check=True)
+    return folder, [(words[0], *result) for words, result in zip(
+        chain + without_labels, json.loads(done.stdout)['it'])]
 
 
-def test_every_command_of_the_readme_runs(walked):
-    folder, words, results = walked
-    assert [one[0] for one in words if one[0] != 'export.py'] == [
+def test_commands_end_well(photos):
+    folder, results = photos
+    assert [name for name, *_ in results] == [
         'train_base.py', 'PD.py', 'classifier/train.py', 'train_rdd.py', 'score/get_npz.py',
-        'ddim_eval.py']
-    for one, (code, _, err) in zip(words, results):
-        if one[0] == 'export.py':
-            continue        # its packages are extras: test_export.py
-        assert code == 0 and 'Traceback' not in err, (one, err)
-    assert checkpoint.read(folder / 'logs/rdd')['T'] == 4
-    assert (folder / 'logs/rdd/results.jsonl').is_file()
+        'ddim_eval.py', 'plot.py', 'export.py', 'train_rdd.py']
+    packages = {'plot.py': 'matplotlib', 'export.py': 'diffusers'}
+    for name, code, _, error in results:
+        assert 'Traceback' not in error, error
+        if name in packages and importlib.util.find_spec(packages[name]) is None:
+            assert code == 1 and 'requirements-export.txt' in error
+        else:
+            assert code == 0, error
+
+
+def test_results_of_the_chain(photos):
+    folder, results = photos
+    steps = {name: checkpoint.read(folder / 'logs/photos' / name)['T']
+             for name in ('1024', '8', '8to4/rdd', 'unlabelled')}
+    assert steps == {'1024': 16, '8': 8, '8to4/rdd': 4, 'unlabelled': 4}
+    result = json.loads((folder / 'logs/photos/8to4/rdd/results.jsonl').read_text())
+    assert (result['nfe'], result['method'], result['num_images']) == (4, 'rdd', 12)
+    assert '| RDD | 4 | ' in dict((name, output) for name, _, output, _ in results)['plot.py']
+    for name in ('eval', 'trajectory'):
+        assert (folder / f'logs/photos/8to4/rdd/sample/{name}_nfe4_seed0.png').is_file()
+    assert Image.open(folder / 'images/000011.png').size == (8, 8)
+    assert len(list((folder / 'images').iterdir())) == 12
+
+
+def test_exported_student(photos):
+    pytest.importorskip('diffusers', reason='optional, see requirements-export.txt')
+    folder, _ = photos
+    assert {'model_index.json', 'README.md', 'unet', 'scheduler'} <= {
+        path.name for path in (folder / 'export/photos').iterdir()}
+    text = (folder / 'export/photos/README.md').read_text()
+    assert 'train_rdd.py' in text and '| 4 | ' in text and '12' in text

@@ -1,0 +1,67 @@
+"""What TensorBoard shows of a run that was interrupted: every step once, the same scalars."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ('train_base.py --dataset=digits --img_size=8 --ch=32 --ch_mult=1 --attn=0 '
+        '--num_res_blocks=1 --batch_size=8 --num_workers=0 --log_step=1 --T=8 --save_step=2 '
+        '--sample_step=0 --warmup=2').split()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """Folder of a base run of two steps, continued to four."""
+    folder = tmp_path_factory.mktemp('board')
+    commands = [dict(argv=[*BASE, f'--logdir={folder}', f'--total_steps={n}']) for n in (2, 4)]
+    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], stdout=subprocess.PIPE,
+                          input=json.dumps(dict(it=commands)), universal_newlines=True, check=True)
+    for code, _, error in json.loads(done.stdout)['it']:
+        assert code == 0, error
+    return folder
+
+
+def events(file):
+    """The events of one file: records of length, checksum, content, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from('<Q', data, at)
+        yield Event.FromString(data[at + 12:at + 12 + length])
+        at += 16 + length
+
+
+def scalars(folder):
+    """{tag: {step: value}} as written, and how often each (tag, step) was."""
+    found, count = {}, {}
+    for file in sorted(folder.glob('events.out.tfevents.*')):
+        for event in events(file):
+            for value in event.summary.value:
+                if value.HasField('simple_value'):
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+                    count[value.tag, event.step] = count.get((value.tag, event.step), 0) + 1
+    return found, count
+
+
+def test_events_go_on_where_the_run_did(run):
+    found, count = scalars(run)
+    assert {'loss', 'lr', 'images_per_s'} <= set(found)
+    for tag in ('loss', 'lr', 'images_per_s'):
+        assert sorted(found[tag]) == [1, 2, 3, 4], tag
+    assert set(count.values()) == {1}
+    assert [found['lr'][step] for step in (1, 2, 3, 4)] == pytest.approx([1e-4, 2e-4, 2e-4, 2e-4])
+    lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+    losses = {line['step']: line['loss'] for line in lines}
+    assert found['loss'] == pytest.approx(losses)
+
+
+def test_tensorboard_reads_them(run):
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator',
+                                 reason='optional: pip install tensorboard')
+    board = reader.EventAccumulator(str(run)).Reload()
+    assert [event.step for event in board.Scalars('loss')] == [1, 2, 3, 4]
