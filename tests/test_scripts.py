@@ -25,7 +25,7 @@ STEPS = ['--total_steps=4', '--save_step=2', '--sample_step=0']
 DROPOUT = ['--dropout=0.1']
 LONG = ['--total_steps=40', '--save_step=3']
 BASE = ['train_base.py', *NETWORK, *STEPS, '--T=8', '--warmup=3', '--ema_decay=0.5']
-PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-3']
+PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-4']
 RDD = ['train_rdd.py', *NETWORK, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
        '--contrast_size=16', '--relation_group=2', '--temperature=0.1',
        '--intra_temperature=0.05', '--classifier=densenet_small']
