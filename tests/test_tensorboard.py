@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,14 @@ BASE = ('train_base.py --dataset=digits --img_size=8 --ch=32 --ch_mult=1 --attn=
 def run(tmp_path_factory):
     """Folder of a base run of two steps, continued to four."""
     folder = tmp_path_factory.mktemp('board')
-    commands = [dict(argv=[*BASE, f'--logdir={folder}', f'--total_steps={n}']) for n in (2, 4)]
-    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], stdout=subprocess.PIPE,
-                          input=json.dumps(dict(it=commands)), universal_newlines=True, check=True)
-    for code, _, error in json.loads(done.stdout)['it']:
+    for total_steps in (2, 4):
+        job = dict(argv=[*BASE, f'--logdir={folder}', f'--total_steps={total_steps}'])
+        done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], check=True,
+                              input=json.dumps(dict(it=[job])), stdout=subprocess.PIPE,
+                              universal_newlines=True)
+        [(code, _, error)] = json.loads(done.stdout)['it']
         assert code == 0, error
+        time.sleep(1)       # event files are named by the second in which they start
     return folder
 
 
