@@ -291,6 +291,7 @@ class Log:
             for name, value in finite.items():
                 if value is not None:
                     self.board.add_scalar(name, value, step)
+            self.board.flush()      # so that a kill takes no line that metrics.jsonl has
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
 
