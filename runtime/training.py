@@ -119,7 +119,8 @@ def compile_networks(wanted, device, *networks):
     if not wanted:
         return
     try:
-        torch._inductor.config.fallback_random = True       # dropout masks as without it
+        # masks of dropout are drawn for the whole batch, of which each process has its rows
+        torch._inductor.config.fallback_random = True
         torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))
         for network in networks:
             network.compile(dynamic=False)
