@@ -182,7 +182,9 @@ def good_jobs(runs):
         until_two=[command(PD, runs.teacher('base'), runs.to('stages_two'), '--until=2',
                            '--total_steps=2', ranks=2)],
         finished=[command(BASE, '--dropout=0', runs.to('finished'), '--total_steps=1')] * 2,
-        base_eval=[command(evaluation(runs, 'base', '--stride=2'))] * 2)
+        base_eval=[command(evaluation(runs, 'base', '--stride=2'))] * 2,
+        pd_eval=[command(evaluation(runs, 'pd', '--fid_float'), *how[0], ranks=how[1])
+                 for how in (([], 1), (['--batch_size=3'], 1), (['--batch_size=20'], 2))])
 
 
 # What good runs leave behind
@@ -259,6 +261,16 @@ def test_evaluation_repeats_itself(runs):
     one, two = map(json.loads, (runs.folder / 'base/results.jsonl').read_text().splitlines())
     assert (one['nfe'], one['weights']) == (4, 'ema_model')
     assert one['fid'] == two['fid'] and one['inception_score'] == two['inception_score']
+
+
+def test_evaluation_depends_neither_on_batches_nor_on_processes(runs):
+    """Same noise, sums in float64: what is left is the rounding of the networks."""
+    assert_ran(runs.forked['pd_eval'])
+    whole, parts, two = map(json.loads, (runs.folder / 'pd/results.jsonl').read_text().splitlines())
+    assert whole['fid'] > 1 and whole['inception_score'] > 1
+    for other in (parts, two):
+        for key in ('fid', 'inception_score', 'inception_std'):     # written with 4 decimals
+            assert other[key] == pytest.approx(whole[key], rel=1e-6, abs=1.01e-4)
 
 
 @pytest.mark.parametrize('whole, resumed', [('base', 'base_resumed'), ('pd', 'pd_resumed'),
