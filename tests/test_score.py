@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from classifier import build_classifier
-from runtime import checkpoint, data, distributed
+from diffusion import Diffusion
+from model import UNet
+from runtime import checkpoint, data, distributed, seeding
 from runtime.options import UserError
 from score import (ActivationStats, check_network, frechet_distance, inception_score,
                    load_feature_network, load_statistics, save_statistics, to_uint8)
@@ -144,6 +146,44 @@ def test_stats_of_two_processes(monkeypatch):
     one.reduce()        # a second call changes nothing
     assert np.allclose(one.mean_cov()[1], np.cov(features.numpy(), rowvar=False), atol=1e-12)
     assert one.inception_score() == pytest.approx(inception_score(probs.numpy()))
+
+
+def test_scores_depend_neither_on_batches_nor_on_processes(classifier_folder, monkeypatch):
+    """The stream of ddim_eval.py: noise, samples, features, sums; of one process and of three."""
+    torch.manual_seed(0)
+    unet, diffusion = UNet(8, 32, [1], [0], 1).eval(), Diffusion(2, 4)
+    torch.nn.init.xavier_uniform_(unet.tail[2].weight)
+    network, total = load_feature_network(str(classifier_folder), 'cpu'), 24
+
+    def stream(indices, batch_size):
+        stats = ActivationStats(total)
+        for part in indices.split(batch_size):
+            with torch.no_grad():
+                x_0 = diffusion.sample(unet, seeding.noise_of_images(0, part, (3, 8, 8), 'cpu'))
+            stats.update(*network(x_0), part)
+        return stats
+
+    def scores(batch_size, processes):
+        first, *others = (stream(indices, batch_size)
+                          for indices in torch.arange(total).tensor_split(processes))
+        values = iter(zip(*(other.sums for other in others)))
+        monkeypatch.setattr(distributed, 'all_reduce_sum',
+                            lambda value: value.add_(sum(next(values))) if others else value)
+        mu, sigma = first.reduce().mean_cov()
+        return [frechet_distance(mu, sigma, mu * 0, np.eye(len(mu))), *first.inception_score()]
+
+    expected = scores(total, 1)
+    assert expected[0] > 1 and expected[1] > 1
+    for batch_size, processes in ((7, 1), (1, 1), (24, 3), (5, 3)):
+        assert scores(batch_size, processes) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_memory_does_not_grow_with_the_images():
+    sizes = []
+    for count in (20, 2000):
+        stats = streamed(torch.rand(count, 6), torch.full((count, 3), 1 / 3), [count // 2])
+        sizes.append(sum(value.numel() for value in stats.sums))
+    assert sizes[0] == sizes[1]
 
 
 def test_stats_refusals():
