@@ -51,6 +51,7 @@ def run(main, words=False):
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
                             f'flags are written --name value or --name=value (see --help)')
         main(rest) if words else main()
+        leave(0)
     except flags.Error as error:
         fail(' '.join(str(error).split()) + ' (see --help)', 2)
     except UserError as error:
@@ -107,9 +108,16 @@ def fail(sentence, code):
         time.sleep(3)
     name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
     print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code):
+    """End this process; one of several without the interpreter's clean-up.
+
+    That would wait for the others, and threads of the process group can make it abort.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: the other processes may wait in a collective, and no clean-up may wait for them.
     os._exit(code) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else sys.exit(code)
 
 

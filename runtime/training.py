@@ -225,7 +225,7 @@ class Stop:
         distributed.print0(f'{signal.Signals(self.signal).name}: stopped after step {step}, saved '
                            f'in {folder}; run the same command again to go on.')
         distributed.cleanup()
-        sys.exit(128 + self.signal)
+        options.leave(128 + self.signal)
 
 
 class _PlainLines:
