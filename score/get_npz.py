@@ -69,7 +69,6 @@ def main():
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
             save(path, stats, origin)
-    # x while another process still needs the group
     distributed.cleanup()
 
 
