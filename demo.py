@@ -154,7 +154,7 @@ def picture(table, path, columns=16, size=60):
 
 def main():
     if sys.argv[1:]:
-        sys.exit(__doc__.strip())
+        return print(__doc__.strip())
     os.chdir(ROOT)
     seconds = run_all()
     table, count = rows()
