@@ -267,7 +267,7 @@ def test_evaluation_depends_neither_on_batches_nor_on_processes(runs):
     """Same noise, sums in float64: what is left is the rounding of the networks."""
     assert_ran(runs.forked['pd_eval'])
     whole, parts, two = map(json.loads, (runs.folder / 'pd/results.jsonl').read_text().splitlines())
-    assert whole['fid'] > .1 and whole['inception_score'] > 1
+    assert whole['fid'] > .1
     for other in (parts, two):
         for key in ('fid', 'inception_score', 'inception_std'):     # written with 4 decimals
             assert other[key] == pytest.approx(whole[key], rel=1e-6, abs=1.01e-4)
