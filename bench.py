@@ -227,12 +227,17 @@ def frechet(side, count=4096, dim=2048):
 
 
 def relational_loss(side, name, B, size=4):
-    """A relational loss and its gradient, all images in one group."""
+    """A relational loss and its gradient, all images in one group; maps as the classifier's are."""
     torch.manual_seed(0)
-    map_T, map_S = torch.randn(2, B, CHANNELS, size, size, device=side.device).relu_()
+    map_T, map_S = (torch.randn(B, CHANNELS, size, size, device=side.device).relu_().to(
+        memory_format=torch.channels_last) for _ in range(2))
     loss = side.intra if name == 'IS_P2P' else side.Memory(CHANNELS).to(side.device)
     map_S.requires_grad_()
-    return lambda: torch.autograd.grad(loss(map_S, map_T), [map_S])
+
+    def value_and_gradient():
+        value = loss(map_S, map_T)
+        return (value.detach(), *torch.autograd.grad(value, [map_S]))
+    return value_and_gradient
 
 
 def work(row, side, clock):
@@ -294,7 +299,7 @@ def memory(device):
     """Peak of the relational losses beyond maps and gradient, and what travels per step."""
     rows, map_mib = [], FLAGS.group * 64 * CHANNELS * 4 / 2 ** 20
     for name, width in (('IS_P2P', FLAGS.group * 64), ('M_P2P', 4096)):
-        found = {}
+        found, results = {}, []
         for side in sides(device):
             wanted = 8 * (FLAGS.group * 64 * width * 4 + map_mib * 2 ** 20)
             if side.name == 'plain' and wanted > free_bytes(device):
@@ -303,10 +308,15 @@ def memory(device):
                 continue
             function = relational_loss(side, name, FLAGS.group, 8)
             found[side.name] = peak_mib(side, function) - map_mib
-        rows.append([name, *(f'{found.get(side, 0):.0f}' for side in ('fast', 'plain'))])
+            results.append(function())
+        differences = [f'{(one - other).abs().max() / other.abs().max():.1e}'
+                       for one, other in zip(results[0], results[-1])]
+        rows.append([name, *(f'{found.get(side, 0):.0f}' for side in ('fast', 'plain')),
+                     *(differences if len(results) > 1 else '--')])
+    head = ['MiB', 'fast', 'plain', 'value differs by', 'gradient differs by']
     sent, queue = 128 * CHANNELS * 4 / 1e6, 20000 * CHANNELS * 4 / 1e6
     print(f'\nBeyond two maps of {FLAGS.group} x {CHANNELS} x 8 x 8 and the gradient of one '
-          f'({map_mib:.0f} MiB each):\n\n{table(["MiB", "fast", "plain"], rows)}\n\n'
+          f'({map_mib:.0f} MiB each):\n\n{table(head, rows)}\n\n'
           f'Between processes, per step: {sent:.2f} MB (128 pixels). The queue, {queue:.1f} MB, '
           f'does not travel.', flush=True)
     return [dict(row='memory', mib=rows, sent_mb=sent, queue_mb=queue)]

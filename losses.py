@@ -33,12 +33,17 @@ def diversity(mean_probs):
 
 
 def pixels(feature_map):
-    """Unit vectors (B * H * W, C) of the pixels of a map (B, C, H, W), image by image."""
-    return F.normalize(feature_map.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)
+    """Vectors (B * H * W, C) of the pixels of a map (B, C, H, W), image by image."""
+    return feature_map.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def unit_pixels(feature_map):
+    """The same, of length 1."""
+    return F.normalize(pixels(feature_map), dim=1)
 
 
 class _RelationKL(torch.autograd.Function):
-    """Sum over all rows of KL(softmax(S_T) || softmax(S_S)), S = F K^T / tau.
+    """Sum over all rows of KL(softmax(S_T) || softmax(S_S)), S = F K^T / tau, F = unit rows of x.
 
     Keys K: the rows F themselves (keys None), softmax over every `segment` columns apart; or given
     ones, the same for S_S and S_T. Forward walks over chunks of rows and adds up the gradient on
@@ -46,10 +51,13 @@ class _RelationKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, F_S, F_T, keys, segment, tau, chunk_entries):
+    def forward(ctx, x_S, F_T, keys, segment, tau, chunk_entries):
+        length = x_S.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+        F_S = x_S / length
         K_S, K_T = (F_S, F_T) if keys is None else (keys, keys)
-        loss, grad, chunk = F_S.new_zeros(()), torch.zeros_like(F_S), chunk_entries // len(K_S)
-        for rows_S, rows_T, grad_rows in zip(*(v.split(max(1, chunk)) for v in (F_S, F_T, grad))):
+        loss, grad = x_S.new_zeros(()), torch.zeros_like(F_S)
+        chunk = max(1, chunk_entries // len(K_S))
+        for rows_S, rows_T, grad_rows in zip(*(v.split(chunk) for v in (F_S, F_T, grad))):
             shape = (len(rows_S), -1, segment)
             log_p_S = F.log_softmax((rows_S @ K_S.t()).div_(tau).view(shape), dim=2)
             log_p_T = F.log_softmax((rows_T @ K_T.t()).div_(tau).view(shape), dim=2)
@@ -59,7 +67,9 @@ class _RelationKL(torch.autograd.Function):
             grad_rows.addmm_(G, K_S)
             if keys is None:
                 grad.addmm_(G.t(), rows_S)
-        ctx.save_for_backward(grad)
+        for f, g in zip(F_S.split(chunk), grad.split(chunk)):   # unit length: no gradient along f
+            g.addcmul_(f, (f * g).sum(1, keepdim=True), value=-1)
+        ctx.save_for_backward(grad.div_(length))
         return loss
 
     @staticmethod
@@ -82,10 +92,10 @@ def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHU
     if B % group:
         raise ValueError(f'a batch of {B} images has no groups of {group}')
     rows = group * H * W
-    groups = zip(pixels(map_S).split(rows), pixels(map_T.detach()).split(rows))
+    groups = zip(pixels(map_S).split(rows), unit_pixels(map_T.detach()).split(rows))
     with torch.autocast(map_S.device.type, enabled=False):
-        total = sum(_RelationKL.apply(F_S, F_T, None, H * W, temperature, chunk_entries)
-                    for F_S, F_T in groups)
+        total = sum(_RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
+                    for x_S, F_T in groups)
     return total / (B * H * W * group)
 
 
@@ -167,7 +177,7 @@ class MemoryP2P(nn.Module):
     def forward(self, map_S, map_T):
         """Loss of maps (B, C, H, W); gradients reach the head and map_S."""
         with torch.autocast(map_S.device.type, enabled=False):
-            F_S, F_T = pixels(self.project_head(map_S.float())), pixels(map_T.detach())
+            x_S, F_T = pixels(self.project_head(map_S.float())), unit_pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
             tau = self.contrast_temperature * self.temperature
-            return _RelationKL.apply(F_S, F_T, V, len(V), tau, CHUNK_ENTRIES) / len(F_S)
+            return _RelationKL.apply(x_S, F_T, V, len(V), tau, CHUNK_ENTRIES) / len(x_S)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from losses import MemoryP2P, intra_sample_p2p, pixels
+from losses import MemoryP2P, intra_sample_p2p, unit_pixels
 from runtime import training
 from score import ActivationStats, frechet_distance
 
@@ -17,6 +17,7 @@ from score import ActivationStats, frechet_distance
 class Fast:
     """What the scripts do."""
     name, context, Memory = 'fast', contextlib.nullcontext, MemoryP2P
+    memory_format = torch.channels_last
     adam = staticmethod(training.adam)
     ema = staticmethod(training.ema_update)
     intra = staticmethod(intra_sample_p2p)
@@ -25,7 +26,7 @@ class Fast:
         self.device, self.amp, self.compile = device, amp, compile
 
     def network(self, network):
-        network = network.to(self.device, memory_format=torch.channels_last)
+        network = network.to(self.device, memory_format=self.memory_format)
         training.compile_networks(self.compile, self.device, network)
         return network
 
@@ -50,7 +51,7 @@ def plain_intra(map_S, map_T, temperature=1., group=None):
     """IS_P2P with all similarities of a group in memory; the gradient by autograd."""
     B, _, H, W = map_S.shape
     group, total = group or B, 0.
-    maps = (pixels(m).split(group * H * W) for m in (map_S, map_T.detach()))
+    maps = (unit_pixels(m).split(group * H * W) for m in (map_S, map_T.detach()))
     for F_S, F_T in zip(*maps):
         log_p_S, log_p_T = ((f @ f.t() / temperature).view(len(f), group, H * W).log_softmax(2)
                             for f in (F_S, F_T))
@@ -62,7 +63,7 @@ class PlainMemory(MemoryP2P):
     """M_P2P with the similarities to the whole contrast set in memory; gradient by autograd."""
 
     def forward(self, map_S, map_T):
-        F_S, F_T = pixels(self.project_head(map_S)), pixels(map_T.detach())
+        F_S, F_T = unit_pixels(self.project_head(map_S)), unit_pixels(map_T.detach())
         log_p_S, log_p_T = ((f @ self.queue[self.contrast].t() / self.contrast_temperature
                              / self.temperature).log_softmax(1) for f in (F_S, F_T))
         return F.kl_div(log_p_S, log_p_T, reduction='batchmean', log_target=True)
@@ -78,6 +79,7 @@ def plain_ema(ema, model, decay):
 class Plain(Fast):
     """float32, contiguous, eager; a loop over parameters; no hand-written gradient."""
     name, Memory = 'plain', PlainMemory
+    memory_format = torch.contiguous_format
     ema, intra = staticmethod(plain_ema), staticmethod(plain_intra)
 
     @contextlib.contextmanager
@@ -88,11 +90,8 @@ class Plain(Fast):
         finally:
             F.scaled_dot_product_attention = fused
 
-    def network(self, network):
-        return network.to(self.device)
-
-    def autocast(self):
-        return contextlib.nullcontext()
+    def __init__(self, device):
+        super().__init__(device)
 
     def adam(self, params, lr, wd):
         return torch.optim.Adam(params, lr=lr, weight_decay=wd, foreach=False, fused=False)

@@ -119,8 +119,8 @@ def compile_networks(wanted, device, *networks):
     if not wanted:
         return
     try:
-        # masks of dropout are drawn for the whole batch, of which each process has its rows
-        torch._inductor.config.fallback_random = True
+        from torch._inductor import config
+        config.fallback_random = True       # masks are drawn whole, so that rows of them agree
         torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))
         for network in networks:
             network.compile(dynamic=False)

@@ -3,6 +3,7 @@
   python tests/endurance.py processes     losses of 20 steps on 1, 2 and 4 processes
   python tests/endurance.py kills         runs killed at random moments end as if they were not
   python tests/endurance.py restarts      torchrun restarts after one of its workers is killed
+  python tests/endurance.py compiled      losses of 20 steps with and without --compile
   python tests/endurance.py memory        memory and open files over 5,000 steps of RDD
 All on tiny networks and handwritten digits, on the CPU, in a temporary folder.
 """
@@ -75,6 +76,21 @@ def processes(folder):
             values = ' | '.join(f'{loss[step - 1]:.7g}' for loss in losses)
             print(f'| {name} | {step} | {values} | {worst:.1e} |' if step == 20
                   else f'| {name} | {step} | {values} | |', flush=True)
+
+
+def compiled(folder):
+    """Eager and compiled, the latter on 1 and 2 processes: the losses of 20 steps."""
+    print('| run | eager | compiled | 2 processes, compiled | largest difference |')
+    print('| :--- | ---: | ---: | ---: | ---: |')
+    for name, command in prepare(folder).items():
+        losses = []
+        for count, more in ((1, []), (1, ['--compile']), (2, ['--compile'])):
+            logdir = f'{folder}/{name}{count}{len(more)}'
+            run([*command, '--dropout=0', '--total_steps=20', f'--logdir={logdir}', *more], count)
+            losses.append([line['loss'] for line in lines(logdir)])
+        worst = max(abs(v / one[0] - 1) for one in zip(*losses) for v in one)
+        values = ' | '.join(f'{loss[-1]:.7g}' for loss in losses)
+        print(f'| {name} | {values} | {worst:.1e} |', flush=True)
 
 
 def same(a, b, skip=('flags',)):
@@ -179,7 +195,8 @@ def memory(folder):
 
 
 if __name__ == '__main__':
-    checks = dict(processes=processes, kills=kills, restarts=restarts, memory=memory)
+    checks = dict(processes=processes, compiled=compiled, kills=kills, restarts=restarts,
+                  memory=memory)
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,7 +8,7 @@ import torch
 from classifier import build_classifier
 from losses import MemoryP2P, intra_sample_p2p
 from model import Dropout, UNet
-from runtime import training
+from runtime import data, seeding, training
 from runtime.measure import peak_mib
 from runtime.options import UserError
 from runtime.plain import Fast, Plain, PlainMemory, plain_intra
@@ -209,3 +209,27 @@ def test_frechet():
     other = [v.numpy() for v in (randn(8).double(), torch.eye(8).double())]
     fast, plain = (side.frechet(features, probs, other) for side in (Fast(CPU), Plain(CPU)))
     assert fast == pytest.approx(plain, rel=1e-9) and fast > 1
+
+
+# A GPU
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_nothing_waits_for_the_gpu():
+    """Batches, the queue and both relational losses, without a copy that stops the host."""
+    device = torch.device('cuda')
+    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
+    batches = data.batches(data.Images('random', 'train', 8, [0] * 32, 10, images), 8, 0, device)
+    memory = MemoryP2P(16, 100, 20, 10).to(device)
+    maps = [randn(8, 16, 4, 4, seed=i).to(device).requires_grad_() for i in range(2)]
+    for mode in ('default', 'error'):       # the first time allocates
+        next(batches)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            next(batches)
+            rng = seeding.generator(device, 0, seeding.PIXELS, 1)
+            numbers = memory.choose_pixels(8 * 16, rng)
+            memory.enqueue(memory.pixels_at(maps[1].detach(), numbers, 0, 8))
+            memory.choose_contrast(rng)
+            (intra_sample_p2p(*maps) + memory(*maps)).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')

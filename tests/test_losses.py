@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p, pixels
+from losses import (MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p,
+                    unit_pixels)
 
 gen = torch.Generator().manual_seed(0)
 
@@ -112,7 +113,7 @@ def true_pixel(feature_map, n):
 def test_pixels_are_image_by_image():
     feature_map = labelled(2, 3, 2, 2)
     expected = torch.stack([true_pixel(feature_map, n) for n in range(8)])
-    torch.testing.assert_close(pixels(feature_map), expected)
+    torch.testing.assert_close(unit_pixels(feature_map), expected)
 
 
 def test_queue_rows_are_true_pixels():
