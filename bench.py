@@ -2,8 +2,9 @@
 
   python bench.py --json bench.json       training steps, sampling, scoring, relational losses
   python bench.py --rows memory           memory of the relational losses at 256 images
-  python bench.py --rows growth           step time over batch, width, image size and processes,
-                                          and GPU-hours of the full chains (an estimate)
+  python bench.py --rows growth           step time over batch, width, image size and processes
+  python bench.py --rows estimate         hours the full chains would take here; --tflops 50: on
+                                          a device that sustains 50 TFLOP/s
 Weights and images are random, the width is that of CIFAR-10. Fast and plain (`runtime/plain.py`)
 take turns in one process; ratios are those of one turn, as median (smallest .. largest).
 """
@@ -37,13 +38,14 @@ FLAGS = flags.FLAGS
 N, CHANNELS = 1024, 1920            # base grid; channels of DenseNet-201's maps
 SPEED = dict(base=['base'], pd=['pd'], rdd=['rdd'], sample=['sample 1', 'sample 4', 'sample 8'],
              score=['features', 'frechet'], losses=['IS_P2P', 'M_P2P'])
+EXTRA = ('memory', 'growth', 'estimate')
 PARTS = ('data wait', 'teacher', 'student', 'classifier', 'losses', 'backward', 'optimiser')
 
 
 def define_flags():
     options.define_network_flags()
     options.define_device_flags()
-    flags.DEFINE_list('rows', list(SPEED), f'what to measure: {", ".join(SPEED)}, memory, growth')
+    flags.DEFINE_list('rows', list(SPEED), f'what to measure: {", ".join((*SPEED, *EXTRA))}')
     flags.DEFINE_enum('device', 'auto', ['auto', 'cpu', 'cuda'], 'auto: a GPU if there is one')
     flags.DEFINE_integer('batch_size', None, 'images per step; none: 128 on a GPU, 16 on a CPU',
                          lower_bound=4)
@@ -51,16 +53,16 @@ def define_flags():
     flags.DEFINE_string('classifier', 'densenet201', 'classifier of the RDD row')
     flags.DEFINE_bool('plain', True, 'measure the plain side as well')
     flags.DEFINE_integer('group', 256, 'images of --rows memory, 8x8 maps', lower_bound=1)
-    flags.DEFINE_list('images_per_s', [], 'of base, PD and RDD at CIFAR-10 width, for the estimate '
-                      'of --rows growth; none: measured here')
+    flags.DEFINE_float('tflops', None, 'sustained 1e12 operations per second that --rows estimate '
+                       'supposes; none: what base, PD and RDD steps reach here')
     flags.DEFINE_string('json', None, 'file for all numbers')
 
 
 def main():
-    unknown = sorted(set(FLAGS.rows) - {*SPEED, 'memory', 'growth'})
+    unknown = sorted(set(FLAGS.rows) - {*SPEED, *EXTRA})
     if unknown:
         raise UserError(f'--rows {",".join(unknown)} is unknown; choose of {", ".join(SPEED)}, '
-                        f'memory, growth')
+                        f'{", ".join(EXTRA)}')
     if FLAGS.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     device = distributed.init(FLAGS.gpu_id)
@@ -78,7 +80,8 @@ def main():
     if results:
         report(results)
     results += memory(device) if 'memory' in FLAGS.rows else []
-    results += growth(device) + estimate(device) if 'growth' in FLAGS.rows else []
+    results += growth(device) if 'growth' in FLAGS.rows else []
+    results += estimate(device) if 'estimate' in FLAGS.rows else []
     if FLAGS.json and distributed.is_main():
         text = json.dumps(dict(environment=environment(device), rows=results), indent=1)
         Path(FLAGS.json).write_text(text)
@@ -379,7 +382,7 @@ def flops(data_set, stage):
         x, t = torch.empty(1, 3, *[int(words['img_size'])] * 2), torch.zeros(1, dtype=torch.int64)
         network = UNet(N, int(words['ch']), words['ch_mult'], words['attn'],
                        int(words['num_res_blocks']))
-        classifier = build_classifier(words.get('classifier', 'densenet201'), 10).eval()
+        classifier = build_classifier(words.get('classifier', 'densenet201'), 10).eval().to('meta')
         for module, inputs in ((network, (x, t)), (classifier, (x,))):
             with FlopCounterMode(display=False) as counter:
                 module(*inputs)
@@ -389,25 +392,29 @@ def flops(data_set, stage):
 
 
 def estimate(device):
-    """GPU-hours of the chains in config/, from images/s at CIFAR-10 width and counted work."""
-    halvings = dict(BASE=1, PD=7, RDD=3)                # 1024 steps; to 8; to 1
-    rates = [float(rate) for rate in FLAGS.images_per_s] or [
-        found['images'] / statistics.median(found['sides']['fast']['seconds'])
-        for found in (measure(stage.lower(), device) for stage in halvings)]
-    rows = []
+    """Hours of the chains in config/ on one device: counted operations over a sustained rate."""
+    halvings, rates, rows = dict(BASE=1, PD=7, RDD=3), [], []   # 1024 steps; to 8; to 1
+    for stage in halvings:
+        rate = FLAGS.tflops
+        if not rate:
+            found = measure(stage.lower(), device)
+            seconds_per_step = statistics.median(found['sides']['fast']['seconds'])
+            rate = found['images'] / seconds_per_step * flops('CIFAR10', stage) / 1e12
+        rates.append(rate)
     for data_set in ('CIFAR10', 'IMAGENET64'):
-        hours = []
-        for (stage, times), rate in zip(halvings.items(), rates):
+        work = []
+        for stage, times in halvings.items():
             words = flagfile(data_set, stage)
             images = int(words['total_steps']) * int(words['batch_size']) * times
-            ratio = flops(data_set, stage) / flops('CIFAR10', stage)
-            hours.append(images * ratio / rate / 3600)
-        rows.append([data_set, *(f'{h:.3g}' for h in hours + [sum(hours)])])
-    print(f'\nESTIMATE, not measured: hours on one such device, from '
-          f'{", ".join(f"{rate:.3g}" for rate in rates)} images/s (base, PD, RDD at CIFAR-10 '
-          f'width) and the operations per image:\n\n'
-          + table(['hours', 'base', 'PD 1024 to 8', 'RDD 8 to 1', 'all'], rows), flush=True)
-    return [dict(row='estimate', images_per_s=rates, hours=rows)]
+            work.append(images * flops(data_set, stage) / 1e18)
+        hours = [1e6 * w / rate / 3600 for w, rate in zip(work, rates)]
+        rows += [[f'{data_set}, {unit}', *(f'{v:.3g}' for v in values + [sum(values)])]
+                 for unit, values in (('1e18 operations', work), ('hours', hours))]
+    print(f'\nESTIMATE, not measured: hours on one device that sustains '
+          f'{", ".join(f"{rate:.3g}" for rate in rates)} TFLOP/s (base, PD, RDD; '
+          f'{"supposed" if FLAGS.tflops else "measured here at CIFAR-10 width"}):\n\n'
+          + table(['', 'base', 'PD 1024 to 8', 'RDD 8 to 1', 'all'], rows), flush=True)
+    return [dict(row='estimate', tflops=rates, rows=rows)]
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@
   python tests/endurance.py restarts      torchrun restarts after one of its workers is killed
   python tests/endurance.py compiled      losses of 20 steps with and without --compile
   python tests/endurance.py memory        memory and open files over 5,000 steps of RDD
+  python tests/endurance.py precision     scores of the digits chain in float32 and with --amp bf16
 All on tiny networks and handwritten digits, on the CPU, in a temporary folder.
 """
 
@@ -12,10 +13,12 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -91,6 +94,50 @@ def compiled(folder):
         worst = max(abs(v / one[0] - 1) for one in zip(*losses) for v in one)
         values = ' | '.join(f'{loss[-1]:.7g}' for loss in losses)
         print(f'| {name} | {values} | {worst:.1e} |', flush=True)
+
+
+def chain(folder, amp, seed):
+    """{sampler: (Frechet distance, Inception score)} of the digits chain of demo.py."""
+    logs = f'{folder}/{amp}{seed}'
+    same = [f'--amp={amp}', f'--seed={seed}', '--num_workers=0']
+    rdd, pd = '--flagfile=config/DIGITS_RDD.txt', '--flagfile=config/DIGITS_PD.txt'
+    run(['train_base.py', '--flagfile=config/DIGITS_BASE.txt', *same, f'--logdir={logs}/64'])
+    run(['PD.py', pd, *same, f'--base_ckpt={logs}/64', f'--logdir={logs}'])
+    run(['PD.py', pd, *same, f'--base_ckpt={logs}/8', f'--logdir={logs}/pd', '--until=0'])
+    run(['train_rdd.py', rdd, *same, f'--base_ckpt={logs}/8', f'--logdir={logs}/rdd',
+         f'--classifier_path={folder}/digits/densenet_small'])
+    found = {}
+    for name, where, stride in (('DDIM, 8 steps', '64', 8), ('DDIM, 4 steps', '64', 16),
+                                ('PD, 8 steps', '8', 1), ('PD, 4 steps', 'pd', 1),
+                                ('RDD, 4 steps', 'rdd', 1)):
+        run(['ddim_eval.py', '--flagfile=config/DIGITS_EVAL.txt', *same[:2],
+             f'--logdir={logs}/{where}', f'--stride={stride}', f'--fid_cache={folder}/real.npz',
+             f'--feature_network={folder}/digits/convnet_small'])
+        line = json.loads(Path(f'{logs}/{where}/results.jsonl').read_text().splitlines()[-1])
+        found[name] = line['fid'], line['inception_score']
+    print(f'{amp}, seed {seed}: {found}', file=sys.stderr, flush=True)
+    return found
+
+
+def precision(folder):
+    """The digits chain with three seeds in both precisions, two chains at a time."""
+    for model, epochs, seed in (('densenet_small', 8, 0), ('convnet_small', 15, 1)):
+        run(['classifier/train.py', f'--model={model}', '--dataset=digits', f'--epoch={epochs}',
+             f'--seed={seed}', '--init_lr=0.1', '--num_workers=0', f'--result_path={folder}'])
+    run(['score/get_npz.py', '--dataset=digits', '--num_workers=0', '--half=1',
+         f'--feature_network={folder}/digits/convnet_small', f'--output={folder}/real.npz'])
+    runs = [(amp, seed) for seed in (1, 2, 3) for amp in ('none', 'bf16')]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(runs, pool.map(lambda one: chain(folder, *one), runs)))
+    print('| sampler | float32, seeds 1 2 3 | bf16, seeds 1 2 3 | means | deviations |')
+    print('| :--- | :--- | :--- | :--- | :--- |')
+    for name in found[runs[0]]:
+        for i, score in enumerate(('Frechet distance', 'inception score')):
+            values = [[found[amp, seed][name][i] for seed in (1, 2, 3)]
+                      for amp in ('none', 'bf16')]
+            cells = [' '.join(f'{v:.2f}' for v in row) for row in (
+                *values, map(statistics.mean, values), map(statistics.stdev, values))]
+            print(f'| {name}, {score} | {" | ".join(cells)} |')
 
 
 def same(a, b, skip=('flags',)):
@@ -196,7 +243,7 @@ def memory(folder):
 
 if __name__ == '__main__':
     checks = dict(processes=processes, compiled=compiled, kills=kills, restarts=restarts,
-                  memory=memory)
+                  memory=memory, precision=precision)
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,0 +1,56 @@
+"""bench.py as a user starts it, at a size that takes seconds: what it measures, not how fast."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ('--device=cpu --ch=32 --ch_mult=1 --attn=0 --num_res_blocks=1 --img_size=8 --batch_size=4 '
+        '--repeats=2 --classifier=densenet_small').split()
+
+
+def bench(*words):
+    return subprocess.run([sys.executable, 'bench.py', *map(str, words)], cwd=str(ROOT),
+                          env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def test_rows_sides_and_parts(tmp_path):
+    done = bench(*TINY, '--rows=base,pd,rdd,sample,memory', '--group=4', f'--json={tmp_path}/b.json')
+    assert done.returncode == 0, done.stderr
+    rows = {row['row']: row for row in json.loads((tmp_path / 'b.json').read_text())['rows']}
+    assert list(rows) == ['base', 'pd', 'rdd', 'sample 1', 'sample 4', 'sample 8', 'memory']
+    trains = dict(base=set(), pd={'teacher'}, rdd={'teacher', 'classifier'})
+    for name, more in trains.items():
+        for side in rows[name]['sides'].values():
+            assert set(side['parts']) == more | {'data wait', 'student', 'losses', 'backward',
+                                                 'optimiser'}
+            assert len(side['seconds']) == 2 and min(side['seconds']) > 0 < side['peak_mib']
+    for _, fast, plain, value, gradient in rows['memory']['mib']:
+        assert float(fast) >= 0 and float(plain) >= 0
+        assert float(value) < 1e-5 and float(gradient) < 1e-5
+        assert f'{value} | {gradient} |' in done.stdout
+
+
+def test_estimate_is_marked_and_follows_the_rate(tmp_path):
+    hours = []
+    for rate in (50, 100):
+        done = bench('--device=cpu', '--rows=estimate', f'--tflops={rate}',
+                     f'--json={tmp_path}/b.json')
+        assert done.returncode == 0, done.stderr
+        assert 'ESTIMATE, not measured' in done.stdout and 'supposed' in done.stdout
+        found = json.loads((tmp_path / 'b.json').read_text())['rows'][0]['rows']
+        hours.append([float(v) for v in found[1][1:]])
+    # 800,000 steps of 256 images, three passes of 2 x 6.1e9 multiply-adds
+    assert float(found[0][1]) == pytest.approx(800000 * 256 * 3 * 2 * 6.1e9 / 1e18, rel=.03)
+    assert hours[0] == pytest.approx([2 * v for v in hours[1]], rel=.02)
+
+
+def test_unknown_row():
+    done = bench('--rows=bass')
+    assert done.returncode == 2 and '--rows bass is unknown' in done.stderr
+    assert 'Traceback' not in done.stderr
