@@ -29,7 +29,8 @@ from diffusion import Diffusion, distillation_loss
 from losses import feature_kl
 from model import UNet
 from runtime import data, distributed, options, seeding
-from runtime.measure import Clock, device_name, free_bytes, peak_mib, seconds, spread, table
+from runtime.measure import (Clock, device_name, free_bytes, operators, peak_mib, seconds, spread,
+                             table)
 from runtime.options import UserError
 from runtime.plain import Fast, Plain
 from runtime.training import draw, frozen
@@ -52,6 +53,7 @@ def define_flags():
     flags.DEFINE_integer('repeats', 5, 'turns of fast and plain', lower_bound=1)
     flags.DEFINE_string('classifier', 'densenet201', 'classifier of the RDD row')
     flags.DEFINE_bool('plain', True, 'measure the plain side as well')
+    flags.DEFINE_bool('profile', False, 'print the slowest operators of every row as well')
     flags.DEFINE_integer('group', 256, 'images of --rows memory, 8x8 maps', lower_bound=1)
     flags.DEFINE_float('tflops', None, 'sustained 1e12 operations per second that --rows estimate '
                        'supposes; none: what base, PD and RDD steps reach here')
@@ -276,12 +278,14 @@ def measure(row, device):
         seconds(side, function)
         clock.on = False
         found[side.name].update(parts=clock.parts, peak_mib=peak_mib(side, function))
+        if FLAGS.profile:
+            found[side.name]['operators'] = operators(side, function)
     return dict(row=row, images=images, sides=found)
 
 
 def report(results):
-    """Tables of speed and of the parts of a training step."""
-    speed, parts = [], []
+    """Tables of speed, of the parts of a training step and of operators."""
+    speed, parts, slowest = [], [], []
     for result in results:
         row, found = result['row'], result['sides']
         fast, plain = (found.get(name, dict(seconds=[], parts={})) for name in ('fast', 'plain'))
@@ -292,10 +296,15 @@ def report(results):
         parts += [[f'{row}, {name}', *(f'{1000 * side["parts"].get(part, 0):.1f}'
                                        for part in PARTS)]
                   for name, side in found.items() if side['parts']]
+        slowest += [[f'{row}, {name}', ', '.join(f'{key} {100 * share:.0f} %'
+                                                 for key, share in side['operators'])]
+                    for name, side in found.items() if 'operators' in side]
     distributed.print0('\n' + table(['row', 'images/s fast', 'images/s plain', 'plain / fast',
                                      'MiB fast', 'MiB plain'], speed))
     if parts:
         distributed.print0('\n' + table(['ms', *PARTS], parts))
+    if slowest:
+        distributed.print0('\n' + table(['row', 'slowest operators'], slowest))
 
 
 def memory(device):

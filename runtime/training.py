@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -276,7 +277,7 @@ class Log:
             path.with_suffix('.tmp').replace(path)
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
-            self.board.add_text('flags', options.resolved().replace('\n', '  \n'), step)
+            self.board.add_text('flags', textwrap.indent(options.resolved(), '    '), step)
 
     def write(self, step, **scalars):
         """One line of scalars, with images/s since the last line and the memory in use."""
@@ -291,7 +292,7 @@ class Log:
             self.file.flush()
             for name, value in finite.items():
                 if value is not None:
-                    self.board.add_scalar(name, value, step)
+                    self.board.add_scalar(f'train/{name}', value, step)     # one section
             self.board.flush()      # so that a kill takes no line that metrics.jsonl has
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)

@@ -1,5 +1,6 @@
 """What TensorBoard shows of a run that was interrupted: every step once, the same scalars."""
 
+import io
 import json
 import struct
 import subprocess
@@ -8,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ('train_base.py --dataset=digits --img_size=8 --ch=32 --ch_mult=1 --attn=0 '
         '--num_res_blocks=1 --batch_size=8 --num_workers=0 --log_step=1 --T=8 --save_step=2 '
-        '--sample_step=0 --warmup=2').split()
+        '--sample_step=2 --sample_size=4 --warmup=2').split()
 
 
 @pytest.fixture(scope='module')
@@ -40,15 +42,21 @@ def events(file):
         at += 16 + length
 
 
+def written(folder):
+    """(step, summary value) in the order in which they were written."""
+    return [(event.step, value) for file in sorted(folder.glob('events.out.tfevents.*'))
+            for event in events(file) for value in event.summary.value]
+
+
 def scalars(folder):
-    """{tag: {step: value}} as written, and how often each (tag, step) was."""
+    """{name: {step: value}} of the section train, and how often each (name, step) was."""
     found, count = {}, {}
-    for file in sorted(folder.glob('events.out.tfevents.*')):
-        for event in events(file):
-            for value in event.summary.value:
-                if value.HasField('simple_value'):
-                    found.setdefault(value.tag, {})[event.step] = value.simple_value
-                    count[value.tag, event.step] = count.get((value.tag, event.step), 0) + 1
+    for step, value in written(folder):
+        if value.HasField('simple_value'):
+            section, name = value.tag.split('/')
+            assert section == 'train'
+            found.setdefault(name, {})[step] = value.simple_value
+            count[name, step] = count.get((name, step), 0) + 1
     return found, count
 
 
@@ -64,8 +72,22 @@ def test_events_go_on_where_the_run_did(run):
     assert found['loss'] == pytest.approx(losses)
 
 
+def test_grids_and_flags(run):
+    grids = {step: value.image for step, value in written(run) if value.HasField('image')}
+    assert list(grids) == [2, 4]
+    for step, image in grids.items():
+        with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
+            with Image.open(run / f'sample/{step}.png') as file:
+                assert picture.size == (image.width, image.height) == file.size
+                assert picture.tobytes() == file.tobytes()
+    texts = {step: value.tensor.string_val[0].decode() for step, value in written(run)
+             if value.tag.startswith('flags')}
+    assert list(texts) == [0, 2]
+    assert '    --total_steps=4\n' in texts[2] and '    --T=8\n' in texts[2]
+
+
 def test_tensorboard_reads_them(run):
     reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator',
                                  reason='optional: pip install tensorboard')
     board = reader.EventAccumulator(str(run)).Reload()
-    assert [event.step for event in board.Scalars('loss')] == [1, 2, 3, 4]
+    assert [event.step for event in board.Scalars('train/loss')] == [1, 2, 3, 4]
