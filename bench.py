@@ -65,9 +65,15 @@ def main():
     if unknown:
         raise UserError(f'--rows {",".join(unknown)} is unknown; choose of {", ".join(SPEED)}, '
                         f'{", ".join(EXTRA)}')
+    if 'estimate' in FLAGS.rows and (FLAGS.ch, FLAGS.img_size) != (128, 32):
+        raise UserError('--rows estimate measures the network of CIFAR-10; leave --ch and '
+                        '--img_size out')
     if FLAGS.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     device = distributed.init(FLAGS.gpu_id)
+    if distributed.world_size() > 1 and not {'base', 'pd', 'rdd'}.issuperset(FLAGS.rows):
+        raise UserError(f'--rows {",".join(FLAGS.rows)} on {distributed.world_size()} processes: '
+                        f'only base, pd and rdd share their work; start it in one process')
     if FLAGS.device == 'cuda' and device.type != 'cuda':
         raise UserError('--device cuda: torch finds no GPU; leave it out to measure the CPU')
     FLAGS.batch_size = FLAGS.batch_size or (128 if device.type == 'cuda' else 16)
@@ -114,7 +120,10 @@ def random_images():
 
 
 class Training:
-    """A step of train_base.py, PD.py or train_rdd.py, from 8 to 4 steps, with their defaults."""
+    """A step of train_base.py, PD.py or train_rdd.py, from 8 to 4 steps, without meters and logs.
+
+    Dropout is that of --dropout, 0 by default.
+    """
 
     def __init__(self, side, clock, stage):
         self.side, self.clock, device = side, clock, side.device
@@ -188,8 +197,13 @@ class Relations:
         with self.clock('losses'):
             self.refill(map_T, rng)
             return (feature_kl(feature_S, feature_T, .9)
-                    + self.side.intra(map_S, map_T, group=len(map_S) // 4)
+                    + self.side.intra(map_S, map_T, group=self.group(len(map_S)))
                     + .1 * self.memory(map_S, map_T))
+
+    def group(self, share):
+        """As in train_rdd.py: a quarter of the total batch where that divides the share."""
+        quarter = FLAGS.batch_size // 4
+        return share if share % quarter else quarter
 
     def refill(self, map_T, rng):
         B, _, H, W = map_T.shape
@@ -220,7 +234,8 @@ def feature_extraction(side):
     @torch.no_grad()
     def extract():
         x = F.interpolate(images / 255, (299, 299), mode='bilinear', align_corners=False)
-        network(2 * x - 1)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            network(2 * x - 1)
     return extract
 
 
@@ -292,7 +307,8 @@ def report(results):
         ratios = [p / f for p, f in zip(plain['seconds'], fast['seconds'])]
         rates = [[result['images'] / s for s in side['seconds']] for side in (fast, plain)]
         speed.append([row, *map(spread, rates), spread(ratios),
-                      *(f'{side.get("peak_mib", 0):.0f}' for side in (fast, plain))])
+                      *(f'{side["peak_mib"]:.0f}' if 'peak_mib' in side and row != 'frechet'
+                        else '-' for side in (fast, plain))])     # numpy's is not seen
         parts += [[f'{row}, {name}', *(f'{1000 * side["parts"].get(part, 0):.1f}'
                                        for part in PARTS)]
                   for name, side in found.items() if side['parts']]
@@ -314,7 +330,7 @@ def memory(device):
         found, results = {}, []
         for side in sides(device):
             wanted = 8 * (FLAGS.group * 64 * width * 4 + map_mib * 2 ** 20)
-            if side.name == 'plain' and wanted > free_bytes(device):
+            if side.name == 'plain' and 0 < free_bytes(device) < wanted:
                 print(f'{name}, plain: left out, it needs about {wanted / 2 ** 30:.0f} GiB and '
                       f'{free_bytes(device) / 2 ** 30:.0f} are free.')
                 continue
@@ -323,14 +339,15 @@ def memory(device):
             results.append(function())
         differences = [f'{(one - other).abs().max() / other.abs().max():.1e}'
                        for one, other in zip(results[0], results[-1])]
-        rows.append([name, *(f'{found.get(side, 0):.0f}' for side in ('fast', 'plain')),
+        rows.append([name, *(f'{found[side]:.0f}' if side in found else '-'
+                             for side in ('fast', 'plain')),
                      *(differences if len(results) > 1 else '--')])
     head = ['MiB', 'fast', 'plain', 'value differs by', 'gradient differs by']
     sent, queue = 128 * CHANNELS * 4 / 1e6, 20000 * CHANNELS * 4 / 1e6
     print(f'\nBeyond two maps of {FLAGS.group} x {CHANNELS} x 8 x 8 and the gradient of one '
           f'({map_mib:.0f} MiB each):\n\n{table(head, rows)}\n\n'
-          f'Between processes, per step: {sent:.2f} MB (128 pixels). The queue, {queue:.1f} MB, '
-          f'does not travel.', flush=True)
+          f'Of the maps, 128 pixels travel between processes, {sent:.2f} MB per step (computed); '
+          f'of the queue of {queue:.1f} MB, nothing.', flush=True)
     return [dict(row='memory', mib=rows, sent_mb=sent, queue_mb=queue)]
 
 

@@ -100,15 +100,14 @@ def run_all():
 
 
 def rows():
-    """[(label, NFE, Frechet distance, Inception score, images/s)], real data first."""
+    """[(label, NFE, Frechet distance, Inception score)], real data first."""
     from score.compare import compare
     floor, half, other = compare(*[f'stats/digits.train.half{i}.npz' for i in (1, 2)])
-    table = [('Real digits, other half', None, floor, other.inception_mean, None)]
+    table = [('Real digits, other half', None, floor, other.inception_mean)]
     for label, folder, stride in SAMPLERS:
         lines = (LOGS / folder / 'results.jsonl').read_text().splitlines()
         last = [r for r in map(json.loads, lines) if r['stride'] == stride][-1]
-        table.append((label, last['nfe'], last['fid'], last['inception_score'],
-                      last['images_per_s']))
+        table.append((label, last['nfe'], last['fid'], last['inception_score']))
     return table, half.num_images
 
 
@@ -116,11 +115,10 @@ def print_table(table, count):
     print(f'\nScores of {count} images against {count} real digits, by the features of a small '
           f'digit network\ntrained for scoring alone (not the classifier RDD distils with; not '
           f'Inception, so these\nnumbers compare with each other only).\n')
-    print('| sampler | NFE | Frechet distance | inception score | images/s |')
-    print('| :--- | ---: | ---: | ---: | ---: |')
-    for label, nfe, fid, inception, rate in table:
-        print(f'| {label} | {nfe or "-"} | {fid:.2f} | {inception:.2f} | '
-              f'{f"{rate:.0f}" if rate else "-"} |')
+    print('| sampler | NFE | Frechet distance | inception score |')
+    print('| :--- | ---: | ---: | ---: |')
+    for label, nfe, fid, inception in table:
+        print(f'| {label} | {nfe or "-"} | {fid:.2f} | {inception:.2f} |')
 
 
 def picture(table, path, columns=16, size=60):
@@ -140,7 +138,7 @@ def picture(table, path, columns=16, size=60):
     sheet = Image.new('RGB', (left + columns * (size + pad) + right,
                               len(table) * (size + pad) + pad), 'white')
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    for row, ((label, _, fid, inception, _), tiles) in enumerate(zip(table, images)):
+    for row, ((label, _, fid, inception), tiles) in enumerate(zip(table, images)):
         y = pad + row * (size + pad)
         draw.text((left - 14, y + size / 2), label, 'black', font, anchor='rm')
         for column, tile in enumerate(tiles):

@@ -62,15 +62,17 @@ def peak_mib(side, function):
 
 def operators(side, function, count=6):
     """[(name, share of the time of a call)] of the slowest operators."""
-    def time_of(event):
-        if side.device.type == 'cpu':
-            return event.self_cpu_time_total
-        return getattr(event, 'self_device_time_total', None) or event.self_cuda_time_total
     with side.context(), torch.profiler.profile() as profile:
         function()
-    events = sorted(profile.key_averages(), key=time_of, reverse=True)
-    total = sum(map(time_of, events))
-    return [(event.key.replace('aten::', ''), time_of(event) / total) for event in events[:count]]
+    events = profile.key_averages()
+    where = 'self_cpu_time_total'
+    if side.device.type == 'cuda':      # kernels alone: their operators carry the same time again
+        events = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+        where = ('self_device_time_total' if hasattr(events[0], 'self_device_time_total')
+                 else 'self_cuda_time_total')       # torch before 2.6
+    times = sorted(((getattr(event, where), event.key) for event in events), reverse=True)
+    total = sum(time for time, _ in times)
+    return [(key.replace('aten::', ''), time / total) for time, key in times[:count]]
 
 
 def free_bytes(device):

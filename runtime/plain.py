@@ -85,10 +85,12 @@ class Plain(Fast):
     @contextlib.contextmanager
     def context(self):
         fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, plain_attention
+        cudnn = torch.backends.cudnn
+        allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False     # torch's default rounds to TF32
         try:
             yield
         finally:
-            F.scaled_dot_product_attention = fused
+            F.scaled_dot_product_attention, cudnn.allow_tf32 = fused, allowed
 
     def __init__(self, device):
         super().__init__(device)

@@ -19,15 +19,17 @@ BASE = ('train_base.py --dataset=digits --img_size=8 --ch=32 --ch_mult=1 --attn=
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """Folder of a base run of two steps, continued to four."""
+    """Folder of a base run of three steps, continued from the second one to four."""
     folder = tmp_path_factory.mktemp('board')
-    for total_steps in (2, 4):
+    for total_steps in (3, 4):
         job = dict(argv=[*BASE, f'--logdir={folder}', f'--total_steps={total_steps}'])
         done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], check=True,
                               input=json.dumps(dict(it=[job])), stdout=subprocess.PIPE,
                               universal_newlines=True)
         [(code, _, error)] = json.loads(done.stdout)['it']
         assert code == 0, error
+        if total_steps == 3:    # as if killed before its last checkpoint
+            (folder / 'ckpt_2.pt').replace(folder / 'ckpt.pt')
         time.sleep(1)       # event files are named by the second in which they start
     return folder
 
@@ -65,9 +67,13 @@ def test_events_go_on_where_the_run_did(run):
     assert {'loss', 'lr', 'images_per_s'} <= set(found)
     for tag in ('loss', 'lr', 'images_per_s'):
         assert sorted(found[tag]) == [1, 2, 3, 4], tag
-    assert set(count.values()) == {1}
+    assert {key for key, times in count.items() if times > 1} == {(name, 3) for name in found}
+    starts = [event.step for file in sorted(run.glob('events.out.tfevents.*'))
+              for event in events(file) if event.session_log.status == 1]
+    assert starts == [1, 3]         # readers drop what was written before from step 3 on
     assert [found['lr'][step] for step in (1, 2, 3, 4)] == pytest.approx([1e-4, 2e-4, 2e-4, 2e-4])
-    lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == [1, 2, 3, 4]
     losses = {line['step']: line['loss'] for line in lines}
     assert found['loss'] == pytest.approx(losses)
 
