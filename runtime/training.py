@@ -20,6 +20,8 @@ from model import Dropout
 from runtime import distributed, options, seeding
 from runtime.options import UserError
 
+TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
+
 
 def learning_rate(step, lr, warmup, total_steps, decay):
     """Rate of step 1, 2, ..: linear warm-up, then constant, or a cosine to 0 if `decay`.
@@ -120,6 +122,8 @@ def compile_networks(wanted, device, *networks):
     if not wanted:
         return
     try:
+        if TORCH < (2, 2):      # graphs in pieces, and dropout of its own
+            raise RuntimeError('it needs torch 2.2')
         from torch._inductor import config
         config.fallback_random = True       # masks are drawn whole, so that rows of them agree
         torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))

@@ -93,8 +93,8 @@ def test_classifier_in_channels_last():
 @pytest.fixture
 def captured(monkeypatch):
     """torch.compile that runs the captured graphs without generating code, which takes minutes."""
-    if not hasattr(torch.nn.Module, 'compile'):
-        pytest.skip(f'torch {torch.__version__} cannot compile in place')
+    if training.TORCH < (2, 2):
+        pytest.skip(f'--compile needs torch 2.2, this is {torch.__version__}')
     with_code = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda function, **how: with_code(
         function, backend='aot_eager', **how))
@@ -128,6 +128,7 @@ def test_compiled_dropout_belongs_to_the_image(captured):
 
 
 def test_compiling_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(training, 'TORCH', (2, 2))
     def broken(*args, **how):
         raise RuntimeError('no C++ compiler\nand a long story')
     monkeypatch.setattr(torch, 'compile', broken)
@@ -135,6 +136,9 @@ def test_compiling_that_fails_is_told(monkeypatch):
     with pytest.raises(UserError, match=r'--compile .*\(no C\+\+ compiler\); leave it out') as e:
         training.compile_networks(True, CPU)
     assert e.value.code == 1
+    monkeypatch.setattr(training, 'TORCH', (2, 1))
+    with pytest.raises(UserError, match='it needs torch 2.2'):
+        training.compile_networks(True, CPU)
 
 
 # Losses: their definition is tested in test_losses.py, here the two forms at a larger size
