@@ -13,16 +13,19 @@ import time
 import torch
 from absl import flags
 
-from diffusion import Diffusion
-from runtime import checkpoint, distributed, options, pictures, seeding
-from runtime.options import UserError
-from runtime.training import autocast, compile_networks, frozen, progress
+from runtime import cli, distributed, pictures, seeding
+from runtime.cli import UserError
+from runtime.flags import define_device_flags, define_network_flags, require, without_effect
+from runtime.log import progress
+from runtime.models import check_facts, check_flags, load_model
+from runtime.pictures import to_uint8
+from runtime.precision import autocast, compile_networks
 from score import (ActivationStats, check_network, frechet_distance, load_feature_network,
-                   load_statistics, to_uint8)
+                   load_statistics)
 
 FLAGS = flags.FLAGS
-options.define_network_flags()
-options.define_device_flags()
+define_network_flags()
+define_device_flags()
 flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint; results are written there')
 flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride',
                      lower_bound=1)
@@ -47,7 +50,7 @@ flags.DEFINE_bool('trajectory', False, 'draw z_t and x_pred of the first 8 image
 
 
 def main():
-    options.require(logdir='the folder of a trained model, such as ./logs/8to4/rdd')
+    require(logdir='the folder of a trained model, such as ./logs/8to4/rdd')
     device = distributed.init(FLAGS.gpu_id)
     evaluate(device)
     distributed.cleanup()
@@ -55,83 +58,92 @@ def main():
 
 @torch.no_grad()
 def evaluate(device):
-    """Sample, score, report: the whole protocol from top to bottom."""
-    # Reference and feature network first, in case they are missing
-    file = checkpoint.find(FLAGS.logdir)
-    state = checkpoint.read(file)
-    network, weights = checkpoint.build_unet(state, file, weights_of=FLAGS.weights)
-    arch = checkpoint.architecture(network.state_dict())
-    # published checkpoints do not say their size, but x_T of their grids has it
-    img_size = state['x_T'].shape[-1] if 'x_T' in state else FLAGS.img_size
-    checkpoint.check_flags(arch, file, FLAGS, options.given)
-    checkpoint.check_facts(dict(state, img_size=img_size), file, FLAGS, options.given)
-    T, time_scale, schedule, mean_type = checkpoint.grid(state, arch)
-    diffusion = Diffusion(T, time_scale, mean_type or FLAGS.mean_type, device, schedule)
-    nfe = len(times(diffusion)) - 1
+    """Load what is compared, sample and score in one stream, report."""
+    model = checked_model()
+    check_requests(device)
+    reference = load_statistics(FLAGS.fid_cache)    # before hours are spent on sampling
+    feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
+    check_network(reference, feature_network)
+    model.to(device)
+    compile_networks(FLAGS.compile, device, model.network)
+    rng = seeding.generator('cpu', FLAGS.seed, seeding.LABELS)
+    y = torch.randint(model.arch['class_num'], (FLAGS.num_images,), generator=rng).to(device)
+    y = y if model.arch['conditional'] else None
+    stats, images, rate = sample_and_score(model, y, feature_network)
+    if distributed.is_main():
+        scores = {'fid': frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
+                                          device if FLAGS.fid_use_torch else 'cpu')}
+        scores['inception_score'], scores['inception_std'] = stats.inception_score()
+        result = protocol(model, reference, feature_network, scores, rate)
+        report(result, reference)
+        write(model, result, images, y)
+        if FLAGS.trajectory:
+            draw_trajectory(model, result, y)
+
+
+def checked_model():
+    """The model in --logdir, if neither --stride nor the flags of the network contradict it."""
+    model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
+                       img_size=FLAGS.img_size)
+    check_flags(model.arch, model.file)
+    check_facts(dict(model.facts, img_size=model.img_size), model.file)
+    if model.diffusion.T % FLAGS.stride:
+        raise UserError(f'--stride {FLAGS.stride} does not divide the {model.diffusion.T} steps of '
+                        f'the model in {FLAGS.logdir}; choose a divisor')
+    return model
+
+
+def check_requests(device):
+    """Refuse or comment on flags that cannot act, before anything is computed."""
     if FLAGS.num_images < distributed.world_size():
         raise UserError(f'--num_images {FLAGS.num_images} is less than the '
                         f'{distributed.world_size()} processes; raise it')
     if FLAGS.save_images:
         pictures.check_place(FLAGS.save_images)
-    reference = load_statistics(FLAGS.fid_cache)
-    feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
-    check_network(reference, feature_network)
-    for line in options.without_effect(num_workers='no image files are read',
-                                       dropout='sampling uses none'):
+    for line in without_effect(num_workers='no image files are read', dropout='sampling uses none'):
         distributed.print0(line)
     if FLAGS.fid_use_torch and device.type == 'cpu':
         distributed.print0('note: --fid_use_torch has no effect: there is no GPU.')
 
-    # Sample and score in one stream
-    network = frozen(network.to(device, memory_format=torch.channels_last))
-    compile_networks(FLAGS.compile, device, network)
-    y_all = torch.randint(arch['class_num'], (FLAGS.num_images,),
-                          generator=seeding.generator('cpu', FLAGS.seed, seeding.LABELS)).to(device)
+
+def sample_and_score(model, y, feature_network):
+    """(statistics of all processes, uint8 images to keep, images/s of the sampler).
+
+    Image i starts from noise that depends on (--seed, i) alone. The first process alone gets the
+    images: all of them for --save_images, else at least as many as the grid shows.
+    """
+    device, processes = model.diffusion.alpha.device, distributed.world_size()
     stats, kept, seconds = ActivationStats(FLAGS.num_images), [], 0.
-    mine = torch.arange(FLAGS.num_images).tensor_split(distributed.world_size())[distributed.rank()]
+    mine = torch.arange(FLAGS.num_images).tensor_split(processes)[distributed.rank()]
+    nfe, shape = model.diffusion.T // FLAGS.stride, (3, model.img_size, model.img_size)
     with progress(len(mine), f'sample {nfe} steps', unit='img') as bar:
         for indices in mine.split(FLAGS.batch_size):
-            x_T = seeding.noise_of_images(FLAGS.seed, indices, (3, img_size, img_size), device)
-            y = y_all[indices.to(device)] if arch['conditional'] else None
+            x_T = seeding.noise_of_images(FLAGS.seed, indices, shape, device)
+            labels = None if y is None else y[indices.to(device)]
             since = synchronised_time(device)
             with autocast(FLAGS.amp, device):
-                x_0 = diffusion.sample(network, x_T, FLAGS.stride, y=y)
+                x_0 = model.diffusion.sample(model.network, x_T, FLAGS.stride, y=labels)
             seconds += synchronised_time(device) - since
             images = to_uint8(x_0)
             stats.update(*feature_network(x_0 if FLAGS.fid_float else images), indices)
             if FLAGS.save_images or len(kept) * FLAGS.batch_size < FLAGS.sample_size:
                 kept.append(images.cpu())
             bar.update(len(indices))
-    stats.reduce()
-    kept = distributed.gather_main(torch.cat(kept))
-
-    # Report
-    if distributed.is_main():
-        inception, inception_std = stats.inception_score()
-        fid = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
-                               device if FLAGS.fid_use_torch else 'cpu')
-        result = dict(
-            ckpt=str(file), method=state.get('method'), step=state.get('step'), weights=weights,
-            T=T, stride=FLAGS.stride, nfe=nfe, seed=FLAGS.seed, num_images=FLAGS.num_images,
-            fid=round(fid, 4), inception_score=round(inception, 4),
-            inception_std=round(inception_std, 4),
-            images_per_s=round(len(mine) / seconds * distributed.world_size(), 1),
-            reference=FLAGS.fid_cache, reference_images=reference.num_images,
-            feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
-            amp=FLAGS.amp)
-        report(result, reference)
-        y = y_all if arch['conditional'] else None
-        write(file.parent, result, kept, y, arch['class_num'])
-        if FLAGS.trajectory:
-            draw_trajectory(file.parent, result, diffusion, network, img_size, y)
+    rate = len(mine) / seconds * processes
+    return stats.reduce(), distributed.gather_main(torch.cat(kept)), rate
 
 
-def times(diffusion):
-    try:
-        return diffusion.times(FLAGS.stride)
-    except ValueError:
-        raise UserError(f'--stride {FLAGS.stride} does not divide the {diffusion.T} steps of the '
-                        f'model in {FLAGS.logdir}; choose a divisor')
+def protocol(model, reference, feature_network, scores, rate):
+    """The scores with all that another score must agree in to be compared: a line of results."""
+    d = model.diffusion
+    return dict(
+        ckpt=str(model.file), method=model.facts.get('method'), step=model.facts.get('step'),
+        weights=model.weights, T=d.T, stride=FLAGS.stride, nfe=d.T // FLAGS.stride,
+        seed=FLAGS.seed, num_images=FLAGS.num_images,
+        **{name: round(value, 4) for name, value in scores.items()}, images_per_s=round(rate, 1),
+        reference=FLAGS.fid_cache, reference_images=reference.num_images,
+        feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
+        amp=FLAGS.amp)
 
 
 def synchronised_time(device):
@@ -158,29 +170,31 @@ def title(result):
     return f'{result["ckpt"]}  NFE {result["nfe"]}  seed {result["seed"]}  {result["weights"]}'
 
 
-def write(folder, result, images, y, class_num):
-    """results.jsonl, the grid and, on request, all images."""
+def write(model, result, images, y):
+    """results.jsonl, the grid and, with --save_images, all images."""
+    folder = model.file.parent
     with open(folder / 'results.jsonl', 'a') as lines:
         lines.write(json.dumps(result) + '\n')
     first = images[:FLAGS.sample_size]
     rows, labels = pictures.rows_by_class(first, None if y is None else y[:len(first)].cpu(),
-                                          class_num)
+                                          model.arch['class_num'])
     pictures.save_labelled(folder / f'sample/eval_nfe{result["nfe"]}_seed{result["seed"]}.png',
                            title(result), rows, labels)
     if FLAGS.save_images:
         pictures.save_images(FLAGS.save_images, images, None if y is None else y[:len(images)])
 
 
-def draw_trajectory(folder, result, diffusion, network, img_size, y):
-    """The way of the first 8 images from noise, beside the grid."""
-    count, device = min(8, result['num_images']), diffusion.alpha.device
-    x_T = seeding.noise_of_images(FLAGS.seed, range(count), (3, img_size, img_size), device)
+def draw_trajectory(model, result, y):
+    """The first 8 images on their way from noise, next to the grid."""
+    count, device = min(8, result['num_images']), model.diffusion.alpha.device
+    x_T = seeding.noise_of_images(FLAGS.seed, range(count), (3, model.img_size, model.img_size),
+                                  device)
     with autocast(FLAGS.amp, device):
-        steps = pictures.trajectory(diffusion, network, x_T, FLAGS.stride,
+        steps = pictures.trajectory(model.diffusion, model.network, x_T, FLAGS.stride,
                                     None if y is None else y[:count])
     name = f'sample/trajectory_nfe{result["nfe"]}_seed{result["seed"]}.png'
-    pictures.save_trajectory(folder / name, title(result), steps)
+    pictures.save_trajectory(model.file.parent / name, title(result), steps)
 
 
 if __name__ == '__main__':
-    options.run(main)
+    cli.run(main)

@@ -34,9 +34,8 @@ class Diffusion:
         'xstart' (x_0) or 'epsilon' (eps). device: where the tables live.
     """
 
-    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu',
-                 schedule='cosine'):
-        self.T, self.time_scale, self.mean_type = T, time_scale, mean_type
+    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu', schedule='cosine'):
+        self.T, self.time_scale, self.mean_type, self.schedule = T, time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(T * time_scale, schedule)
         self.alpha = alpha_bar.sqrt().to(device)            # (N + 1,) float64
         self.sigma = (1 - alpha_bar).sqrt().to(device)

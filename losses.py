@@ -34,7 +34,7 @@ def diversity(mean_probs):
 
 
 def pixels(feature_map):
-    """Vectors (B * H * W, C) of the pixels of a map (B, C, H, W), image by image."""
+    """Vectors (B * H * W, C) of the pixels of a map (B, C, H, W), in the order of the images."""
     return feature_map.float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -113,16 +113,17 @@ class MemoryP2P(nn.Module):
         channels: C of the feature maps. queue_size: rows of the queue. contrast_size: rows
         compared with. update_size: pixels that enter per step. layout: 'pixels', or 'released'
         for fixed contrast rows and scrambled queue rows, as in the code published by the authors.
-        generator: for the random start.
+        generator: for the random start. norm: class of the batch norm in the head.
     """
 
     def __init__(self, channels, queue_size=20000, contrast_size=4096, update_size=128,
-                 contrast_temperature=0.1, temperature=1., layout='pixels', generator=None):
+                 contrast_temperature=0.1, temperature=1., layout='pixels', generator=None,
+                 norm=nn.BatchNorm2d):
         super().__init__()
         self.contrast_temperature, self.temperature = contrast_temperature, temperature
         self.update_size, self.layout = update_size, layout
         self.project_head = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 1, bias=False), norm(channels),
             nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False))
         queue = torch.randn(queue_size, channels, generator=generator)
         rows = torch.linspace(0, queue_size - 1, contrast_size).round().long()
@@ -139,20 +140,20 @@ class MemoryP2P(nn.Module):
         self.pointer = state['pointer']
 
     def choose_pixels(self, total_pixels, generator):
-        """Numbers (update_size,) of the pixels of the total batch that enter in this step."""
+        """Indices (update_size,) of the pixels of the total batch that enter in this step."""
         return torch.randperm(total_pixels, generator=generator,
                               device=generator.device)[:self.update_size]
 
     @torch.no_grad()
-    def pixels_at(self, feature_map, numbers, first_image, total_images):
-        """Pixel vectors (update_size, C) of those `numbers` that this map holds, 0 for the others.
+    def pixels_at(self, feature_map, indices, first_image, total_images):
+        """Vectors (update_size, C) of the pixels `indices` that this map holds, 0 for the others.
 
         feature_map (B, C, H, W) are images first_image .. first_image + B - 1 of the total batch;
         the sum over all parts of the batch is what enters the queue.
         """
         B, C, H, W = feature_map.shape
         unit = F.normalize(feature_map.float(), dim=1).contiguous().view(-1)
-        n, c = numbers.to(unit.device)[:, None], torch.arange(C, device=unit.device)[None, :]
+        n, c = indices.to(unit.device)[:, None], torch.arange(C, device=unit.device)[None, :]
         if self.layout == 'released':       # a (B, C, H, W) map seen as (C, B * H * W) unpermuted
             position = c * (total_images * H * W) + n
         else:
@@ -163,7 +164,10 @@ class MemoryP2P(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, vectors):
-        """Put vectors (n, C), made unit vectors, over the oldest rows; broken ones stay out."""
+        """Put vectors (n, C), scaled to length 1, over the oldest rows.
+
+        Vectors that are not finite are left out.
+        """
         rows = self.pointer + torch.arange(len(vectors), device=self.queue.device)
         rows, unit = rows % len(self.queue), F.normalize(vectors, dim=1)
         finite = unit.isfinite().all(1, keepdim=True)
@@ -171,7 +175,7 @@ class MemoryP2P(nn.Module):
         self.pointer = (self.pointer + len(vectors)) % len(self.queue)
 
     def choose_contrast(self, generator):
-        """Draw the rows of this step; the released layout keeps the same rows for ever."""
+        """Draw the rows to compare with in this step; the released layout always keeps the same."""
         if self.layout == 'pixels':
             rows = torch.randperm(len(self.queue), generator=generator, device=generator.device)
             self.contrast.copy_(rows[:len(self.contrast)])

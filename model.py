@@ -1,6 +1,8 @@
 """The U-Net of DDPM in the published parameter names. Knows nothing of diffusion."""
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,21 +72,44 @@ class AttnBlock(nn.Module):
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
 
-class Dropout(nn.Dropout):
-    """Dropout whose mask is drawn for the total batch, of which `rows` are here.
+class DropoutNoise(NamedTuple):
+    """Random numbers of all dropout layers in one step; see `draw_dropout_noise`.
 
-    With torch's generator seeded alike everywhere, the mask of an image does then not depend on
-    how the batch is shared out over processes.
+    keys: (layers, B) int32, one per layer and image. positions: (2, P) int32, two per position of
+    a feature map, shared by the layers.
     """
+    keys: torch.Tensor
+    positions: torch.Tensor
 
-    total, rows = None, slice(None)
 
-    def forward(self, x):
-        if not self.training or not self.p:
-            return x
-        B, C, H, W = x.shape        # numbers in the order of channels_last memory
-        kept = torch.rand(self.total or B, H, W, C, device=x.device).permute(0, 3, 1, 2) >= self.p
-        return x * kept[self.rows].clone() * (1 / max(1 - self.p, 1e-6))
+def draw_dropout_noise(network, img_size, total, rows, generator):
+    """The noise of `rows` (a slice) of a batch of `total` images, as the generator's seed has it.
+
+    A mask depends on the seed, layer, row and position alone. Only the small keys are drawn for
+    the total batch, so that the cost does not grow with the number of processes.
+    """
+    blocks = [m for m in network.modules() if isinstance(m, ResBlock)]
+    largest = max(width * (img_size >> level) ** 2 for level, width in enumerate(network.widths))
+    low, high = -2 ** 31, 2 ** 31
+    draw = functools.partial(torch.randint, low, high, dtype=torch.int32, generator=generator,
+                             device=generator.device)
+    positions, keys = draw((2, largest)), draw((len(blocks), total))
+    return DropoutNoise(keys[:, rows].contiguous(), positions)
+
+
+def dropout(x, p, keys, positions):
+    """Dropout of x (B, C, H, W) at rate p whose mask is a hash of (key of the image, position).
+
+    u = key * a + b (mod 2^32), a and b the two numbers of the position; x is kept where u is among
+    the upper 1 - p of all values. Multiply-add hashing: u is uniform, and independent for any two
+    positions, and for any two images or layers with different keys.
+    """
+    if p > 1 - 2 ** -32:
+        return x * 0
+    B, C, H, W = x.shape        # positions in the order of channels_last memory
+    a, b = positions[:, :C * H * W]
+    u = torch.addcmul(b, keys[:, None], a).view(B, H, W, C).permute(0, 3, 1, 2)
+    return x * (u >= round(p * 2 ** 32) - 2 ** 31) * (1 / (1 - p))
 
 
 class ResBlock(nn.Module):
@@ -96,15 +121,18 @@ class ResBlock(nn.Module):
                                     initialize(nn.Conv2d(in_ch, out_ch, 3, padding=1)))
         self.temb_proj = nn.Sequential(nn.SiLU(), initialize(nn.Linear(tdim, out_ch)))
         self.block2 = nn.Sequential(
-            nn.GroupNorm(32, out_ch), nn.SiLU(), Dropout(dropout),
+            nn.GroupNorm(32, out_ch), nn.SiLU(), nn.Dropout(dropout),
             initialize(nn.Conv2d(out_ch, out_ch, 3, padding=1), gain=1e-5))   # starts as identity
         self.shortcut = (initialize(nn.Conv2d(in_ch, out_ch, 1)) if in_ch != out_ch
                          else nn.Identity())
         self.attn = AttnBlock(out_ch) if attn else nn.Identity()
 
-    def forward(self, x, temb):
+    def forward(self, x, temb, keys=None, positions=None):
+        norm, act, drop, conv = self.block2
         h = self.block1(x) + self.temb_proj(temb)[:, :, None, None]
-        return self.attn(self.shortcut(x) + self.block2(h))
+        h = act(norm(h))
+        h = drop(h) if keys is None else dropout(h, drop.p, keys, positions)
+        return self.attn(self.shortcut(x) + conv(h))
 
 
 class UNet(nn.Module):
@@ -124,6 +152,8 @@ class UNet(nn.Module):
         if ch % 32:
             raise ValueError(f'ch must be a multiple of 32 (group norm has 32 groups), found {ch}')
         tdim = ch * 4
+        self.widths = [ch * mult for mult in ch_mult]
+        self.conditional, self.class_num = conditional, class_num
         self.time_embedding = TimeEmbedding(T, ch, tdim)
         self.y_embedding = nn.Linear(class_num, tdim) if conditional else None
         self.head = initialize(nn.Conv2d(3, ch, 3, padding=1))
@@ -152,7 +182,10 @@ class UNet(nn.Module):
         self.details = dict(norm_eps=1e-5, downsample_padding=1)
 
     def set_details(self, norm_eps, downsample_padding):
-        """What no shape tells; the networks of DDPM's authors have 1e-6, and 0: right and below."""
+        """Settings that the weights do not reveal.
+
+        The networks of the authors of DDPM have 1e-6, and 0: they pad on the right and below only.
+        """
         self.details = dict(norm_eps=norm_eps, downsample_padding=downsample_padding)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
@@ -160,8 +193,12 @@ class UNet(nn.Module):
             if isinstance(module, DownSample):
                 module.main.padding = (downsample_padding, downsample_padding)
 
-    def forward(self, x, t, y=None):
-        """Images (B, 3, H, W), times (B,) int in 0..T, labels (B,) int or None -> (B, 3, H, W)."""
+    def forward(self, x, t, y=None, noise=None):
+        """Images (B, 3, H, W), times (B,) int in 0..T, labels (B,) int or None -> (B, 3, H, W).
+
+        noise: the `DropoutNoise` of these images; None: dropout as torch has it.
+        """
+        noise = noise if noise is None else (iter(noise.keys), noise.positions)
         temb = self.time_embedding(t)
         if self.y_embedding is not None:
             # the published network multiplies a one-hot vector: the same numbers, without it
@@ -169,12 +206,20 @@ class UNet(nn.Module):
         h = self.head(x)
         skips = [h]
         for block in self.downblocks:
-            h = block(h, temb)
+            h = self._apply_block(block, h, temb, noise)
             skips.append(h)
         for block in self.middleblocks:
-            h = block(h, temb)
+            h = self._apply_block(block, h, temb, noise)
         for block in self.upblocks:
             if isinstance(block, ResBlock):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, temb)
+            h = self._apply_block(block, h, temb, noise)
         return self.tail(h)
+
+    @staticmethod
+    def _apply_block(block, h, temb, noise):
+        """A block, with the dropout keys of the next layer if it has dropout."""
+        if noise is None or not isinstance(block, ResBlock):
+            return block(h, temb)
+        keys, positions = noise
+        return block(h, temb, next(keys), positions)

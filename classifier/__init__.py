@@ -4,8 +4,9 @@
 """
 
 from classifier.checkpoint import load_classifier
-from classifier.imagenet import PREFIX as IMAGENET_PREFIX
+from classifier.frozen import NORMALISATIONS, load_frozen
 from classifier.imagenet import load_imagenet
 from classifier.networks import NETWORKS, build_classifier
 
-__all__ = ['IMAGENET_PREFIX', 'NETWORKS', 'build_classifier', 'load_classifier', 'load_imagenet']
+__all__ = ['NETWORKS', 'NORMALISATIONS', 'build_classifier', 'load_classifier', 'load_frozen',
+           'load_imagenet']

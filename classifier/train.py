@@ -4,9 +4,11 @@ Inside classifier/ or from the repository root, in one process, on a GPU or the 
   python train.py --model densenet201
   python classifier/train.py --model densenet_small --dataset digits --epoch 30
 The same command run again resumes. Result: <result_path>/<dataset>/<model>/ckpt.pt of the last
-epoch; the test accuracy is reported but never used to choose one.
+epoch; the test accuracy is reported but never used to choose one. The last line of the output says
+how many steps were done, in what time, and where.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -18,17 +20,20 @@ import torch.nn.functional as F     # noqa: E402
 from absl import flags      # noqa: E402
 
 from classifier.networks import NETWORKS, build_classifier      # noqa: E402
-from runtime import checkpoint, data, distributed, options, seeding     # noqa: E402
-from runtime.options import UserError       # noqa: E402
-from runtime.training import (Meter, Stop, autocast, learning_rate, make_logdir,      # noqa: E402
-                              progress)
+from runtime import checkpoint, cli, data, distributed, seeding     # noqa: E402
+from runtime.cli import UserError       # noqa: E402
+from runtime.flags import announce, define_device_flags, resolved       # noqa: E402
+from runtime.guard import Folder, leave_after, stop     # noqa: E402
+from runtime.log import Meter, progress, summary    # noqa: E402
+from runtime.optim import learning_rate     # noqa: E402
+from runtime.precision import autocast      # noqa: E402
 
 FLAGS = flags.FLAGS
 SAME = ('dataset', 'epoch', 'batchsize', 'init_lr', 'wd', 'normalize05', 'img_size', 'amp')
 
 
 def define_flags():
-    options.define_device_flags()
+    define_device_flags()
     flags.DEFINE_enum('model', 'resnet18', list(NETWORKS), 'network to train')
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to learn')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
@@ -59,7 +64,7 @@ def main():
         raise UserError(f'a classifier is trained in one process, found '
                         f'{distributed.world_size()}; start this script with plain python')
     FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
-    folder = options.anchored(FLAGS.result_path) / FLAGS.dataset / FLAGS.model
+    folder = cli.anchored(FLAGS.result_path) / FLAGS.dataset / FLAGS.model
     state = resume(folder / 'ckpt.pt')
     if state and state['step'] >= last_step(state['total_steps']):
         print(f'{folder} is finished: step {state["step"]} of {state["total_steps"]}, '
@@ -70,7 +75,7 @@ def main():
 
 def train(device, folder, state):
     # Data
-    train_set = data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root), FLAGS.img_size,
+    train_set = data.make_dataset(FLAGS.dataset, cli.find(FLAGS.data_root), FLAGS.img_size,
                                   train=True, num_workers=FLAGS.num_workers,
                                   skip_bad_images=FLAGS.skip_bad_images)
     test_set = make_test_set()
@@ -92,11 +97,6 @@ def train(device, folder, state):
         start = state['step']
         model.load_state_dict(state['model'])
         optim.load_state_dict(state['optim'])
-    make_logdir(folder, '--result_path folder')
-    options.announce(device, folder, start, images=len(train_set), classes=train_set.num_classes,
-                     parameters=sum(p.numel() for p in model.parameters()), steps=total_steps)
-    print(f'seed {FLAGS.seed}; input mean {mean}, std {std}', flush=True)
-
     def save(step, accuracy):
         checkpoint.save(folder / 'ckpt.pt', dict(
             model=model.state_dict(), optim=optim.state_dict(), step=step, name=FLAGS.model,
@@ -107,9 +107,13 @@ def train(device, folder, state):
     # Loop
     batches = data.batches(train_set, FLAGS.batchsize, FLAGS.seed, device, start,
                            num_workers=FLAGS.num_workers)
-    last, meter, since = last_step(total_steps), Meter(), (time.perf_counter(), start)
-    accuracy, stop = state['accuracy'] if state else None, Stop()
-    with progress(last, FLAGS.model, start) as bar:
+    last, meter, began = last_step(total_steps), Meter(), time.perf_counter()
+    accuracy, stopped, since = state['accuracy'] if state else None, 0, (began, start)
+    with contextlib.closing(Folder(folder, resolved(), '--result_path folder')), stop, \
+            progress(last, FLAGS.model, start) as bar:
+        announce(device, start, images=len(train_set), classes=train_set.num_classes,
+                 parameters=sum(p.numel() for p in model.parameters()), steps=total_steps)
+        print(f'seed {FLAGS.seed}; input mean {mean}, std {std}', flush=True)
         for step in range(start + 1, last + 1):
             model.train()
             x_0, y = next(batches)
@@ -127,8 +131,8 @@ def train(device, folder, state):
             meter.end_step(loss.detach().isfinite())
             bar.update()
 
-            ends, stopping = step % steps_per_epoch == 0 or step == last, stop.asked()
-            if step % FLAGS.log_step == 0 or ends or stopping:
+            ends, stopped = step % steps_per_epoch == 0 or step == last, stop.asked()
+            if step % FLAGS.log_step == 0 or ends or stopped:
                 now = time.perf_counter()
                 rate, since = (step - since[1]) * FLAGS.batchsize / (now - since[0]), (now, step)
                 words = describe(meter.mean(), rate, step)
@@ -139,10 +143,14 @@ def train(device, folder, state):
                 report(bar, f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}, '
                             f'{percent(accuracy)}')
                 since = (time.perf_counter(), step)
-            if stopping:
+            elif stopped:
                 save(step, accuracy)
+            if stopped:
                 break
-    stop.leave_if_asked(folder, step)
+    if stopped:
+        leave_after(stopped, folder, step)
+    steps = last - start
+    print(summary(steps, time.perf_counter() - began, steps * FLAGS.batchsize, folder), flush=True)
 
 
 def resume(path):
@@ -171,7 +179,7 @@ def last_step(total_steps):
 def make_test_set():
     """The test split, or None with the reason printed."""
     try:
-        return data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root), FLAGS.img_size,
+        return data.make_dataset(FLAGS.dataset, cli.find(FLAGS.data_root), FLAGS.img_size,
                                  train=False, num_workers=FLAGS.num_workers,
                                  skip_bad_images=FLAGS.skip_bad_images)
     except UserError as error:
@@ -248,4 +256,4 @@ def percent(accuracy):
 
 if __name__ == '__main__':
     define_flags()
-    options.run(main)
+    cli.run(main)

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import torch
 
-from model import UNet
 from runtime import distributed
-from runtime.options import UserError
-
-ARCH = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
+from runtime.cli import UserError
 
 
 def save(path, state):
@@ -113,8 +110,10 @@ def read_newest(logdir):
     Raises:
         UserError: there are checkpoints, and none can be read.
     """
-    newest, problem = Path(logdir) / 'ckpt.pt', None
-    for file in [newest] * newest.exists() + history(logdir):
+    newest, files, problem = Path(logdir) / 'ckpt.pt', history(logdir), None
+    if newest.exists():
+        files.insert(0, newest)
+    for file in files:
         try:
             state = read(file)
             if problem:
@@ -150,10 +149,9 @@ def resume(logdir, network, method, T, time_scale, base_ckpt=None):
     if not {'net_model', 'optim', 'step', 'T', 'time_scale'} <= set(state):
         raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
                         f'cannot be continued and would be overwritten; choose another --logdir')
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    if {key: value.shape for key, value in state['net_model'].items()} != shapes:
-        raise UserError(f'--logdir {logdir} holds a run of another network '
-                        f'({architecture(state["net_model"])}); choose another --logdir')
+    for name, found, expected in differences(state['net_model'], network.state_dict()):
+        raise UserError(f'--logdir {logdir} holds a run of another network ({name} is {found}, '
+                        f'here it is {expected}); choose another --logdir')
     if (state.get('method'), state['T'], state['time_scale']) != (method, T, time_scale):
         raise UserError(f'--logdir {logdir} holds a {state.get("method")} model with {state["T"]} '
                         f'steps of {state["time_scale"]} grid points, and this run makes a '
@@ -186,69 +184,10 @@ def plain_keys(state_dict):
             for key, value in state_dict.items()}
 
 
-def architecture(state_dict):
-    """Constructor arguments of the UNet that has these parameters, read off their shapes."""
-    ch = state_dict['head.weight'].shape[0]
-    ch_mult, attn, blocks, level = [], [], 0, 0
-    count = 1 + max(int(key.split('.')[1]) for key in state_dict if key.startswith('downblocks.'))
-    for i in range(count):
-        if f'downblocks.{i}.main.weight' in state_dict:
-            level += 1
-            continue
-        if level == len(ch_mult):
-            ch_mult.append(state_dict[f'downblocks.{i}.block1.2.weight'].shape[0] // ch)
-            if f'downblocks.{i}.attn.proj.weight' in state_dict:
-                attn.append(level)
-        blocks += level == 0
-    y_weight = state_dict.get('y_embedding.weight')
-    return dict(T=state_dict['time_embedding.timembedding.0.weight'].shape[0] - 1, ch=ch,
-                ch_mult=ch_mult, attn=attn, num_res_blocks=blocks,
-                conditional=y_weight is not None,
-                class_num=10 if y_weight is None else y_weight.shape[1])
-
-
-def weights(state, path, wanted='auto'):
-    """(state dict, its name) to use: the averaged weights of a base model, the raw of a student.
-
-    A base model says so itself (`use`) or, if published, by time_scale 1. `wanted` 'net' or 'ema'
-    chooses regardless.
-    """
-    base = state.get('time_scale', 1) == 1 and 'ema_model' in state
-    name = dict(net='net_model', ema='ema_model').get(wanted) or state.get(
-        'use', 'ema_model' if base else 'net_model')
-    if not isinstance(state.get(name), dict):
-        kind = ('a classifier' if 'model' in state and 'net_model' not in state
-                else f'a file with {some_of(state)}')
-        raise UserError(f'{path} is {kind}, not a diffusion checkpoint with {name}; give what '
-                        f'train_base.py, PD.py or train_rdd.py wrote')
-    return plain_keys(state[name]), name
-
-
 def some_of(state):
     """The first keys of a dict, for messages that say what a file holds."""
     keys = [str(key) for key in state]
-    return ', '.join(keys[:5] + ['..'] * (len(keys) > 5)) or 'nothing in it'
-
-
-def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
-    """The network of a checkpoint, with its weights; returns (UNet, name of the weights used).
-
-    The architecture is read off the shapes, so no flags are needed.
-    """
-    state_dict, name = weights(state, path, weights_of)
-    try:
-        network = UNet(dropout=dropout, **architecture(state_dict))
-    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError, ZeroDivisionError):
-        raise UserError(f'the {name} in {path} has names or shapes that fit no U-Net of this '
-                        f'project: expected head.weight, downblocks.0.block1.2.weight and so on, '
-                        f'found {some_of(state_dict)}')
-    for key, found, expected in differences(state_dict, network.state_dict()):
-        raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project: '
-                        f'{key} is {found}, expected {expected}')
-    network.load_state_dict(state_dict)
-    if 'details' in state:      # a network of diffusers, see export.py
-        network.set_details(**state['details'])
-    return network, name
+    return ', '.join(keys[:5] + (['..'] if len(keys) > 5 else [])) or 'nothing in it'
 
 
 def differences(found, expected):
@@ -259,83 +198,3 @@ def differences(found, expected):
         pair = [shape.get(key, 'absent') for shape in shapes]
         if pair[0] != pair[1]:
             yield (key, *pair)
-
-
-def grid(state, arch):
-    """(T, time_scale, schedule, mean_type or None) of a checkpoint.
-
-    A file of pytorch-ddpm has no T: its table of 1000 rows is a grid 0..999 with DDPM's linear
-    schedule of 1000 entries, sampled in 999 steps or divisors of them, and its networks predict
-    eps.
-    """
-    if 'T' not in state:
-        distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
-                           f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
-        return arch['T'], 1, 'linear', state.get('mean_type', 'epsilon')
-    T = state['T']
-    return (T, state.get('time_scale', arch['T'] // T), state.get('schedule', 'cosine'),
-            state.get('mean_type'))
-
-
-def check_flags(arch, path, flags, given):
-    """Refuse flags that contradict the network in a checkpoint.
-
-    Args:
-        arch: from `architecture`. flags: the values. given: name -> whether the user wrote it.
-    """
-    for name in ARCH[1:]:
-        ours, theirs = getattr(flags, name), arch[name]
-        if name == 'class_num' and not arch['conditional']:
-            continue
-        if given(name) and (sorted(ours) != theirs if name == 'attn' else ours != theirs):
-            raise UserError(f'--{name} is {ours} and the network in {path} has {theirs}; leave the '
-                            f'flag out (a flag repeated after a flagfile appends to it)')
-
-
-def check_facts(state, path, flags, given):
-    """Refuse an output type or image size that a checkpoint contradicts, where `given(name)`."""
-    for name in ('mean_type', 'img_size'):
-        ours = getattr(flags, name)
-        if given(name) and state.get(name, ours) != ours:
-            raise UserError(f'--{name} is {ours} and {path} was trained with {state[name]}; '
-                            f'set --{name}={state[name]}')
-
-
-class Teacher:
-    """The network to distil from, with its grid: network, T, time_scale, conditional, class_num."""
-
-    def __init__(self, network, state, arch):
-        self.network = network
-        self.T, self.time_scale, self.schedule, _ = grid(state, arch)
-        self.conditional, self.class_num = arch['conditional'], arch['class_num']
-
-
-def load_teacher(path, flags):
-    """A checkpoint to halve, checked against the flags given.
-
-    Raises:
-        UserError: not a diffusion checkpoint, an odd or single number of steps, a network or
-        output type that the flags contradict.
-    """
-    from runtime.options import given
-    file = find(path)
-    state = read(file)
-    network, _ = build_unet(state, file, flags.dropout)
-    arch = architecture(network.state_dict())
-    check_flags(arch, file, flags, given)
-    teacher = Teacher(network, state, arch)
-    if teacher.schedule != 'cosine':
-        raise UserError(f'{file} was trained on the linear schedule of pytorch-ddpm, and students '
-                        f'here live on the cosine one; train a teacher with train_base.py')
-    if 'details' in state:
-        raise UserError(f'{file} is a network of diffusers with {state["details"]}, which students '
-                        f'here would not have; train a teacher with train_base.py')
-    if teacher.T % 2:
-        raise UserError(f'--base_ckpt {path} has {teacher.T} sampling steps, which cannot be '
-                        f'halved; an even number is needed')
-    halvings = 2 ** (len(arch['ch_mult']) - 1)
-    if flags.img_size % halvings:
-        raise UserError(f'--img_size is {flags.img_size}, expected a multiple of {halvings}: the '
-                        f'network in {file} halves it {len(arch["ch_mult"]) - 1} times')
-    check_facts(state, file, flags, lambda name: True)
-    return teacher

@@ -10,7 +10,7 @@ import math
 import torch
 
 from diffusion import alpha_bar_table
-from runtime.options import UserError
+from runtime.cli import UserError
 
 RESNET = {'block1.0': 'norm1', 'block1.2': 'conv1', 'temb_proj.1': 'time_emb_proj',
           'block2.0': 'norm2', 'block2.3': 'conv2', 'shortcut': 'conv_shortcut'}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.options import UserError
+from runtime.cli import UserError
 
 
 def init(gpu_id=None):
@@ -119,9 +119,14 @@ def rows(total, micro=0, accum=1):
     Row i of the total batch means the same image, time and noise for any number of processes and
     parts: only the place where it is computed changes.
     """
-    share = total // (world_size() * accum)
-    start = (micro * world_size() + rank()) * share
-    return slice(start, start + share)
+    length = share(total, accum)
+    start = (micro * world_size() + rank()) * length
+    return slice(start, start + length)
+
+
+def share(total, accum=1):
+    """Images of a total batch that a process works on at a time."""
+    return total // (world_size() * accum)
 
 
 def check_batch(batch_size, accum=1):
@@ -217,11 +222,3 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
                                    weight)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
-def sync_batch_norm(module):
-    """Make every BatchNorm2d in `module` use the batch of all processes; keys stay the same."""
-    for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = GlobalBatchNorm2d     # same parameters and buffers, other forward
-    return module

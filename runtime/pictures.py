@@ -1,19 +1,48 @@
-"""What an evaluation leaves for the eye and for other tools: PNGs, npz, labelled grids."""
+"""Images as files: 8-bit pixels, sample grids, labelled grids, folders of PNGs and npz."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runtime.options import UserError
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
 MARGIN, PAD = 24, 2         # pixels: around a labelled grid, between its tiles
 MOST_CLASSES = 32           # rows of a grid
 MOST_COLUMNS = 17           # of a trajectory: at 16 of many steps and at the end
 
 
+def to_uint8(x):
+    """Float images in [-1, 1] rounded to the 8 bits of image files; values outside are clamped.
+
+    Raises:
+        UserError: values that are not finite, which 8 bits would hide.
+    """
+    if not torch.isfinite(x).all():
+        raise UserError('the images to be rounded to 8 bits hold values that are not finite; the '
+                        'network that made them has diverged', code=1)
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, nrow=8, scale=1):
+    """Write images (B, 3, H, W) in [-1, 1] as one PNG grid, enlarged `scale` times.
+
+    Pixels that are not finite are drawn grey. Returns the picture, uint8 (height, width, 3).
+    """
+    from PIL import Image
+    pixels = to_uint8(images.detach().cpu().nan_to_num(0.))
+    grid = torchvision().utils.make_grid(pixels, nrow=nrow, padding=1, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    size = (picture.width * scale, picture.height * scale)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture = picture.resize(size, Image.NEAREST)
+    picture.save(path)
+    return np.asarray(picture)
+
+
 def check_place(path):
-    """Refuse, before any sampling, a folder for images that has some already."""
+    """Refuse, before any sampling, a folder for images that is not empty."""
     path = Path(path)
     if path.suffix != '.npz' and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'--save_images {path} exists and is not an empty folder; choose another, '
@@ -97,6 +126,5 @@ def save_trajectory(path, title, steps):
         steps = [steps[i] for i in chosen]
     latents, predictions = (torch.stack([step[i] for step in steps], 1).cpu() for i in (1, 2))
     both = torch.stack([latents, predictions], 1).flatten(0, 1)     # (2 B, steps, 3, H, W)
-    rows = both.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    save_labelled(path, title, list(rows), ['z_t', 'x_pred'] * len(latents),
+    save_labelled(path, title, list(to_uint8(both)), ['z_t', 'x_pred'] * len(latents),
                   [f't {t}' for t, _, _ in steps])

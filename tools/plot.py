@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from runtime import options
-from runtime.options import UserError
+from runtime.cli import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('output', './scores.png', 'the picture: png, pdf or svg')

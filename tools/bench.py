@@ -31,7 +31,7 @@ from model import UNet
 from runtime import data, distributed, options, seeding
 from runtime.measure import (Clock, device_name, free_bytes, operators, peak_mib, seconds, spread,
                              table)
-from runtime.options import UserError
+from runtime.cli import UserError
 from runtime.plain import Fast, Plain
 from runtime.training import draw, frozen
 

@@ -1,146 +1,23 @@
-"""Flags that several scripts share, defined once; and how a script starts, explains and fails.
+"""Flags that several scripts share, and checks of their values.
 
-`define_*_flags` are called at the top of a script and take that script's defaults. Nothing here
-is read by the modules: a function gets what it needs as arguments.
+`define_*_flags` are called at the top of a script, with the defaults of that script. Other modules
+do not read flags: their functions get what they need as arguments.
 """
 
 import os
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 from absl import flags
 
+from runtime.cli import UserError, own_flags
+
 FLAGS = flags.FLAGS
-ROOT = Path(__file__).resolve().parent.parent
-HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
-ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num', 'img_size')
-
-
-class UserError(Exception):
-    """A mistake of the user (code 2) or of the environment (code 1), told in one sentence."""
-
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
-
-
-def anchored(path):
-    """A relative `path` as seen from the repository root, whatever the working directory."""
-    return ROOT / Path(path).expanduser()
-
-
-def find(path):
-    """A `path` to read: from the working directory if it exists there, else from the root."""
-    path = Path(path).expanduser()
-    return path if path.exists() else anchored(path)
-
-
-def run(main, words=False):
-    """Parse the command line, run `main()`, turn mistakes into one sentence and an exit code.
-
-    `words`: the script takes words that are not flags; they are handed to `main(words)`.
-    """
-    if any(word in HELP for word in sys.argv[1:]):
-        print(usage())
-        sys.exit(0)
-    try:
-        rest = FLAGS(without_strangers(sys.argv))[1:]
-        if rest and not words:
-            raise UserError(f'unexpected word "{rest[0]}" on the command line; '
-                            f'flags are written --name value or --name=value (see --help)')
-        main(rest) if words else main()
-        leave(0)
-    except flags.Error as error:
-        fail(' '.join(str(error).split()) + ' (see --help)', 2)
-    except UserError as error:
-        fail(str(error), error.code)
-    except KeyboardInterrupt:
-        fail('interrupted', 130)
-    except OSError as error:        # a disk that is full or gone
-        fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
-             f'); mend that and run the same command again', 1)
-    except RuntimeError as error:
-        if 'Connection' not in str(error) or int(os.environ.get('WORLD_SIZE', 1)) == 1:
-            raise
-        reason = str(error).split('] ')[-1].split('. ')[0]
-        fail(f'another process has ended, see what it said ({reason})', 1)
-
-
-# Flags of the scripts of this project, of the released code, RCFD and pytorch-ddpm: a flagfile
-# that one script wrote may be fed to another, and says at the start what it leaves out.
-KNOWN = set('''
-    T time_scale base_ckpt until loss_type classifier classifier_path classifier_normalisation
-    feature temperature logits gt feature_weight intra_weight intra_temperature relation_group
-    memory_weight contrast_temperature queue_size queue_update contrast_size queue_layout alpha beta
-    logits_weight gt_weight stride num_images fid_use_torch fid_cache fid_float feature_network
-    inception_weights weights save_images dataset data_root batch_size num_workers lr wd grad_clip
-    total_steps warmup ema_decay grad_accum logdir sample_size sample_step save_step log_step seed
-    ch ch_mult attn num_res_blocks dropout img_size conditional class_num mean_type var_type gpu_id
-    num_gpus distributed local_rank local-rank amp keep max_bad_steps skip_bad_images train eval
-    compile trajectory eval_step parallel beta_1 beta_T'''.split())
-
-
-def without_strangers(argv):
-    """`argv` with its flagfiles read, less the flags in them that only other scripts know."""
-    words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
-    for word in words:
-        name = word.lstrip('-').split('=')[0]
-        names = {name, name[2:] if name.startswith('no') else name}
-        stranger = word.startswith('--') and word not in argv and not any(
-            n in FLAGS for n in names) and names & KNOWN
-        (left_out if stranger else kept).append(word)
-    if left_out and int(os.environ.get('RANK', 0)) == 0:
-        print(f'note: the flagfile has flags of other scripts, without effect here: '
-              f'{" ".join(left_out)}', flush=True)
-    return kept
-
-
-def fail(sentence, code):
-    """Print one sentence and leave.
-
-    With several processes the first one speaks first: if all found the same mistake, the launcher
-    ends the others before they repeat it.
-    """
-    rank = int(os.environ.get('RANK', 0))
-    if rank:
-        time.sleep(3)
-    name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
-    print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
-    leave(code)
-
-
-def leave(code):
-    """End this process; one of several without the interpreter's clean-up.
-
-    That would wait for the others, and threads of the process group can make it abort.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else sys.exit(code)
-
-
-def own_flags():
-    """The flags of this script and of this module, in order of definition."""
-    modules = FLAGS.flags_by_module_dict()
-    names = [name for name in modules if name in (__name__, sys.argv[0])]
-    return [flag for name in names for flag in modules[name]]
-
-
-def usage():
-    """Docstring of the script, then every flag with its meaning and default."""
-    lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
-    for flag in own_flags():
-        default = flag.default_as_str if flag.default is not None else 'none'
-        text = f'{" ".join(flag.help.split())} (default: {default})'
-        lines.append(f'  --{flag.name}')
-        lines += textwrap.wrap(text, 92, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
-    return '\n'.join(lines + ['  --flagfile', '      A file with one flag per line.'])
 
 
 def given(name):
-    """Whether the user wrote the flag, on the command line or in a flagfile."""
+    """Whether the user set the flag, on the command line or in a flagfile."""
     return FLAGS[name].present > 0
 
 
@@ -158,25 +35,20 @@ NO_EFFECT = dict(
 
 
 def without_effect(**reasons):
-    """One line for every flag the user gave that changes nothing, with the reason."""
+    """One line for every flag that the user set and that changes nothing, with the reason."""
     return [f'note: --{name} has no effect: {reason}.'
             for name, reason in dict(NO_EFFECT, **reasons).items() if name in FLAGS and given(name)]
 
 
 def resolved():
-    """The resolved configuration as flagfile text, one flag per line."""
+    """The resolved configuration as the text of a flagfile, one flag per line."""
     skip = ('local_rank', 'local-rank')
     lines = [flag.serialize() for flag in own_flags() if flag.name not in skip]
     return '\n'.join(line for line in lines if line)
 
 
-def save_flagfile(logdir):
-    """Write the resolved flags to `<logdir>/flagfile.txt`, so that a run describes itself."""
-    (Path(logdir) / 'flagfile.txt').write_text(resolved() + '\n')
-
-
 def facts():
-    """What a checkpoint says about its run beside weights and steps."""
+    """What a checkpoint says about its run in addition to weights and steps."""
     return dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size, dataset=FLAGS.dataset,
                 batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
 
@@ -202,7 +74,7 @@ def check_network():
     if FLAGS.ch % 32:
         raise UserError(f'--ch is {FLAGS.ch}, expected a multiple of 32 (group norm has 32 groups)')
     if min(FLAGS.ch_mult) < 1:
-        raise UserError(f'--ch_mult is {FLAGS.ch_mult}, expected numbers from 1 on')
+        raise UserError(f'--ch_mult is {FLAGS.ch_mult}, expected numbers of at least 1')
     if FLAGS.img_size % halvings:
         raise UserError(f'--img_size is {FLAGS.img_size}, expected a multiple of {halvings}: the '
                         f'network halves it {levels - 1} times (--ch_mult {FLAGS.ch_mult})')
@@ -211,8 +83,8 @@ def check_network():
                         f'many as --ch_mult has (a flag repeated after a flagfile appends to it)')
 
 
-def announce(device, logdir, start, **numbers):
-    """Print the resolved configuration and where the run starts; main process."""
+def announce(device, start, **quantities):
+    """Print the resolved configuration and where the run starts; first process only."""
     if int(os.environ.get('RANK', 0)):
         return
     words = ' '.join(resolved().split('\n'))
@@ -221,7 +93,7 @@ def announce(device, logdir, start, **numbers):
     for line in without_effect():
         print(line)
     print(f'{"resuming at" if start else "starting at"} step {start}; '
-          + ', '.join(f'{name} {value:,}' for name, value in numbers.items()), flush=True)
+          + ', '.join(f'{name} {value:,}' for name, value in quantities.items()), flush=True)
 
 
 def define_device_flags():
@@ -266,8 +138,11 @@ def define_data_flags():
                       'those that cannot be read and leave them out')
 
 
-def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0.):
-    """Optimisation, logging and saving."""
+def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0., dropout=0.):
+    """All that the three training scripts share: data, network, optimisation, log, devices."""
+    define_data_flags()
+    define_network_flags(dropout)
+    define_device_flags()
     flags.DEFINE_float('lr', lr, 'learning rate', lower_bound=0.)
     flags.DEFINE_float('wd', wd, 'weight decay', lower_bound=0.)
     flags.DEFINE_float('grad_clip', 1., 'largest norm of the gradient; 0: no clipping',

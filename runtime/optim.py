@@ -1,0 +1,68 @@
+"""Helpers for optimisation: learning rate, Adam, steps that are not finite, averaged weights."""
+
+import math
+
+import torch
+
+
+def learning_rate(step, lr, warmup, total_steps, decay):
+    """Rate of step 1, 2, ..: linear warm-up, then constant, or a cosine to 0 if `decay`.
+
+    A pure function of the step, so that nothing has to be saved and restored.
+    """
+    rate = lr * min(1., step / warmup) if warmup else lr
+    if decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
+    return rate
+
+
+def adam(params, lr, wd):
+    """Adam as one fused kernel, where this torch has it for the device of `params`."""
+    try:
+        return torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True)
+    except RuntimeError:        # torch before 2.4 on a CPU
+        return torch.optim.Adam(params, lr=lr, weight_decay=wd)
+
+
+def nan_gradient_if_not_finite(loss):
+    """The same loss, whose gradient is NaN if the loss itself is infinite or NaN.
+
+    A loss can overflow while its gradient stays finite. `step_optimizer` looks at the gradient
+    alone, which this makes tell the whole story.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+def clip_gradient(params, grad_clip):
+    """Scale the gradient to a norm of at most `grad_clip` (0: leave it); returns its norm."""
+    limit = grad_clip if grad_clip > 0 else math.inf
+    return torch.nn.utils.clip_grad_norm_(params, limit)
+
+
+def step_optimizer(optim, finite, lr=None):
+    """One update, skipped where `finite` (a bool tensor) is False; then empties the gradient.
+
+    The fused kernels take part in the protocol of GradScaler: they skip the update where the
+    tensor `optim.found_inf` is not 0. The device decides, and the host does not wait for it.
+    """
+    if lr is not None:
+        for group in optim.param_groups:
+            group['lr'] = lr
+    if optim.param_groups[0]['fused']:
+        optim.found_inf = (~finite).float()
+        optim.step()
+    elif finite:
+        optim.step()
+    optim.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, over the trained parameters."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
+
+
+def frozen(module):
+    """`module` in eval mode, without gradients."""
+    return module.eval().requires_grad_(False)
