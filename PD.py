@@ -6,8 +6,7 @@ One halving, on one process or under torchrun:
 All halvings down to 8 steps, one folder per stage (./logs/CIFAR10/512, .../256, ...):
   torchrun --nproc_per_node=4 PD.py --flagfile ./config/CIFAR10_PD.txt \\
       --base_ckpt ./logs/CIFAR10/1024 --logdir ./logs/CIFAR10 --until 8
-The same command run again resumes; finished stages are skipped. A stage ends with a line that says
-how many steps were done, in what time and where.
+The same command run again resumes; finished stages are skipped.
 """
 
 from pathlib import Path
@@ -25,8 +24,8 @@ from runtime.run import Run, training_data
 FLAGS = flags.FLAGS
 define_training_flags()
 flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
-flags.DEFINE_integer('until', 0, 'halve again and again until the student has this many steps; '
-                     'every stage gets a folder --logdir/STEPS. 0: one halving into --logdir')
+flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
+                     'a folder --logdir/STEPS; 0: one halving into --logdir')
 flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x, in eps, or the larger of '
                   'the two per image (truncated SNR)')
 
@@ -35,18 +34,18 @@ def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/512',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/1024')
     device = distributed.init(FLAGS.gpu_id)
-    teacher = load_teacher(FLAGS.base_ckpt, device)
+    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, device)
     dataset = training_data(FLAGS, teacher.network)
-    for base_ckpt, logdir in stages(teacher.diffusion.T):
+    for base_ckpt, logdir, FLAGS.total_steps in stages(teacher.diffusion.T):
         train(device, dataset, base_ckpt, logdir)
         distributed.barrier()       # the next stage reads what the first process has just written
     distributed.cleanup()
 
 
 def stages(T):
-    """[(teacher, folder of the student)]: one pair, or a chain of them down to --until."""
+    """[(teacher, folder, training steps)]; twice the steps for T = 2 and 1, as released."""
     if not FLAGS.until:
-        return [(FLAGS.base_ckpt, FLAGS.logdir)]
+        return [(FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps)]
     steps = [T]
     while steps[-1] > FLAGS.until and steps[-1] % 2 == 0:
         steps.append(steps[-1] // 2)
@@ -54,11 +53,12 @@ def stages(T):
         raise cli.UserError(f'--until {FLAGS.until} is not reached by halving the steps of '
                             f'{FLAGS.base_ckpt}; it has {T} steps')
     folders = [str(Path(FLAGS.logdir) / str(T)) for T in steps[1:]]
-    return list(zip([FLAGS.base_ckpt] + folders[:-1], folders))
+    totals = [FLAGS.total_steps * (2 if T <= 2 else 1) for T in steps[1:]]
+    return list(zip([FLAGS.base_ckpt] + folders[:-1], folders, totals))
 
 
 def train(device, dataset, base_ckpt, logdir):
-    teacher = load_teacher(base_ckpt, device)
+    teacher = load_teacher(base_ckpt, FLAGS, device)
     student, diffusion = teacher.student()      # a copy, with every second point of the grid
     run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, steps=diffusion.T)
     run.compile(teacher.network)

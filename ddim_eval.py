@@ -15,7 +15,8 @@ from absl import flags
 
 from runtime import cli, distributed, pictures, seeding
 from runtime.cli import UserError
-from runtime.flags import define_device_flags, define_network_flags, require, without_effect
+from runtime.flags import (define_device_flags, define_network_flags, given, require,
+                           without_effect)
 from runtime.log import progress
 from runtime.models import check_facts, check_flags, load_model
 from runtime.pictures import to_uint8
@@ -85,8 +86,8 @@ def checked_model():
     """The model in --logdir, if neither --stride nor the flags of the network contradict it."""
     model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
                        img_size=FLAGS.img_size)
-    check_flags(model.arch, model.file)
-    check_facts(dict(model.facts, img_size=model.img_size), model.file)
+    check_flags(model.arch, model.file, FLAGS, given)
+    check_facts(dict(model.facts, img_size=model.img_size), model.file, FLAGS, given)
     if model.diffusion.T % FLAGS.stride:
         raise UserError(f'--stride {FLAGS.stride} does not divide the {model.diffusion.T} steps of '
                         f'the model in {FLAGS.logdir}; choose a divisor')

@@ -166,13 +166,19 @@ class MemoryP2P(nn.Module):
     def enqueue(self, vectors):
         """Put vectors (n, C), scaled to length 1, over the oldest rows.
 
-        Vectors that are not finite are left out.
+        Vectors that are not finite are left out. At the end of the queue, the released layout
+        writes the last n rows and starts again at row 0.
         """
-        rows = self.pointer + torch.arange(len(vectors), device=self.queue.device)
-        rows, unit = rows % len(self.queue), F.normalize(vectors, dim=1)
+        end, length = self.pointer + len(vectors), len(self.queue)
+        first = length - len(vectors) if self._at_end(end) else self.pointer
+        rows = (first + torch.arange(len(vectors), device=self.queue.device)) % length
+        unit = F.normalize(vectors, dim=1)
         finite = unit.isfinite().all(1, keepdim=True)
         self.queue[rows] = unit.where(finite, self.queue[rows])
-        self.pointer = (self.pointer + len(vectors)) % len(self.queue)
+        self.pointer = 0 if self._at_end(end) else end % length
+
+    def _at_end(self, end):
+        return self.layout == 'released' and end >= len(self.queue)
 
     def choose_contrast(self, generator):
         """Draw the rows to compare with in this step; the released layout always keeps the same."""

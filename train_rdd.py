@@ -32,6 +32,7 @@ flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'i
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
 flags.DEFINE_float('feature_weight', 1., 'weight of the feature loss')
 flags.DEFINE_float('temperature', 1., 'temperature of the teacher in the feature loss')
+flags.DEFINE_alias('temp', 'temperature')       # its name in RCFD
 flags.DEFINE_enum('loss_type', 'mp2p', ['mp2p', 'is_p2p', 'm_p2p', 'none'], 'relational terms: '
                   'both, within the batch, to the memory queue, or none')
 flags.DEFINE_float('intra_weight', 1., 'weight of IS_P2P')
@@ -46,7 +47,7 @@ flags.DEFINE_integer('contrast_size', 4096, 'queue rows a step compares with', l
 flags.DEFINE_enum('queue_layout', 'pixels', ['pixels', 'released'], 'true pixels and fresh rows, '
                   'or the scrambled queue and fixed rows of the published code')
 flags.DEFINE_float('alpha', 0., 'weight of the entropy and diversity terms of RCFD')
-flags.DEFINE_float('beta', 0.5, 'share of entropy in them: alpha * (beta * H + (1 - beta) * D)')
+flags.DEFINE_float('beta', 0., 'share of entropy in them: alpha * (beta * H + (1 - beta) * D)')
 flags.DEFINE_bool('logits', False, 'add the loss of progressive distillation')
 flags.DEFINE_float('logits_weight', 1., 'weight of --logits')
 flags.DEFINE_bool('gt', False, 'add the base loss of x_pred against x_0')
@@ -70,7 +71,7 @@ def main():
 
 
 def train(device):
-    teacher = load_teacher(FLAGS.base_ckpt, device)
+    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, device)
     student, diffusion = teacher.student()      # a copy, with every second point of the grid
     dataset, group = training_data(FLAGS, student), relation_group()
     classifier = load_frozen(FLAGS.classifier, FLAGS.classifier_path, dataset,
@@ -127,7 +128,7 @@ def train(device):
 
 
 def relation_group():
-    """Images per group of IS_P2P: a quarter of the batch, as on four GPUs, if a part has so many."""
+    """Images per group of IS_P2P: a quarter of the batch (four GPUs) where parts are that large."""
     part, quarter = distributed.share(FLAGS.batch_size, FLAGS.grad_accum), FLAGS.batch_size // 4
     if FLAGS.relation_group and part % FLAGS.relation_group:
         raise cli.UserError(f'--relation_group {FLAGS.relation_group} does not divide the {part} '

@@ -1,8 +1,11 @@
 """Train a classifier for small images.
 
-Inside classifier/ or from the repository root, in one process, on a GPU or the CPU:
+Inside classifier/ or from the repository root, on a GPU or the CPU, in one process or several:
   python train.py --model densenet201
   python classifier/train.py --model densenet_small --dataset digits --epoch 30
+  torchrun --nproc_per_node=4 classifier/train.py --model densenet201 --dataset imagenet64
+--recipe released: AutoAugment, cutout and a rate divided by 10 twice, the default for cifar10 and
+imagenet64. --recipe plain: crop, mirroring, Nesterov's momentum and a cosine, for other images.
 The same command run again resumes. Result: <result_path>/<dataset>/<model>/ckpt.pt of the last
 epoch; the test accuracy is reported but never used to choose one. The last line of the output says
 how many steps were done, in what time, and where.
@@ -19,6 +22,7 @@ import torch    # noqa: E402
 import torch.nn.functional as F     # noqa: E402
 from absl import flags      # noqa: E402
 
+from classifier.augment import Augment      # noqa: E402
 from classifier.networks import NETWORKS, build_classifier      # noqa: E402
 from runtime import checkpoint, cli, data, distributed, seeding     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
@@ -29,7 +33,10 @@ from runtime.optim import learning_rate     # noqa: E402
 from runtime.precision import autocast      # noqa: E402
 
 FLAGS = flags.FLAGS
-SAME = ('dataset', 'epoch', 'batchsize', 'init_lr', 'wd', 'normalize05', 'img_size', 'amp')
+SAME = ('dataset', 'epoch', 'batchsize', 'init_lr', 'wd', 'normalize05', 'img_size', 'amp',
+        'recipe')       # what must not change when a run is resumed
+# of the released code; this std is the mean of the standard deviations of single images
+CIFAR10 = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 
 
 def define_flags():
@@ -43,12 +50,14 @@ def define_flags():
     flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '
                       'those that cannot be read and leave them out')
     flags.DEFINE_integer('epoch', 300, 'passes over the training images', lower_bound=1)
-    flags.DEFINE_integer('batchsize', 128, 'images per step', lower_bound=2)
-    flags.DEFINE_float('init_lr', 0.1, 'learning rate of the first step; a cosine takes it to 0',
-                       lower_bound=0.)
+    flags.DEFINE_enum('recipe', None, ['released', 'plain'], 'how to augment and to lower the '
+                      'rate, see above; none: released for cifar10 and imagenet64, else plain')
+    flags.DEFINE_integer('batchsize', 128, 'images per step, over all processes', lower_bound=2)
+    flags.DEFINE_float('init_lr', 0.1, 'learning rate of the first step', lower_bound=0.)
     flags.DEFINE_float('wd', 5e-4, 'weight decay', lower_bound=0.)
     flags.DEFINE_bool('normalize05', False, 'feed images in [-1, 1] as they are, rather than with '
-                      'the mean and std of the data set; either way the checkpoint carries it')
+                      'the mean and std of the data set, into <model>_normalize05; either way the '
+                      'checkpoint says so')
     flags.DEFINE_integer('seed', -1, 'seed of everything random; -1: pick one and say which',
                          lower_bound=-1)
     flags.DEFINE_string('result_path', './classifier/result', 'folder under which '
@@ -60,17 +69,19 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id)
-    if distributed.world_size() > 1:
-        raise UserError(f'a classifier is trained in one process, found '
-                        f'{distributed.world_size()}; start this script with plain python')
+    distributed.check_batch(FLAGS.batchsize, flag='--batchsize')
     FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
-    folder = cli.anchored(FLAGS.result_path) / FLAGS.dataset / FLAGS.model
+    FLAGS.recipe = FLAGS.recipe or (
+        'released' if FLAGS.dataset in ('cifar10', 'imagenet64') else 'plain')
+    folder = cli.anchored(FLAGS.result_path) / FLAGS.dataset / (
+        FLAGS.model + ('_normalize05' if FLAGS.normalize05 else ''))
     state = resume(folder / 'ckpt.pt')
     if state and state['step'] >= last_step(state['total_steps']):
-        print(f'{folder} is finished: step {state["step"]} of {state["total_steps"]}, '
-              f'{percent(state["accuracy"])}.')
+        distributed.print0(f'{folder} is finished: step {state["step"]} of '
+                           f'{state["total_steps"]}, {percent(state["accuracy"])}.')
     else:
         train(device, folder, state)
+    distributed.cleanup()
 
 
 def train(device, folder, state):
@@ -88,8 +99,10 @@ def train(device, folder, state):
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
     model = build_classifier(FLAGS.model, train_set.num_classes, mean, std)
     model = model.to(device, memory_format=torch.channels_last)
+    model = distributed.sync_batch_norm(model)
+    model_ddp = distributed.wrap_ddp(model)
     optim = torch.optim.SGD(model.parameters(), lr=FLAGS.init_lr, momentum=0.9,
-                            weight_decay=FLAGS.wd, nesterov=True)
+                            weight_decay=FLAGS.wd, nesterov=FLAGS.recipe == 'plain')
 
     # Resume
     start = 0
@@ -98,33 +111,40 @@ def train(device, folder, state):
         model.load_state_dict(state['model'])
         optim.load_state_dict(state['optim'])
     def save(step, accuracy):
-        checkpoint.save(folder / 'ckpt.pt', dict(
+        state = dict(
             model=model.state_dict(), optim=optim.state_dict(), step=step, name=FLAGS.model,
             total_steps=total_steps, num_classes=train_set.num_classes, mean=mean, std=std,
             accuracy=accuracy, seed=FLAGS.seed, config={name: FLAGS[name].value for name in SAME},
-            dataset=FLAGS.dataset, img_size=FLAGS.img_size, epoch=step // steps_per_epoch))
+            dataset=FLAGS.dataset, img_size=FLAGS.img_size, epoch=step // steps_per_epoch)
+        checkpoint.check_finite(state, step, folder / 'ckpt.pt', f'lower --init_lr (it is '
+                                f'{FLAGS.init_lr}), and choose another --result_path')
+        if distributed.is_main():
+            checkpoint.save(folder / 'ckpt.pt', state)
 
     # Loop
+    released = FLAGS.recipe == 'released'
+    augment = Augment(FLAGS.img_size, FLAGS.seed, train_set.flip) if released else None
     batches = data.batches(train_set, FLAGS.batchsize, FLAGS.seed, device, start,
-                           num_workers=FLAGS.num_workers)
+                           num_workers=FLAGS.num_workers, augment=augment)
     last, meter, began = last_step(total_steps), Meter(), time.perf_counter()
     accuracy, stopped, since = state['accuracy'] if state else None, 0, (began, start)
     with contextlib.closing(Folder(folder, resolved(), '--result_path folder')), stop, \
             progress(last, FLAGS.model, start) as bar:
         announce(device, start, images=len(train_set), classes=train_set.num_classes,
                  parameters=sum(p.numel() for p in model.parameters()), steps=total_steps)
-        print(f'seed {FLAGS.seed}; input mean {mean}, std {std}', flush=True)
+        distributed.print0(f'seed {FLAGS.seed}; input mean {mean}, std {std}')
         for step in range(start + 1, last + 1):
             model.train()
             x_0, y = next(batches)
-            rng = seeding.generator('cpu', FLAGS.seed, seeding.CROP, step)
-            x_0 = random_crop(x_0, FLAGS.img_size // 8, rng)
+            if not released:
+                rng = seeding.generator('cpu', FLAGS.seed, seeding.CROP, step)
+                x_0 = random_crop(x_0, FLAGS.img_size // 8, FLAGS.batchsize, rng)
             with autocast(FLAGS.amp, device):
-                logits, _, _ = model(x_0)
+                logits, _, _ = model_ddp(x_0)
             loss = F.cross_entropy(logits.float(), y)
             loss.backward()
             for group in optim.param_groups:
-                group['lr'] = learning_rate(step, FLAGS.init_lr, 0, total_steps, decay=True)
+                group['lr'] = rate_of(step, steps_per_epoch, total_steps)
             optim.step()
             optim.zero_grad(set_to_none=True)
             meter.add(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
@@ -149,8 +169,21 @@ def train(device, folder, state):
                 break
     if stopped:
         leave_after(stopped, folder, step)
-    steps = last - start
-    print(summary(steps, time.perf_counter() - began, steps * FLAGS.batchsize, folder), flush=True)
+    steps, seconds = last - start, time.perf_counter() - began
+    distributed.print0(summary(steps, seconds, steps * FLAGS.batchsize, folder))
+
+
+def rate_of(step, steps_per_epoch, total_steps):
+    """Learning rate of step 1, 2, ..
+
+    Released: divided by 10 after half and after three quarters of the epochs. Plain: a cosine to 0.
+    """
+    if FLAGS.recipe == 'plain':
+        return learning_rate(step, FLAGS.init_lr, 0, total_steps, decay=True)
+    epoch, rate = (step - 1) // steps_per_epoch, FLAGS.init_lr
+    for first in (FLAGS.epoch // 2, FLAGS.epoch * 3 // 4):
+        rate /= 10 if epoch >= first else 1
+    return rate
 
 
 def resume(path):
@@ -183,17 +216,21 @@ def make_test_set():
                                  train=False, num_workers=FLAGS.num_workers,
                                  skip_bad_images=FLAGS.skip_bad_images)
     except UserError as error:
-        print(f'note: there will be no test accuracy: {error}.')
+        distributed.print0(f'note: there will be no test accuracy: {error}.')
 
 
 def picked_seed():
-    return FLAGS.seed if FLAGS.seed >= 0 else torch.seed() % 2 ** 31
+    """--seed, or a random one, the same for all processes."""
+    return FLAGS.seed if FLAGS.seed >= 0 else distributed.broadcast_object(torch.seed() % 2 ** 31)
 
 
 def normalisation(dataset):
-    """(mean, std) of the input, three numbers each: 0.5 or measured, to four digits."""
-    return ([0.5] * 3, [0.5] * 3) if FLAGS.normalize05 else measured(
-        dataset, FLAGS.num_workers)
+    """(mean, std) of the input, three numbers each: 0.5, as released, or measured."""
+    if FLAGS.normalize05:
+        return [0.5] * 3, [0.5] * 3
+    if FLAGS.recipe == 'released' and FLAGS.dataset == 'cifar10':
+        return CIFAR10
+    return measured(dataset, FLAGS.num_workers)
 
 
 def measured(dataset, num_workers=0, most=50000):
@@ -208,14 +245,15 @@ def measured(dataset, num_workers=0, most=50000):
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
 
 
-def random_crop(x_0, pad, generator):
+def random_crop(x_0, pad, total, generator):
     """Shift every image of x_0 (B, 3, H, W) in [-1, 1] by up to `pad` pixels each way.
 
-    What comes in from outside is black (-1).
+    x_0 is this process's share of a batch of `total`. What comes in from outside is black (-1).
     """
     B, _, H, W = x_0.shape
     padded = F.pad(x_0, (pad,) * 4, value=-1.).permute(0, 2, 3, 1)      # (B, H + 2p, W + 2p, 3)
-    corner = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
+    corner = torch.randint(0, 2 * pad + 1, (2, total, 1), generator=generator)
+    corner = corner[:, distributed.rows(total)]
     rows = data.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
     columns = data.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
     image = torch.arange(B, device=x_0.device)[:, None, None]
@@ -228,10 +266,11 @@ def evaluate(model, dataset, device):
     if dataset is None:
         return None
     model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    for images, y, _ in data.in_order(dataset, 256, device, num_workers=FLAGS.num_workers):
+    right = torch.zeros((), dtype=torch.float64, device=device)     # NCCL adds up floats
+    mine = torch.arange(len(dataset)).tensor_split(distributed.world_size())[distributed.rank()]
+    for images, y, _ in data.in_order(dataset, 256, device, mine, FLAGS.num_workers):
         right += (model(images.float() / 127.5 - 1)[0].argmax(1) == y).sum()
-    return right.item() / len(dataset)
+    return distributed.all_reduce_sum(right).item() / len(dataset)
 
 
 def describe(means, rate, step):
@@ -244,6 +283,8 @@ def describe(means, rate, step):
 
 def report(bar, line):
     """A line that stays: above the progress bar on a terminal, else plain on standard output."""
+    if not distributed.is_main():
+        return
     if sys.stderr.isatty():
         bar.write(line)
     else:

@@ -37,6 +37,43 @@ def save(path, state):
                         f'untouched; make room and run the same command again', code=1)
 
 
+def not_finite(state):
+    """Names of the entries of `state` (nested dicts) that hold values which are not finite.
+
+    Computed where the tensors are; the host waits once per entry.
+    """
+    found = []
+    for name, value in state.items():
+        tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
+        if tensors and not torch.stack([v.isfinite().all() for v in tensors]).all():
+            found.append(name)
+    return found
+
+
+def _tensors(value):
+    """The tensors in nested dicts and lists."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def check_finite(state, step, last_good, remedy):
+    """Refuse to save weights, averages or moments that are lost.
+
+    Args:
+        state: what would be saved. last_good: file or folder of the last good checkpoint, to name.
+        remedy: what to change.
+    Raises:
+        UserError: naming the entries (code 1).
+    """
+    names = not_finite(state)
+    if names:
+        raise UserError(f'at step {step} {", ".join(names)} hold values that are not finite, so '
+                        f'nothing was saved and {last_good} is as it was; {remedy}', code=1)
+
+
 def find(path):
     """The file of a checkpoint given as a file or as the folder of its run."""
     path = Path(path).expanduser()
@@ -126,15 +163,15 @@ def read_newest(logdir):
     return None
 
 
-def resume(logdir, network, method, T, time_scale, base_ckpt=None):
+def resume(logdir, network, method, T, time_scale, base_ckpt=None, same=None):
     """The state a run left in its folder, or None for a fresh start.
 
     Args:
         network: about to be trained, by `method` ('base', 'pd', 'rdd'); T, time_scale: its grid.
-        base_ckpt: its teacher, if any.
+        base_ckpt: its teacher, if any. same: {flag: value} that must not change in a run.
     Raises:
-        UserError: a checkpoint that this project did not write, or of another network or stage
-        than the one about to be trained; the folder of the teacher.
+        UserError: a checkpoint that this project did not write, or of another network, stage or
+        data than those about to be trained; the folder of the teacher.
     """
     if base_ckpt and find(base_ckpt).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
         raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
@@ -156,26 +193,43 @@ def resume(logdir, network, method, T, time_scale, base_ckpt=None):
         raise UserError(f'--logdir {logdir} holds a {state.get("method")} model with {state["T"]} '
                         f'steps of {state["time_scale"]} grid points, and this run makes a '
                         f'{method} model with {T} of {time_scale}; choose another --logdir')
+    for name, value in (same or {}).items():
+        if state.get(name, value) != value:
+            raise UserError(f'--{name} is {value} and the run in --logdir {logdir} was started '
+                            f'with {state[name]}, which cannot change; give the same, or choose '
+                            f'another --logdir')
     return state
 
 
 def restore(state, **parts):
     """Load the parts of a resumed run: `restore(state, net_model=net, ema_model=None, ...)`.
 
-    A part that is None is not wanted now.
+    A part that is None is not used now. An optimiser takes its moments from the file; its rate,
+    weight decay and implementation stay those it was made with.
     Raises:
-        UserError: a part the run does not have, has without being wanted, or has in other shapes.
+        UserError: a part the run does not have, has although it is not used, or has in other
+        shapes.
     """
-    flags = dict(ema_model='--ema_decay', memory='--queue_size, --contrast_size or --queue_layout')
+    flags = dict(ema_model='--ema_decay', memory='--loss_type, --queue_size, --contrast_size or '
+                 '--queue_layout')
     for name, part in parts.items():
         try:
             if (part is None) != (name not in state):
                 raise ValueError
-            if part is not None:
+            if isinstance(part, torch.optim.Optimizer):
+                part.load_state_dict(_with_groups_of(part, state[name]))
+            elif part is not None:
                 part.load_state_dict(state[name])
         except (ValueError, RuntimeError, KeyError):
             raise UserError(f'the run to be continued was started with another '
                             f'{flags.get(name, name)}; give the same, or choose another --logdir')
+
+
+def _with_groups_of(optim, state):
+    """The state dict of an optimiser with the hyperparameters that `optim` has now."""
+    groups = [dict(now, params=saved['params'])
+              for now, saved in zip(optim.param_groups, state['param_groups'])]
+    return dict(state, param_groups=groups)
 
 
 def plain_keys(state_dict):

@@ -1,6 +1,8 @@
 """How a script starts, explains itself and fails: help, flagfiles, one sentence for a mistake."""
 
+import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -11,6 +13,8 @@ from absl import flags
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
 HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
+ALIASES = ('local-rank', 'gpu-id', 'temp')      # other spellings of a flag
+UNREAD = re.compile(r'--queue_size=0?\.\d+')    # in files of the released code, which never read it
 
 
 class UserError(Exception):
@@ -46,6 +50,7 @@ def run(main, words=False):
         if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
                             f'flags are written --name value or --name=value (see --help)')
+        check_finite()
         main(rest) if words else main()
         leave(0)
     except flags.Error as error:
@@ -72,19 +77,28 @@ def lost_process(error):
     return 'Connection' in str(error) and int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 
+def check_finite():
+    """Refuse numbers such as nan and inf in any flag."""
+    for flag in own_flags():
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UserError(f'--{flag.name} is {flag.value}, expected a finite number')
+
+
 def without_foreign_flags(argv):
     """`argv` with its flagfiles read, less the flags from a file that this script does not have.
 
-    The flagfile of one script may so be given to another. What is left out is printed.
+    The flagfile of one script may so be given to another, also that of a script of the released
+    code, of RCFD or of absl itself. What is left out is printed.
     """
     words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
     for word in words:
         name = word.lstrip('-').split('=')[0]
         known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
-        foreign = word.startswith('--') and word not in argv and not known
+        foreign = word.startswith('--') and word not in argv and (
+            not known or UNREAD.fullmatch(word))
         (left_out if foreign else kept).append(word)
     if left_out and int(os.environ.get('RANK', 0)) == 0:
-        print(f'note: the flagfile has flags that this script does not have, ignored: '
+        print(f'note: the flagfile has flags that this script does not read, ignored: '
               f'{" ".join(left_out)}', flush=True)
     return kept
 
@@ -117,7 +131,8 @@ def leave(code):
 def own_flags():
     """The flags that this project defines in the running script, in order of definition."""
     modules = FLAGS.flags_by_module_dict()
-    return [flag for name in modules if not name.startswith('absl') for flag in modules[name]]
+    return [flag for name in modules if not name.startswith('absl') for flag in modules[name]
+            if flag.name not in ALIASES]
 
 
 def usage():

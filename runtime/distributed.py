@@ -129,13 +129,13 @@ def share(total, accum=1):
     return total // (world_size() * accum)
 
 
-def check_batch(batch_size, accum=1):
+def check_batch(batch_size, accum=1, flag='--batch_size'):
     """Refuse a total batch that cannot be shared out equally."""
     parts = world_size() * accum
     if batch_size % parts:
-        raise UserError(f'--batch_size {batch_size} cannot be shared out equally over '
-                        f'{world_size()} processes x --grad_accum {accum}; choose a multiple of '
-                        f'{parts}')
+        by_parts = f' x --grad_accum {accum}' if accum > 1 else ''
+        raise UserError(f'{flag} {batch_size} cannot be shared out equally over {world_size()} '
+                        f'processes{by_parts}; choose a multiple of {parts}')
 
 
 def all_reduce_sum(tensor):
@@ -198,6 +198,21 @@ def no_sync(module, wanted=True):
     if wanted and isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
+
+
+def sync_batch_norm(module):
+    """Let the batch norms of `module` use the batch of all processes; parameter names stay."""
+    if not dist.is_initialized():
+        return module
+    if next(module.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                wide = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
+                wide.load_state_dict(child.state_dict())
+                setattr(parent, name, wide)
+    return module
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):

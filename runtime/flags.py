@@ -42,8 +42,7 @@ def without_effect(**reasons):
 
 def resolved():
     """The resolved configuration as the text of a flagfile, one flag per line."""
-    skip = ('local_rank', 'local-rank')
-    lines = [flag.serialize() for flag in own_flags() if flag.name not in skip]
+    lines = [flag.serialize() for flag in own_flags() if flag.name != 'local_rank']
     return '\n'.join(line for line in lines if line)
 
 
@@ -99,6 +98,7 @@ def announce(device, start, **quantities):
 def define_device_flags():
     """Which devices; and the flags that launchers and old command lines carry."""
     flags.DEFINE_string('gpu_id', None, 'GPUs to use, as in 0,1,2,3; none: all that are visible')
+    flags.DEFINE_alias('gpu-id', 'gpu_id')
     flags.DEFINE_integer('num_gpus', 1, 'ignored: the launcher says how many processes there are')
     flags.DEFINE_bool('distributed', False, 'ignored: the launcher says how many processes there '
                       'are')
@@ -111,15 +111,17 @@ def define_device_flags():
 
 def define_network_flags(dropout=0.):
     """The U-Net. A checkpoint brings its own; what is given here is checked against it."""
-    flags.DEFINE_integer('ch', 128, 'base channels of the U-Net', lower_bound=1)
+    flags.DEFINE_integer('ch', 128, 'base channels of the U-Net', lower_bound=1, upper_bound=4096)
     flags.DEFINE_multi_integer('ch_mult', [1, 2, 2, 2], 'channel multiplier, one per resolution '
                                '(repeat the flag; it appends to a flagfile)')
     flags.DEFINE_multi_integer('attn', [1], 'resolutions with attention, counted from 0')
-    flags.DEFINE_integer('num_res_blocks', 2, 'residual blocks per resolution', lower_bound=1)
+    flags.DEFINE_integer('num_res_blocks', 2, 'residual blocks per resolution', lower_bound=1,
+                         upper_bound=64)
     flags.DEFINE_float('dropout', dropout, 'dropout rate', lower_bound=0., upper_bound=1.)
-    flags.DEFINE_integer('img_size', 32, 'height and width of the images', lower_bound=1)
+    flags.DEFINE_integer('img_size', 32, 'height and width of the images', lower_bound=1,
+                         upper_bound=4096)
     flags.DEFINE_bool('conditional', False, 'class-conditional network')
-    flags.DEFINE_integer('class_num', 10, 'number of classes', lower_bound=1)
+    flags.DEFINE_integer('class_num', 10, 'number of classes', lower_bound=1, upper_bound=100000)
     flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts')
     flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
                       'ignored: DDIM sampling is deterministic and has no variance')
@@ -132,7 +134,8 @@ def define_data_flags():
     flags.DEFINE_string('dataset', 'cifar10', 'digits, cifar10, imagenet64 or folder')
     flags.DEFINE_string('data_root', './data', 'folder of the data set; for "folder" and '
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
-    flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', lower_bound=1,
+                         upper_bound=1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '
                       'those that cannot be read and leave them out')
@@ -154,7 +157,8 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
     flags.DEFINE_integer('grad_accum', 1, 'parts in which each process works through its share of '
                          'the batch, one after another', lower_bound=1)
     flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
-    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1)
+    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1,
+                         upper_bound=4096)
     flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none',
                          lower_bound=0)
     flags.DEFINE_integer('save_step', 1000, 'steps between checkpoints; 0: only at the end',

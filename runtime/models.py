@@ -6,9 +6,10 @@ import torch
 
 from diffusion import Diffusion
 from model import UNet
-from runtime import checkpoint, distributed, flags
+from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
 from runtime.cli import UserError
+from runtime.flags import given
 
 ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
 LARGE = ('net_model', 'ema_model', 'optim', 'optim_head', 'memory')     # not kept after loading
@@ -65,18 +66,17 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
                  state.get('img_size', size), facts)
 
 
-def load_teacher(path, device):
-    """The model to halve, on `device`, checked against the flags given.
+def load_teacher(path, flags, device):
+    """The model to halve, on `device`, checked against the flags.
 
     Raises:
         UserError: not a diffusion checkpoint, an odd or single number of steps, a network or
         output type that the flags contradict.
     """
-    FLAGS = flags.FLAGS
-    model = load_model(path, dropout=FLAGS.dropout, mean_type=FLAGS.mean_type,
-                       img_size=FLAGS.img_size)
+    model = load_model(path, dropout=flags.dropout, mean_type=flags.mean_type,
+                       img_size=flags.img_size)
     file, diffusion, levels = model.file, model.diffusion, len(model.arch['ch_mult'])
-    check_flags(model.arch, file)
+    check_flags(model.arch, file, flags, given)
     if diffusion.schedule != 'cosine':
         raise UserError(f'{file} was trained on the linear schedule of pytorch-ddpm, and students '
                         f'here use the cosine one; train a teacher with train_base.py')
@@ -86,10 +86,10 @@ def load_teacher(path, device):
     if diffusion.T % 2:
         raise UserError(f'--base_ckpt {path} has {diffusion.T} sampling steps, which cannot be '
                         f'halved; an even number is needed')
-    if FLAGS.img_size % 2 ** (levels - 1):
-        raise UserError(f'--img_size is {FLAGS.img_size}, expected a multiple of '
+    if flags.img_size % 2 ** (levels - 1):
+        raise UserError(f'--img_size is {flags.img_size}, expected a multiple of '
                         f'{2 ** (levels - 1)}: the network in {file} halves it {levels - 1} times')
-    check_facts(model.facts, file, always=True)
+    check_facts(model.facts, file, flags, lambda name: True)
     return model.to(device)
 
 
@@ -169,24 +169,25 @@ def grid(state, arch):
             state.get('mean_type'))
 
 
-def check_flags(arch, path):
-    """Refuse flags that contradict the network in a checkpoint; arch: from `architecture`."""
+def check_flags(arch, path, flags, given):
+    """Refuse flags that contradict the network in a checkpoint.
+
+    Args:
+        arch: from `architecture`. flags: the values. given: name -> whether the user set it.
+    """
     for name in ARCHITECTURE:
-        ours, theirs = getattr(flags.FLAGS, name), arch[name]
+        ours, theirs = getattr(flags, name), arch[name]
         if name == 'class_num' and not arch['conditional']:
             continue
-        if flags.given(name) and (sorted(ours) != theirs if name == 'attn' else ours != theirs):
+        if given(name) and (sorted(ours) != theirs if name == 'attn' else ours != theirs):
             raise UserError(f'--{name} is {ours} and the network in {path} has {theirs}; leave the '
                             f'flag out (a flag repeated after a flagfile appends to it)')
 
 
-def check_facts(state, path, always=False):
-    """Refuse an output type or image size that a checkpoint contradicts.
-
-    Flags that the user did not set count as well if `always`.
-    """
+def check_facts(state, path, flags, given):
+    """Refuse an output type or image size that a checkpoint contradicts, where `given(name)`."""
     for name in ('mean_type', 'img_size'):
-        ours = getattr(flags.FLAGS, name)
-        if (always or flags.given(name)) and state.get(name, ours) != ours:
+        ours = getattr(flags, name)
+        if given(name) and state.get(name, ours) != ours:
             raise UserError(f'--{name} is {ours} and {path} was trained with {state[name]}; '
                             f'set --{name}={state[name]}')

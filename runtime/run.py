@@ -153,8 +153,11 @@ class Run:
         return found
 
     def _resume(self, base_ckpt):
-        state = checkpoint.resume(self.logdir, self.net.module, self.method, self.diffusion.T,
-                                  self.diffusion.time_scale, base_ckpt)
+        s, d = self.settings, self.diffusion
+        same = dict(dataset=self.dataset.name, img_size=s.img_size, mean_type=d.mean_type,
+                    batch_size=s.batch_size, seed=s.seed)
+        state = checkpoint.resume(self.logdir, self.net.module, self.method, d.T, d.time_scale,
+                                  base_ckpt, same)
         self.start = state['step'] if state else 0
         if state:
             checkpoint.restore(state, **self.saved())
@@ -162,6 +165,8 @@ class Run:
 
     def _save(self):
         states = {key: v.state_dict() for key, v in self.saved().items() if v is not None}
+        checkpoint.check_finite(states, self.step, f'the checkpoint in {self.logdir}',
+                                'lower --lr, and run again to go on from there')
         if self.use != 'net_model':
             states['use'] = self.use
         checkpoint.save_run(

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 # One stream per purpose, so that adding a draw to one never shifts another.
-WEIGHTS, ORDER, FLIP, NOISE, DROPOUT, QUEUE, CONTRAST, PIXELS, SAMPLES, LABELS, CROP = range(11)
+(WEIGHTS, ORDER, FLIP, NOISE, DROPOUT, _, CONTRAST, PIXELS, SAMPLES, LABELS, CROP,
+ AUGMENT) = range(12)
 
 
 def mix(*key):

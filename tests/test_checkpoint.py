@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import UNet
-from runtime import checkpoint
-from runtime.options import UserError
+from runtime import checkpoint, models
+from runtime.cli import UserError
 
 TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
             class_num=10)
@@ -28,7 +28,7 @@ ARCHITECTURES = dict(
 def test_architecture_is_read_off_the_shapes(name):
     with torch.device('meta'):
         state_dict = UNet(**ARCHITECTURES[name]).state_dict()
-    assert checkpoint.architecture(state_dict) == ARCHITECTURES[name]
+    assert models.architecture(state_dict) == ARCHITECTURES[name]
 
 
 def filled(value, **changes):
@@ -51,7 +51,7 @@ def test_round_trip(tmp_path):
     for path in (tmp_path, tmp_path / 'ckpt.pt', str(tmp_path)):
         loaded = checkpoint.read(path)
     assert list(loaded) == list(state) and loaded['flags'] == state['flags']
-    network, name = checkpoint.build_unet(loaded)
+    network, name = models.build_unet(loaded)
     assert name == 'net_model' and biases(network) == .5
 
 
@@ -163,7 +163,7 @@ def test_code_in_a_file_does_not_run(tmp_path, zipped):
 
 def test_prefixes_of_wrapped_networks():
     state = dict(net_model={'module.' + key: value for key, value in filled(.5).items()})
-    network, _ = checkpoint.build_unet(state)
+    network, _ = models.build_unet(state)
     assert biases(network) == .5
 
 
@@ -174,20 +174,20 @@ def test_prefixes_of_wrapped_networks():
     (dict(time_scale=1), 'net', 'net_model'), (dict(time_scale=2), 'ema', 'ema_model')])
 def test_which_weights(extra, wanted, expected):
     state = dict(net_model=filled(1.), ema_model=filled(2.), T=8, **extra)
-    network, name = checkpoint.build_unet(state, weights_of=wanted)
+    network, name = models.build_unet(state, weights_of=wanted)
     assert name == expected and biases(network) == dict(net_model=1, ema_model=2)[expected]
 
 
 def test_without_average():
-    assert checkpoint.build_unet(dict(net_model=filled(1.), time_scale=1))[1] == 'net_model'
+    assert models.build_unet(dict(net_model=filled(1.), time_scale=1))[1] == 'net_model'
     with pytest.raises(UserError, match='ema_model'):
-        checkpoint.build_unet(dict(net_model=filled(1.)), weights_of='ema')
+        models.build_unet(dict(net_model=filled(1.)), weights_of='ema')
 
 
 def test_other_kinds_of_files():
     def fits_not(*words, **state):
         with pytest.raises(UserError, match='FILE') as caught:
-            checkpoint.build_unet(state, 'FILE')
+            models.build_unet(state, 'FILE')
         assert all(word in str(caught.value) for word in words), caught.value
 
     fits_not('is a classifier, not a diffusion checkpoint with net_model', 'PD.py', model={})
@@ -208,14 +208,14 @@ def test_other_kinds_of_files():
 
 
 def test_grid():
-    assert checkpoint.grid(dict(T=4, time_scale=2), TINY)[:2] == (4, 2)
-    assert checkpoint.grid({}, TINY)[:2] == (8, 1)
-    assert checkpoint.grid(dict(T=2), TINY)[:2] == (2, 4)
+    assert models.grid(dict(T=4, time_scale=2), TINY)[:2] == (4, 2)
+    assert models.grid({}, TINY)[:2] == (8, 1)
+    assert models.grid(dict(T=2), TINY)[:2] == (2, 4)
 
 
 def check(changes, given, arch=TINY):
     flags = SimpleNamespace(**dict(TINY, **changes))
-    checkpoint.check_flags(arch, 'file.pt', flags, lambda name: name in given)
+    models.check_flags(arch, 'file.pt', flags, lambda name: name in given)
 
 
 def test_flags_are_checked_against_the_network():

@@ -118,11 +118,11 @@ def test_pixels_are_image_by_image():
 
 def test_queue_rows_are_true_pixels():
     feature_map, memory = labelled(3, 5, 2, 2), MemoryP2P(5, 20, 6, update_size=12)
-    numbers = memory.choose_pixels(12, gen)
-    assert sorted(numbers.tolist()) == list(range(12))
+    indices = memory.choose_pixels(12, gen)
+    assert sorted(indices.tolist()) == list(range(12))
     before = memory.queue.clone()
-    memory.enqueue(memory.pixels_at(feature_map, numbers, 0, 3))
-    expected = torch.stack([true_pixel(feature_map, n) for n in numbers.tolist()])
+    memory.enqueue(memory.pixels_at(feature_map, indices, 0, 3))
+    expected = torch.stack([true_pixel(feature_map, n) for n in indices.tolist()])
     torch.testing.assert_close(memory.queue[:12], expected)
     assert torch.equal(memory.queue[12:], before[12:]) and memory.pointer == 12
 
@@ -139,9 +139,9 @@ def test_released_layout_is_the_view_without_permute():
     feature_map = labelled(2, 3, 2, 2)
     unit = feature_map / feature_map.norm(dim=1, keepdim=True)
     memory = MemoryP2P(3, 20, 6, layout='released')
-    numbers = torch.tensor([0, 5, 7, 2])
-    expected = unit.reshape(3, 8)[:, numbers].t()
-    found = memory.pixels_at(feature_map, numbers, 0, 2)
+    indices = torch.tensor([0, 5, 7, 2])
+    expected = unit.reshape(3, 8)[:, indices].t()
+    found = memory.pixels_at(feature_map, indices, 0, 2)
     torch.testing.assert_close(found, expected)
     assert (found[1] - true_pixel(feature_map, 5)).abs().max() > 0.1
     # number 0 by hand: channel 0 of image 0, channel 2 of image 0, channel 1 of image 1
@@ -151,13 +151,26 @@ def test_released_layout_is_the_view_without_permute():
     torch.testing.assert_close(memory.queue[0], by_hand / by_hand.norm())
 
 
+def test_released_queue_at_its_end():
+    """As released: the last rows are written again, and the pointer goes to 0."""
+    pixels, released = (MemoryP2P(3, 10, 6, update_size=4, layout=layout)
+                        for layout in ('pixels', 'released'))
+    unit = torch.nn.functional.normalize(torch.randn(12, 3, generator=gen), dim=1)
+    for memory in (pixels, released):
+        for part in unit.split(4):
+            memory.enqueue(part)
+    assert (pixels.pointer, released.pointer) == (2, 0)
+    torch.testing.assert_close(pixels.queue, torch.cat([unit[10:], unit[2:10]]))
+    torch.testing.assert_close(released.queue, torch.cat([unit[:6], unit[8:]]))
+
+
 @pytest.mark.parametrize('layout', ['pixels', 'released'])
 def test_parts_of_a_batch_add_up(layout):
     feature_map, memory = labelled(4, 3, 2, 2), MemoryP2P(3, 20, 6, layout=layout)
-    numbers = torch.randperm(16, generator=gen)
-    whole = memory.pixels_at(feature_map, numbers, 0, 4)
+    indices = torch.randperm(16, generator=gen)
+    whole = memory.pixels_at(feature_map, indices, 0, 4)
     for size in (1, 2):
-        parts = [memory.pixels_at(feature_map[i:i + size], numbers, i, 4)
+        parts = [memory.pixels_at(feature_map[i:i + size], indices, i, 4)
                  for i in range(0, 4, size)]
         torch.testing.assert_close(sum(parts), whole)
     assert not torch.equal(parts[0], whole)
