@@ -1,13 +1,13 @@
-"""README.md of an exported model: how it was trained, what it scores, how to load it."""
+"""The model card, README.md of an export: how the model was trained, its scores, how to load it."""
 
 import json
 from textwrap import dedent
 
 METHODS = dict(base='trained as a diffusion model (`train_base.py`)',
-               pd='made by progressive distillation (`PD.py`)',
-               rdd='made by relational diffusion distillation (`train_rdd.py`)')
+               pd='trained by progressive distillation (`PD.py`)',
+               rdd='trained by relational diffusion distillation (`train_rdd.py`)')
 
-# Run inside the folder; {names} are filled in by `code`
+# Python code that runs inside the folder; `loading_code` fills in the {names}
 DIFFUSERS = '''
     import torch
     from diffusers import DDIMPipeline
@@ -33,7 +33,7 @@ DIFFUSERS_LABELS = '''
 SAFETENSORS = '''
     import json, torch
     from safetensors.torch import load_file
-    from diffusion import Diffusion     # of the repository, which has to be on the Python path
+    from diffusion import Diffusion     # from the repository, which must be on the Python path
     from model import UNet
     config = json.load(open('config.json'))
     network = UNet(**config['unet'])
@@ -50,30 +50,125 @@ ONNX = '''
     images = session.run(None, dict(x_T=x_T{y}))[0]
 '''
 
+NOTES = dict(
+    diffusers='''`use_clipped_model_output=True` recomputes eps from the clipped image, as in
+training and scoring; without it the images differ. The scheduler is set up for {nfe} steps: its
+`steps_offset` is {N} / {nfe}. For another number n of steps that divides {T}:
+`DDIMScheduler.from_config(scheduler.config, steps_offset={N} // n)`.''',
+    onnx='''The graph runs all {nfe} steps, from noise `x_T`{labels} to images in [-1, 1], for any
+batch size.''',
+    safetensors='''`config.json` has the arguments of the network and of its schedule, and how it
+was trained.''')
+LIBRARIES = dict(diffusers='diffusers', onnx='onnx', safetensors='pytorch')
 
-def code(form, conditional, nfe, size, class_num):
-    """The Python lines that load an export of format `form` and sample from it."""
-    text = dict(diffusers=DIFFUSERS_LABELS if conditional else DIFFUSERS, onnx=ONNX,
-                safetensors=SAFETENSORS)[form]
+CARD = '''---
+license: {license}
+library_name: {library}
+tags: [diffusion, distillation, unconditional-image-generation]
+---
+# {nfe}-step diffusion model, {size} x {size} pixels
+
+A DDPM U-Net ({millions:.1f} M parameters, {kind}) that generates an image with DDIM in {nfe}
+network evaluations (NFE). {steps} The network predicts {prediction}; the schedule is {schedule}.
+These are the weights `{weights}` of its checkpoint.
+
+## Loading
+
+```python
+{code}
+```
+
+Run this inside the folder.
+{note}
+{measured}
+## Training
+
+{training}
+
+## Scores
+
+{scores}
+
+## Licence and limits
+
+Licence: {license}. It gives no rights in the training images. Expect the model to repeat the biases
+and gaps of its training data. The method is that of *Relational Diffusion Distillation for
+Efficient Image Generation* (ACM MM 2024, arXiv 2410.07679); this is an independent
+re-implementation.
+'''
+
+
+def write(folder, model, stride, form, license, measured=()):
+    """README.md in `folder`.
+
+    Args:
+        model: from `runtime.models.load_model`. stride: its steps per DDIM step.
+        form: format of the export. license: for the front matter. measured: lines to list.
+    """
+    arch, d, conditional = model.arch, model.diffusion, model.arch['conditional']
+    nfe = d.T // stride
+    steps = f'The model has {d.T} steps of {d.time_scale} grid points.'
+    if stride > 1:
+        steps += f' One DDIM step spans {stride} of them.'
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    lines = results(model.file, model.facts.get('step'), model.weights)
+    (folder / 'README.md').write_text(CARD.format(
+        license=license, library=LIBRARIES[form], nfe=nfe, size=model.img_size, steps=steps,
+        millions=parameters / 1e6, schedule=d.schedule, weights=model.weights,
+        kind=f'class-conditional, {arch["class_num"]} classes' if conditional else 'unconditional',
+        prediction='the clean image' if d.mean_type == 'xstart' else 'the noise',
+        code=loading_code(form, conditional, nfe, model.img_size, arch['class_num']),
+        note=NOTES[form].format(nfe=nfe, N=d.N, T=d.T,
+                                labels=' and labels `y`' if conditional else ''),
+        measured=''.join(f'\n- {line}' for line in measured) + '\n' if measured else '',
+        training=training(model.facts), scores=scores(lines)))
+
+
+def loading_code(form, conditional, nfe, size, class_num):
+    """Python code that loads an export in the format `form` and samples from it."""
+    diffusers = DIFFUSERS_LABELS if conditional else DIFFUSERS
+    text = dict(diffusers=diffusers, onnx=ONNX, safetensors=SAFETENSORS)[form]
     return dedent(text).strip().format(
         nfe=nfe, size=size, class_num=class_num,
         labels=f'torch.arange(8) % {class_num}' if conditional else 'None',
         y=f', y=np.arange(8) % {class_num}' if conditional else '')
 
 
-NOTES = dict(
-    diffusers='''`use_clipped_model_output=True` recomputes eps from the clipped image, which is how
-the model was trained and scored; without it the images differ. The scheduler is set for {nfe}
-steps: its `steps_offset` is {N} / {nfe}. For n other steps that divide {T}:
-`DDIMScheduler.from_config(scheduler.config, steps_offset={N} // n)`.''',
-    onnx='''The graph runs all {nfe} steps: from noise `x_T`{labels} to images in [-1, 1], of any
-batch size.''',
-    safetensors='''`config.json` has the arguments of the network, its schedule and how it was
-trained.''')
+def training(facts):
+    """How the model was trained, in sentences, and its flags.
+
+    Args:
+        facts: of a `runtime.models.Model`.
+    """
+    method, flagfile, amount = facts.get('method'), facts.get('flags', ''), []
+    if 'step' in facts:
+        amount.append(f'{facts["step"]} steps')
+    if 'batch_size' in facts:
+        amount.append(f'of {facts["batch_size"]} images')
+    if 'dataset' in facts:
+        amount.append(f'of {facts["dataset"]}')
+    how = METHODS.get(method, 'trained by a method that its checkpoint does not name')
+    lines = [f'The model was {how}: {" ".join(amount)}.' if amount else f'The model was {how}.']
+    if flag(flagfile, 'base_ckpt'):
+        lines.append(f'Its teacher is `{flag(flagfile, "base_ckpt")}`.')
+        if method == 'rdd':
+            lines.append(f'The classifier that compares their features is '
+                         f'{flag(flagfile, "classifier")}.')
+    if flagfile:
+        lines.append(f'\n<details><summary>All flags</summary>\n\n```\n{flagfile.strip()}\n```\n'
+                     '</details>')
+    return '\n'.join(lines)
+
+
+def flag(flagfile, name):
+    """The value of a flag in the text of a flagfile, or None."""
+    values = [line.split('=', 1)[1] for line in flagfile.splitlines()
+              if line.startswith(f'--{name}=')]
+    return values[-1] if values else None
 
 
 def results(file, step, weights):
-    """Lines of results.jsonl beside a checkpoint that belong to it as it is now."""
+    """The lines of results.jsonl beside a checkpoint that score these weights at this step."""
     path = file.parent / 'results.jsonl'
     lines = path.read_text().splitlines() if path.is_file() else []
     found = [line for line in map(json.loads, lines) if 'fid' in line]
@@ -81,9 +176,9 @@ def results(file, step, weights):
 
 
 def scores(lines):
-    """Markdown table of scores with the protocol each belongs to."""
+    """Markdown table of scores, each with the protocol that it was measured by."""
     if not lines:
-        return 'None has been measured (`ddim_eval.py` writes them beside the checkpoint).'
+        return 'Not measured yet (`ddim_eval.py` writes the scores beside the checkpoint).'
     rows = ['| NFE | Frechet distance | Inception score | images | reference | features | pixels |'
             ' seed |', '| ---: | ---: | ---: | ---: | :--- | :--- | :--- | ---: |']
     for r in lines:
@@ -91,80 +186,4 @@ def scores(lines):
                     f'{r["inception_std"]:.3f} | {r["num_images"]} | {r["reference"]} '
                     f'({r["reference_images"]}) | {r["feature_network"]} | {r["pixels"]} | '
                     f'{r["seed"]} |')
-    return '\n'.join(rows + ['', 'Distances compare only if the columns from the fourth on agree.'])
-
-
-def flag(text, name):
-    """Value of a flag in flagfile text, or None."""
-    values = [line.split('=', 1)[1] for line in text.splitlines() if line.startswith(f'--{name}=')]
-    return values[-1] if values else None
-
-
-def training(model):
-    """How the model came to be, in sentences, and its flags."""
-    state, text = model.state, model.state.get('flags', '')
-    how = METHODS.get(state.get('method'), 'trained in a way its checkpoint does not say')
-    lines = [f'It was {how}' + (f', {state["step"]} steps' if 'step' in state else '')
-             + (f' of {state["batch_size"]} images' if 'batch_size' in state else '')
-             + (f' of {state["dataset"]}' if 'dataset' in state else '') + '.']
-    if flag(text, 'base_ckpt'):
-        lines.append(f'Its teacher is `{flag(text, "base_ckpt")}`'
-                     + (f', the classifier whose features were compared {flag(text, "classifier")}'
-                        if state.get('method') == 'rdd' else '') + '.')
-    if text:
-        lines.append(f'\n<details><summary>All flags</summary>\n\n```\n{text.strip()}\n```\n'
-                     '</details>')
-    return '\n'.join(lines)
-
-
-def write(folder, model, license, form, facts=()):
-    """README.md in `folder`.
-
-    Args:
-        model: with network, arch, diffusion, img_size, nfe, state, file, weights (see export.py).
-        license: for the front matter. form: format of the export. facts: measured lines.
-    """
-    arch, d = model.arch, model.diffusion
-    kind = f'class-conditional, {arch["class_num"]} classes' if arch['conditional'] else \
-        'unconditional'
-    count = sum(p.numel() for p in model.network.parameters())
-    note = NOTES[form].format(nfe=model.nfe, N=d.N, T=d.T,
-                              labels=' and labels `y`' if arch['conditional'] else '')
-    text = f'''---
-license: {license}
-library_name: {dict(diffusers='diffusers', onnx='onnx', safetensors='pytorch')[form]}
-tags: [diffusion, distillation, unconditional-image-generation]
----
-# {model.nfe}-step diffusion model, {model.img_size} x {model.img_size} pixels
-
-A DDPM U-Net ({count / 1e6:.1f} M parameters, {kind}) that makes an image in {model.nfe} network
-evaluations (NFE): DDIM with {d.T} steps of {d.time_scale} grid points{
-    f", every {d.T // model.nfe} of them" if d.T != model.nfe else ""}. The network predicts {
-    "the clean image" if d.mean_type == "xstart" else "the noise"}; the schedule is {
-    model.schedule}. These are the weights `{model.weights}` of its checkpoint.
-
-## Loading
-
-```python
-{code(form, arch['conditional'], model.nfe, model.img_size, arch['class_num'])}
-```
-
-Run inside this folder.
-{note}
-{"".join(f"{chr(10)}- {fact}" for fact in facts)}
-## Training
-
-{training(model)}
-
-## Scores
-
-{scores(results(model.file, model.state.get('step'), model.weights))}
-
-## Licence and limits
-
-Licence: {license}. It covers no rights in the training images. The model makes what it has seen:
-expect the biases and gaps of its data. The method is that of *Relational Diffusion Distillation
-for Efficient Image Generation* (ACM MM 2024, arXiv 2410.07679); this is an independent
-re-implementation.
-'''
-    (folder / 'README.md').write_text(text)
+    return '\n'.join(rows + ['', 'Compare distances only if all columns from "images" on agree.'])

@@ -1,4 +1,4 @@
-"""Exported models, loaded by the libraries they are for, make the images ours make."""
+"""Exported models, loaded by the libraries they are for, generate the same images as ours."""
 
 import importlib.util
 import json
@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from diffusion import Diffusion
+from formats import card, diffusers_scheduler, diffusers_unet
 from model import UNet
-from runtime import checkpoint, diffusers_format, model_card
-from runtime.options import UserError
+from runtime import checkpoint, models
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 N, T, SIZE = 1024, 8, 8
@@ -21,12 +23,12 @@ EXTRA = 'optional, see requirements-export.txt'
 
 
 def diffusers():
-    import runtime.torchvision_cpu  # noqa: F401  # diffusers imports torchvision where it finds it
+    torchvision()       # diffusers imports it if it is installed
     return pytest.importorskip('diffusers', reason=EXTRA)
 
 
 def small_unet(conditional, **changes):
-    """A network whose every layer matters: the layers that start near 0 are drawn anew."""
+    """A network in which every layer has an effect: those that start near 0 get other weights."""
     torch.manual_seed(1)
     network = UNet(**dict(dict(T=N, ch=32, ch_mult=[1, 2], attn=[1], num_res_blocks=1,
                                conditional=conditional, class_num=3), **changes))
@@ -34,7 +36,7 @@ def small_unet(conditional, **changes):
         if parameter.requires_grad:
             std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
             scale_of_norm = parameter.ndim == 1 and name.endswith('weight')
-            torch.nn.init.normal_(parameter, mean=float(scale_of_norm), std=std)
+            torch.nn.init.normal_(parameter, mean=1. if scale_of_norm else 0., std=std)
     return network.eval().requires_grad_(False)
 
 
@@ -63,7 +65,7 @@ def export_all(jobs):
     jobs = {name: [dict(argv=['export.py', *words])] for name, words in jobs.items()}
     if not jobs:
         return {}
-    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], input=json.dumps(jobs),
+    done = subprocess.run([sys.executable, str(ROOT / 'tools/forks.py')], input=json.dumps(jobs),
                           stdout=subprocess.PIPE, env=env, universal_newlines=True, check=True)
     return {name: results[0] for name, results in json.loads(done.stdout).items()}
 
@@ -71,7 +73,7 @@ def export_all(jobs):
 def ours(run, x_T, y=None, steps=T):
     """Images of a checkpoint in this repository."""
     state = checkpoint.read(run)
-    network, _ = checkpoint.build_unet(state)
+    network, _ = models.build_unet(state)
     with torch.no_grad():
         return Diffusion(state['T'], state['time_scale'], state['mean_type']).sample(
             network.eval(), x_T, state['T'] // steps, y=y)
@@ -93,10 +95,10 @@ def run_card(folder, monkeypatch, seed=0):
 def test_names_and_layouts_there_and_back(conditional):
     network = small_unet(conditional, ch_mult=[1, 2, 2], attn=[0, 2], num_res_blocks=2)
     state_dict = network.state_dict()
-    arch = checkpoint.architecture(state_dict)
-    config = diffusers_format.unet_config(network, arch, SIZE)
-    theirs = diffusers_format.to_diffusers(state_dict, arch)
-    back = diffusers_format.from_diffusers(theirs, config, N)
+    arch = models.architecture(state_dict)
+    config = diffusers_unet.unet_config(network, arch, SIZE)
+    theirs = diffusers_unet.to_diffusers(state_dict, arch)
+    back = diffusers_unet.from_diffusers(theirs, config, N)
     assert config['down_block_types'] == ['AttnDownBlock2D', 'DownBlock2D', 'AttnDownBlock2D']
     assert theirs['down_blocks.2.attentions.1.to_q.weight'].shape == (64, 64)
     assert set(back) == set(state_dict)
@@ -112,23 +114,19 @@ def test_names_and_layouts_there_and_back(conditional):
 def test_scheduler_has_our_table_and_times(stride):
     """The arithmetic of DDIMScheduler with spacing "leading", written out."""
     diffusion = Diffusion(T, N // T)
-    config = diffusers_format.scheduler_config(diffusion, stride)
+    config = diffusers_scheduler.scheduler_config(diffusion, stride)
     alpha_bar = torch.cumprod(1 - torch.tensor(config['trained_betas']), 0)
     torch.testing.assert_close(alpha_bar.double().sqrt(), diffusion.alpha, rtol=1e-4, atol=0)
     steps = T // stride
     apart = config['num_train_timesteps'] // steps
     times = [i * apart + config['steps_offset'] for i in reversed(range(steps))]
     assert times + [times[-1] - apart] == diffusion.times(stride)
-    assert diffusers_format.grid_of_scheduler(config) == dict(
+    assert diffusers_scheduler.grid_of_scheduler(config) == dict(
         T=steps, time_scale=apart, mean_type='xstart', schedule='cosine')
 
 
 def test_card_says_how_the_model_was_made(runs):
-    class Model:
-        state, weights, nfe, img_size = checkpoint.read(runs / 'True'), 'net_model', T, SIZE
-        network, file, diffusion = small_unet(True), runs / 'True/ckpt.pt', Diffusion(T, N // T)
-        arch, schedule = checkpoint.architecture(network.state_dict()), 'cosine'
-    model_card.write(runs, Model, 'cc0-1.0', 'diffusers')
+    card.write(runs, models.load_model(runs / 'True'), 1, 'diffusers', 'cc0-1.0')
     text = (runs / 'README.md').read_text()
     for words in ('license: cc0-1.0', '7 steps of 5 images of digits', '--lr=0.5', './logs/8',
                   '1.250', 'r.npz (11)', 'class-conditional, 3 classes', 'train_rdd.py'):
@@ -242,10 +240,10 @@ def google_kind(folder, **changes):
 
 
 @pytest.fixture(scope='module')
-def taken_over(exported, tmp_path_factory):
+def imported(exported, tmp_path_factory):
     """{name: checkpoint} of --from_diffusers, and the error for a folder without a network."""
     diffusers()
-    folder = tmp_path_factory.mktemp('taken_over')
+    folder = tmp_path_factory.mktemp('imported')
     google_kind(folder / 'ddpm')
     sources = dict(ours=exported / 'diffusers_False', ddpm=folder / 'ddpm', none=folder / 'none')
     results = export_all({name: [f'--from_diffusers={source}', f'--output={folder}/{name}_back']
@@ -255,8 +253,8 @@ def taken_over(exported, tmp_path_factory):
                 ddpm=checkpoint.read(folder / 'ddpm_back'))
 
 
-def test_there_and_back_is_equal_bit_by_bit(runs, taken_over):
-    first, back = checkpoint.read(runs / 'False'), taken_over['ours']
+def test_there_and_back_is_equal_bit_by_bit(runs, imported):
+    first, back = checkpoint.read(runs / 'False'), imported['ours']
     for key in ('T', 'time_scale', 'mean_type', 'method', 'step', 'flags', 'img_size'):
         assert first[key] == back[key], key
     assert set(first['net_model']) == set(back['net_model'])
@@ -264,10 +262,10 @@ def test_there_and_back_is_equal_bit_by_bit(runs, taken_over):
         assert torch.equal(value, back['net_model'][key]), key
 
 
-def test_network_of_ddpm_is_taken_over(taken_over, tmp_path):
-    unet, state = google_kind(tmp_path), taken_over['ddpm']
-    network, name = checkpoint.build_unet(state)
-    assert name == 'net_model' and checkpoint.grid(state, dict(T=999)) == (
+def test_network_of_ddpm_is_imported(imported, tmp_path):
+    unet, state = google_kind(tmp_path), imported['ddpm']
+    network, name = models.build_unet(state)
+    assert name == 'net_model' and models.grid(state, dict(T=999)) == (
         999, 1, 'linear', 'epsilon')
     x, t = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 500, 999])
     with torch.no_grad():
@@ -277,11 +275,11 @@ def test_network_of_ddpm_is_taken_over(taken_over, tmp_path):
                                scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
 
 
-def test_other_networks_are_refused(taken_over, tmp_path):
+def test_other_networks_are_refused(imported, tmp_path):
     unet = google_kind(tmp_path, attention_head_dim=8)
     with pytest.raises(UserError, match='attention_head_dim .* is 8, expected None'):
-        diffusers_format.check_family(unet.config, tmp_path)
-    code, _, error = taken_over['none']
+        diffusers_unet.check_family(unet.config, tmp_path)
+    code, _, error = imported['none']
     assert code == 2 and 'config.json' in error and len(error.strip().splitlines()) == 1, error
 
 

@@ -1,0 +1,26 @@
+"""Facts about a model that travel with it, as JSON."""
+
+import json
+
+ORIGIN = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags')
+
+
+def grid(diffusion):
+    """The arguments that rebuild a `Diffusion`."""
+    return dict(T=diffusion.T, time_scale=diffusion.time_scale, mean_type=diffusion.mean_type,
+                schedule=diffusion.schedule)
+
+
+def origin(model):
+    """How a `runtime.models.Model` was trained, and which of its weights were taken."""
+    known = {key: model.facts[key] for key in ORIGIN if key in model.facts}
+    return dict(known, weights=model.weights)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + '\n')
+
+
+def read_json(path):
+    """The value in a file, or an empty dict if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
