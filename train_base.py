@@ -13,17 +13,18 @@ import torch
 from absl import flags
 
 from diffusion import Diffusion, distillation_loss
-from model import UNet
 from runtime import cli, distributed, seeding
 from runtime.flags import check_network, define_training_flags, given, require
+from runtime.models import new_unet
 from runtime.optim import learning_rate
 from runtime.run import Run, training_data
 
 FLAGS = flags.FLAGS
 define_training_flags(lr=2e-4, wd=0.001, total_steps=800000, warmup=5000, ema_decay=0.9999,
                       dropout=0.1)
-flags.DEFINE_integer('T', 1024, 'sampling steps of the model', lower_bound=1)
-flags.DEFINE_integer('time_scale', 1, 'points of the base grid per step', lower_bound=1)
+flags.DEFINE_integer('T', 1024, 'sampling steps of the model', lower_bound=1, upper_bound=10**6)
+flags.DEFINE_integer('time_scale', 1, 'points of the base grid per step', lower_bound=1,
+                     upper_bound=10**6)
 flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x_0, in eps, or the larger '
                   'of the two per image (truncated SNR)')
 
@@ -42,13 +43,10 @@ def main():
 
 def train(device, loss_type):
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
+    net = new_unet(FLAGS, FLAGS.T * FLAGS.time_scale, device)
     diffusion = Diffusion(FLAGS.T, FLAGS.time_scale, FLAGS.mean_type, device)
-    net = UNet(diffusion.N, FLAGS.ch, FLAGS.ch_mult, FLAGS.attn, FLAGS.num_res_blocks,
-               FLAGS.dropout, FLAGS.conditional, FLAGS.class_num)
     dataset = training_data(FLAGS, net)
-    net = net.to(device, memory_format=torch.channels_last)
-    run = Run(FLAGS, 'base', net, diffusion, dataset, FLAGS.logdir, use='ema_model',
-              parameters=sum(p.numel() for p in net.parameters()))
+    run = Run(FLAGS, 'base', net, diffusion, dataset, FLAGS.logdir, use='ema_model')
     for step in run:
         for part in run.parts(t_min=0):
             x_0, y, t, eps = part

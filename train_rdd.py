@@ -41,9 +41,9 @@ flags.DEFINE_integer('relation_group', 0, 'images whose pixels are compared by I
                      'quarter of the batch, as on the four GPUs of the paper', lower_bound=0)
 flags.DEFINE_float('memory_weight', 0.1, 'weight of M_P2P')
 flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P')
-flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', lower_bound=1)
-flags.DEFINE_integer('queue_update', 128, 'pixels of the batch that enter per step', lower_bound=1)
-flags.DEFINE_integer('contrast_size', 4096, 'queue rows a step compares with', lower_bound=1)
+flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', 1, 10**6)
+flags.DEFINE_integer('queue_update', 128, 'pixels of the batch that enter per step', 1, 10**6)
+flags.DEFINE_integer('contrast_size', 4096, 'queue rows a step compares with', 1, 10**6)
 flags.DEFINE_enum('queue_layout', 'pixels', ['pixels', 'released'], 'true pixels and fresh rows, '
                   'or the scrambled queue and fixed rows of the published code')
 flags.DEFINE_float('alpha', 0., 'weight of the entropy and diversity terms of RCFD')

@@ -93,10 +93,10 @@ def read(path):
         with warnings.catch_warnings():     # torch 2.1 warns of its own TypedStorage
             warnings.simplefilter('ignore', UserWarning)
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if 'Unsupported' in str(error) else 'it is not one of '\
-            'plain tensors and numbers, or it is damaged'
-        raise UserError(f'{path} is refused as a checkpoint: {reason}')
+    except pickle.UnpicklingError:
+        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or it holds more than '
+                        f'tensors, numbers and text, which could run code; give a file that this '
+                        f'project or a published one like it has written')
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile):
         raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
     if not isinstance(state, dict):

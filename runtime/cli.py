@@ -50,7 +50,7 @@ def run(main, words=False):
         if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
                             f'flags are written --name value or --name=value (see --help)')
-        check_finite()
+        check_values()
         main(rest) if words else main()
         leave(0)
     except flags.Error as error:
@@ -77,11 +77,17 @@ def lost_process(error):
     return 'Connection' in str(error) and int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 
-def check_finite():
-    """Refuse numbers such as nan and inf in any flag."""
+def check_values():
+    """Refuse nan and inf in any flag; lower --num_workers to the cores of this machine."""
     for flag in own_flags():
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise UserError(f'--{flag.name} is {flag.value}, expected a finite number')
+    cores = os.cpu_count() or 1
+    if 'num_workers' in FLAGS and FLAGS.num_workers > cores:
+        if FLAGS['num_workers'].present and int(os.environ.get('RANK', 0)) == 0:
+            print(f'note: --num_workers {FLAGS.num_workers} is lowered to the {cores} cores of '
+                  f'this machine.', flush=True)
+        FLAGS.num_workers = cores
 
 
 def without_foreign_flags(argv):

@@ -1,6 +1,7 @@
 """Diffusion models from their checkpoints: network, schedule and the facts stored with them."""
 
 import copy
+import os
 
 import torch
 
@@ -41,6 +42,35 @@ class Model:
         d, network = self.diffusion, copy.deepcopy(self.network).train().requires_grad_(True)
         network.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
         return network, Diffusion(d.T // 2, 2 * d.time_scale, d.mean_type, d.alpha.device)
+
+
+def new_unet(flags, N, device):
+    """A freshly initialised U-Net on `device`, as the flags describe it, for times 0..N.
+
+    Its size is printed before it is built.
+    Raises:
+        UserError: no machine of this size can train it.
+    """
+    arguments = (N, flags.ch, flags.ch_mult, flags.attn, flags.num_res_blocks, flags.dropout,
+                 flags.conditional, flags.class_num)
+    with torch.device('meta'):
+        count = sum(p.numel() for p in UNet(*arguments).parameters())
+    needed, present = 5 * 4 * count, memory_of(device)      # average, gradient, two moments
+    distributed.print0(f'network: {count:,} parameters; training holds {needed / 2 ** 20:,.0f} MiB '
+                       f'of them (weights, average, gradient, two moments)')
+    if needed > present:
+        raise UserError(f'the network of --ch {flags.ch}, --ch_mult {flags.ch_mult}, '
+                        f'--num_res_blocks {flags.num_res_blocks} and {N} times needs '
+                        f'{needed / 2 ** 30:,.0f} GiB for its parameters alone, and {device} has '
+                        f'{present / 2 ** 30:.0f} GiB; make it smaller')
+    return UNet(*arguments).to(device, memory_format=torch.channels_last)
+
+
+def memory_of(device):
+    """Bytes of memory of a GPU, or of this machine."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32):
