@@ -1,10 +1,10 @@
-"""A trained classifier from its file: ours (self-describing) or a published one ({model})."""
+"""Loads trained classifiers: our files, which describe themselves, and published ones."""
 
 import torch
 
 from classifier.networks import build_classifier
-from runtime import checkpoint, options
-from runtime.options import UserError
+from runtime import checkpoint, cli
+from runtime.cli import UserError
 
 IDENTITY = (0.5,) * 3       # mean and std that leave images in [-1, 1] as they are
 
@@ -15,11 +15,11 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     Args:
         path: `<result_path>/<dataset>/<model>` or the `ckpt.pt` in it; relative paths are looked
             up in the working directory, then in the repository root.
-        name: the network expected; a published file does not say its own, so it is needed there.
-        num_classes: the number of classes expected.
-        mean, std: input normalisation, three numbers each of images in [0, 1]; None: what the
-            checkpoint says, and for a published file 0.5, which feeds images in [-1, 1] as they
-            are.
+        name: the network expected; required for a published file, which does not name its own.
+        num_classes: the number of classes expected; None: any.
+        mean, std: input normalisation, three numbers each, of images in [0, 1]; None: those in
+            the checkpoint, or 0.5 for a published file, which has none and so gets images in
+            [-1, 1] as they are.
 
     Returns:
         `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
@@ -27,7 +27,7 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     Raises:
         UserError: no such file, not a classifier, or another classifier than the one expected.
     """
-    file = checkpoint.find(options.find(path))
+    file = checkpoint.find(cli.find(path))
     if not file.exists():
         raise UserError(f'there is no classifier {file}; train one with: python '
                         f'classifier/train.py --model {name or "NAME"} --dataset DATASET')
@@ -71,7 +71,11 @@ def agreed_name(state, name, file):
 
 
 def assemble(name, weights, mean, std, file):
-    """A frozen classifier with these weights; draws no random number, initialises nothing."""
+    """A frozen classifier with these weights, made without drawing random numbers.
+
+    Raises:
+        UserError: the weights are those of another network.
+    """
     with torch.device('meta'):
         classifier = build_classifier(name, weights['fc.weight'].shape[0], mean, std)
     key, found, expected = next(checkpoint.differences(weights, classifier.state_dict()), [''] * 3)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runtime.options import UserError
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
 # growth rate, layers per block, channels of the stem
 DENSENETS = {
@@ -32,7 +33,7 @@ class Classifier(nn.Module):
         parts: ordered dict, attribute name -> module; the last one gives (B, num_features, H', W').
         num_features: channels C of the feature map.
         num_classes: K.
-        mean, std: three numbers each, of images in [0, 1], subtracted and divided by first.
+        mean, std: three numbers each, of images in [0, 1]; the input is normalised with them.
     """
 
     def __init__(self, name, parts, num_features, num_classes, mean, std):
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
     def set_normalisation(self, mean, std):
         """Take mean and std (three numbers each, of images in [0, 1]) for the input.
 
-        They are kept beside the state dict, whose keys stay the published ones.
+        They are not part of the state dict, whose keys stay the published ones.
         """
         for key, value in (('mean', mean), ('std', std)):
             value = torch.tensor(value, dtype=torch.float32, device='cpu').view(1, 3, 1, 1)
@@ -79,11 +80,10 @@ def conv3x3(channels, stride=1):
 
 
 def densenet_parts(name):
-    """DenseNet-BC of Huang et al., 1608.06993, with the small-image stem."""
-    from torchvision.models import DenseNet
+    """DenseNet-BC of Huang et al., 1608.06993, with the stem for small images."""
     growth, layers, stem = DENSENETS[name]
     # The linear layer of the constructor is dropped: one class keeps it small.
-    network = DenseNet(growth, layers, stem, num_classes=1).features
+    network = torchvision().models.DenseNet(growth, layers, stem, num_classes=1).features
     parts = OrderedDict(features=nn.Sequential(OrderedDict(
         conv0=conv3x3(stem), norm0=network.norm0, relu0=network.relu0)))
     for i in range(1, len(layers) + 1):
@@ -95,9 +95,8 @@ def densenet_parts(name):
 
 
 def resnet_parts(name):
-    """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146), small-image stem."""
-    from torchvision import models
-    network = getattr(models, name)(weights=None, num_classes=1)
+    """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146), with that stem."""
+    network = getattr(torchvision().models, name)(weights=None, num_classes=1)
     keys = ('bn1', 'relu', 'layer1', 'layer2', 'layer3', 'layer4')
     parts = OrderedDict(conv1=conv3x3(64))
     parts.update((key, getattr(network, key)) for key in keys)
@@ -105,7 +104,7 @@ def resnet_parts(name):
 
 
 def convnet_parts(name):
-    """Four plain convolutions: a judge of digits that shares nothing with the DenseNets."""
+    """Four plain convolutions: scores digits independently of the DenseNets."""
     channels, strides = (3, 32, 32, 64, 64), (1, 2, 1, 2)
     parts = OrderedDict()
     for i, stride in enumerate(strides):
@@ -116,8 +115,8 @@ def convnet_parts(name):
     return parts, channels[-1]
 
 
-# name -> function that makes (parts, number of features). A family with another stem (classifiers
-# of full-size ImageNet, say) is one more function and one more line here.
+# name -> function that makes (parts, number of features). To add a family of networks, write one
+# more such function and add its names here.
 NETWORKS = {name: densenet_parts for name in DENSENETS}
 NETWORKS.update((name, resnet_parts) for name in RESNETS)
 NETWORKS['convnet_small'] = convnet_parts
@@ -139,7 +138,5 @@ def build_classifier(name, num_classes, mean=(0.5,) * 3, std=(0.5,) * 3):
     """
     if name not in NETWORKS:
         raise UserError(f'there is no classifier "{name}"; choose one of {", ".join(NETWORKS)}')
-    if NETWORKS[name] is not convnet_parts:
-        import runtime.torchvision_cpu  # noqa: F401  # before torchvision: see there
     parts, num_features = NETWORKS[name](name)
     return Classifier(name, parts, num_features, num_classes, mean, std)

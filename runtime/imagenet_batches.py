@@ -76,7 +76,7 @@ def _rewrite(files, pixels_file, labels_file, img_size):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, lists and numbers; refuses everything that could run code."""
+    """Unpickles arrays, lists and plain values; refuses everything that could run code."""
 
     def find_class(self, module, name):
         if module.split('.')[0] == 'numpy' and name in ('_reconstruct', 'ndarray', 'dtype',

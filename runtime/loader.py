@@ -29,7 +29,7 @@ def load(dataset, num_workers, **options):
             problem = batch
             break
         yield batch
-    if problem:     # after the loop: by now the workers have ended
+    if problem is not None:     # raised here because the workers end with the loop
         raise problem
 
 

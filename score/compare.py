@@ -8,25 +8,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-from runtime import options     # noqa: E402
-from runtime.options import UserError       # noqa: E402
+from runtime import cli     # noqa: E402
+from runtime.cli import UserError       # noqa: E402
 from score.metrics import frechet_distance      # noqa: E402
 from score.reference import load_statistics     # noqa: E402
 
 
 def compare(path1, path2):
-    """The distance, and both `Statistics`; refuses files of different feature networks."""
+    """Frechet distance between two files of statistics.
+
+    Returns:
+        distance: float, at least 0. first, second: the `Statistics` in the files.
+    Raises:
+        UserError: a file cannot be read, or they were made with different feature networks.
+    """
     first, second = load_statistics(path1), load_statistics(path2)
     if first.network != second.network:
         raise UserError(f'{path1} was made with the feature network {first.network} and {path2} '
-                        f'with {second.network}; make both with one')
+                        f'with {second.network}; make both with the same network')
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma), first, second
 
 
 def main(paths):
     if len(paths) != 2:
-        raise UserError(f'expected two files of statistics, found {len(paths)}; as in: '
-                        f'compare.py A.npz B.npz')
+        raise UserError(f'expected two files of statistics, found {len(paths)}; '
+                        f'as in: compare.py A.npz B.npz')
     distance, *both = compare(*paths)
     for stats in both:
         print(f'{stats.path}: {stats.dataset}, {stats.split}, {stats.num_images} images')
@@ -34,4 +40,4 @@ def main(paths):
 
 
 if __name__ == '__main__':
-    options.run(main, words=True)
+    cli.run(main, words=True)

@@ -1,4 +1,4 @@
-"""Statistics of a data set, which samples are compared with.
+"""Measure the statistics of a data set, with which samples are compared.
 
 Inside score/ or from the repository root:
   python get_npz.py --dataset cifar10
@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
-from runtime import data, distributed, options      # noqa: E402
-from runtime.options import UserError       # noqa: E402
-from runtime.training import progress       # noqa: E402
+from runtime import cli, data, distributed      # noqa: E402
+from runtime.cli import UserError       # noqa: E402
+from runtime.flags import define_device_flags, without_effect       # noqa: E402
+from runtime.log import progress    # noqa: E402
 from score.metrics import ActivationStats       # noqa: E402
 from score.networks import load_feature_network     # noqa: E402
 from score.reference import (Statistics, check_writable, load_statistics,       # noqa: E402
@@ -26,7 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-    options.define_device_flags()
+    define_device_flags()
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to measure')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
     flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
@@ -51,13 +52,13 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id)
-    for line in options.without_effect(amp='features are computed in float32'):
+    for line in without_effect(amp='features are computed in float32'):
         distributed.print0(line)
     path = output_path()
     if distributed.is_main():
         check_writable(path)
-    distributed.barrier()       # nobody starts if the file cannot be written
-    dataset = data.make_dataset(FLAGS.dataset, options.find(FLAGS.data_root),
+    distributed.barrier()       # no process starts if the file cannot be written
+    dataset = data.make_dataset(FLAGS.dataset, cli.find(FLAGS.data_root),
                                 FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32),
                                 train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
@@ -74,7 +75,7 @@ def main():
 
 def output_path():
     name = f'{FLAGS.dataset}.{FLAGS.split}' + (f'.half{FLAGS.half}' if FLAGS.half else '')
-    path = options.anchored(FLAGS.output or f'stats/{name}.npz')
+    path = cli.anchored(FLAGS.output or f'stats/{name}.npz')
     return path if path.suffix == '.npz' else path.with_name(path.name + '.npz')
 
 
@@ -93,7 +94,7 @@ def chosen_images(length):
 
 
 def up_to_date(path, origin):
-    """Whether `path` already holds these statistics; says what happens to it otherwise."""
+    """Whether `path` already holds these statistics; if it is to be overwritten, says so."""
     if not path.exists():
         return False
     try:
@@ -113,18 +114,18 @@ def words(origin):
 
 
 def measure(dataset, indices, network, device):
-    """`ActivationStats` of the chosen images, each process taking a contiguous share."""
+    """`ActivationStats` of the images `indices` (n,); each process takes a contiguous share."""
     rank, processes, total = distributed.rank(), distributed.world_size(), len(indices)
     share = range(rank * total // processes, (rank + 1) * total // processes)
     # Folders are sorted by class: the splits of the Inception score must not be. The order is
     # fixed, so that neither batches nor processes change the result.
-    numbers = torch.randperm(total, generator=torch.Generator().manual_seed(0))[list(share)]
+    positions = torch.randperm(total, generator=torch.Generator().manual_seed(0))[list(share)]
     stats, done = ActivationStats(total), 0
     with progress(len(share), f'{FLAGS.dataset} {FLAGS.split}', unit='img') as bar:
         for images, _, _ in data.in_order(dataset, FLAGS.batchsize, device, indices[list(share)],
                                           FLAGS.num_workers):
             features, probs = network(images)
-            stats.update(features, probs, numbers[done:done + len(images)])
+            stats.update(features, probs, positions[done:done + len(images)])
             done += len(images)
             bar.update(len(images))
     return stats.reduce()
@@ -134,12 +135,12 @@ def save(path, stats, origin):
     mu, sigma = stats.mean_cov()
     mean, std = stats.inception_score()
     save_statistics(path, Statistics(mu, sigma, inception_mean=mean, inception_std=std, **origin))
-    note = '' if len(mu) < origin['num_images'] else f'; note: fewer images than the {len(mu)} ' \
-        f'features, the covariance is singular'
-    print(f'{path}: {words(origin)}, Inception score {mean:.4g} +- {std:.2g}'
-          f'{note}.')
+    note = ''
+    if origin['num_images'] <= len(mu):
+        note = f'; note: the covariance is singular, it needs more than {len(mu)} images'
+    print(f'{path}: {words(origin)}, Inception score {mean:.4g} +- {std:.2g}{note}.')
 
 
 if __name__ == '__main__':
     define_flags()
-    options.run(main)
+    cli.run(main)

@@ -1,10 +1,10 @@
-"""Scores from features and class probabilities, in float64 throughout."""
+"""Frechet distance and Inception score from features and class probabilities, in float64."""
 
 import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.options import UserError
+from runtime.cli import UserError
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
@@ -21,7 +21,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
         float, at least 0.
 
     Raises:
-        UserError: shapes that do not belong together, or values that are not finite.
+        UserError: shapes that do not fit together; values that are not finite (code 1).
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device=device)
                                 for v in (mu1, sigma1, mu2, sigma2))
@@ -30,8 +30,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
         raise UserError('the statistics to compare have different shapes: means {} and {}, '
                         'covariances {} and {}; make both with one feature network'.format(*shapes))
     if not all(torch.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
-        raise UserError('the statistics to compare hold values that are not finite; the images or '
-                        'the network that made them are broken', code=1)
+        raise UserError('the statistics to compare hold values that are not finite; check the '
+                        'images and the network that made them', code=1)
     root = symmetric_sqrt(sigma1)
     product = root @ sigma2 @ root
     # Rounding makes eigenvalues that should be 0 slightly negative.
@@ -57,7 +57,7 @@ def inception_score(probs, splits=10):
         (mean, std) over the splits, floats; 1 (no information) <= mean <= K.
 
     Raises:
-        UserError: empty input, or values that are not finite.
+        UserError: empty input; values that are not finite (code 1).
     """
     probs = torch.as_tensor(np.asarray(probs, dtype=np.float64))
     if probs.ndim != 2 or not len(probs):
@@ -68,9 +68,14 @@ def inception_score(probs, splits=10):
 
 
 def split_sums(probs, indices, total, splits):
-    """Per split: number of images (S,), sum of p (S, K), sum of p log p over images and classes.
+    """Sums over the images of each split, from which `score_of_sums` makes the score.
 
-    Image i of `total` belongs to split i * S // total, S = min(splits, total).
+    Args:
+        probs: (B, K). indices: (B,) of these images among all, 0..total - 1. Image i belongs to
+            split i * S // total, with S = min(splits, total).
+
+    Returns:
+        number of images (S,), sum of p (S, K), sum of p log p over images and classes (S,).
     """
     splits = min(splits, total)
     which = indices * splits // total
@@ -83,20 +88,24 @@ def split_sums(probs, indices, total, splits):
 
 
 def score_of_sums(count, sum_p, sum_plogp):
-    """(mean, std) over the splits of exp(mean p log p - p_mean log p_mean)."""
+    """(mean, std) over the splits of exp(mean p log p - p_mean log p_mean), from `split_sums`.
+
+    Raises:
+        UserError: values that are not finite, or a split without images (code 1).
+    """
     mean_p = sum_p / count[:, None]
     scores = (sum_plogp / count - torch.xlogy(mean_p, mean_p).sum(1)).exp()
     if not torch.isfinite(scores).all():
         raise UserError('the class probabilities are not finite or images of a split are missing; '
-                        'the images or the network that made them are broken', code=1)
+                        'check the images and the network that made them', code=1)
     return scores.mean().item(), scores.std(unbiased=False).item()
 
 
 class ActivationStats:
     """Streaming mean, covariance and Inception score of `total` images over all processes.
 
-    Holds sums in float64 on the device of the features, never the features: the memory needed
-    does not grow with the number of images, nor do the results depend on how they are batched.
+    It keeps sums in float64 on the device of the features, never the features. The memory does
+    not grow with the number of images, and the results do not depend on the size of the batches.
     """
 
     def __init__(self, total, splits=10):
@@ -109,7 +118,7 @@ class ActivationStats:
 
         Args:
             features: (B, D). probs: (B, K) class probabilities.
-            indices: (B,) number of each image, 0..total-1, which decides its split.
+            indices: (B,) of these images among all, 0..total - 1; they decide the splits.
         """
         features, probs = features.double(), probs.double()
         count = features.new_tensor(float(len(features)))
@@ -125,7 +134,7 @@ class ActivationStats:
         """Add up the sums of all processes; call it once on every process, after the last batch.
 
         Raises:
-            UserError: this process saw no image, or all of them together not exactly `total`.
+            UserError: this process saw no image; all together did not see `total` (code 1).
         """
         if self.sums is None:
             raise UserError('a process has no images to score; use more images or fewer processes')
@@ -135,7 +144,7 @@ class ActivationStats:
             self.reduced = True
         if self.sums[0].item() != self.total:
             raise UserError(f'{self.sums[0].item():.0f} images were scored, expected {self.total}; '
-                            f'the data set changed or is read twice', code=1)
+                            f'the data set changed or was read twice', code=1)
         return self
 
     def mean_cov(self):
@@ -152,5 +161,5 @@ class ActivationStats:
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
     def inception_score(self):
-        """(mean, std) over the splits; see `inception_score`."""
+        """(mean, std) over the splits, floats; see the function `inception_score`."""
         return score_of_sums(*self.sums[3:])

@@ -1,7 +1,7 @@
 """Networks that turn images into features and class probabilities.
 
-Data sets and samples take the same path: uint8 or float images in, `images_01` decides the range,
-once. Computation is in float32 whatever the surrounding precision.
+Data sets and samples are treated alike: images come as uint8 or float, and `images_01` alone brings
+them into one range. Computation is in float32 whatever the surrounding precision.
 """
 
 import hashlib
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from classifier import load_classifier
-from runtime import checkpoint, distributed, options
-from runtime.options import UserError
+from runtime import checkpoint, cli, distributed
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
 # The weights of pytorch-fid: TensorFlow's Inception of 2015-12-05. The file name ends in the
 # first digits of its SHA-256.
@@ -27,24 +28,13 @@ def images_01(images):
     return (images.float() + 1) / 2
 
 
-def to_uint8(x):
-    """Float images in [-1, 1] rounded to the 8 bits of image files; values outside are clamped.
-
-    Raises:
-        UserError: values that are not finite, which 8 bits would hide.
-    """
-    if not torch.isfinite(x).all():
-        raise UserError('the images to be rounded to 8 bits hold values that are not finite; the '
-                        'network that made them has diverged', code=1)
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 class FeatureNetwork:
-    """A frozen network for scoring, with an identity that statistics remember.
+    """A frozen network for scoring, with a name by which statistics remember it.
 
     Attributes:
-        name: identity of architecture and weights. dim: width D of the features.
-        spec: what --feature_network was.
+        forward: float32 images (B, 3, H, W) in [0, 1] -> features (B, D), logits (B, K).
+        name: of the architecture and the weights. dim: width D of the features.
+        spec: the value of --feature_network.
     """
 
     def __init__(self, forward, name, dim, spec):
@@ -52,7 +42,10 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Images (B, 3, H, W), uint8 or float in [-1, 1] -> features (B, D), probs (B, K)."""
+        """Images (B, 3, H, W), uint8 or float in [-1, 1] -> features (B, D), probabilities (B, K).
+
+        Both are float32.
+        """
         # TF32 would make the scores depend on the generation of the GPU.
         with torch.autocast(images.device.type, enabled=False), \
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -72,7 +65,8 @@ def load_feature_network(spec, device, weights=None):
         `FeatureNetwork`.
 
     Raises:
-        UserError: no such file, or not the weights expected; or no file and no network (code 1).
+        UserError: no such file, or not the weights expected; the weights could not be downloaded
+            (code 1).
     """
     if spec == 'inception':
         return load_inception(device, weights)
@@ -96,8 +90,8 @@ def digest_of(classifier):
 
 
 def load_inception(device, weights=None):
-    """pytorch-fid's Inception as a `FeatureNetwork`."""
-    path = options.find(weights) if weights else downloaded_inception()
+    """pytorch-fid's Inception as a `FeatureNetwork`; arguments as in `load_feature_network`."""
+    path = cli.find(weights) if weights else downloaded_inception()
     if not path.is_file():
         raise UserError(f'--inception_weights {path} does not exist; give the file '
                         f'{INCEPTION_FILE} of pytorch-fid')
@@ -117,24 +111,41 @@ def load_inception(device, weights=None):
 
 
 def build_inception(state_dict, path):
-    """torchvision's Inception3 with pytorch-fid's changes and these weights, frozen."""
-    import runtime.torchvision_cpu  # noqa: F401  # before pytorch_fid, which imports torchvision
-    from pytorch_fid import inception
-    fetch = inception.load_state_dict_from_url
-    inception.load_state_dict_from_url = lambda *args, **kwargs: state_dict     # it would download
+    """pytorch-fid's Inception with the weights `state_dict`, frozen, in eval mode, on the CPU.
+
+    It is torchvision's Inception v3 with nine blocks replaced, as `fid_inception_v3` of pytorch-fid
+    does it; that function downloads the weights, and so cannot be used with a file.
+
+    Raises:
+        UserError: not the weights of this network; `path` names their file.
+    """
+    models = torchvision().models       # repaired before pytorch_fid imports it
+    from pytorch_fid.inception import (FIDInceptionA, FIDInceptionC, FIDInceptionE_1,
+                                       FIDInceptionE_2)
+    network = models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                  init_weights=False)
+    for name, block in dict(
+            Mixed_5b=FIDInceptionA(192, pool_features=32),
+            Mixed_5c=FIDInceptionA(256, pool_features=64),
+            Mixed_5d=FIDInceptionA(288, pool_features=64),
+            Mixed_6b=FIDInceptionC(768, channels_7x7=128),
+            Mixed_6c=FIDInceptionC(768, channels_7x7=160),
+            Mixed_6d=FIDInceptionC(768, channels_7x7=160),
+            Mixed_6e=FIDInceptionC(768, channels_7x7=192),
+            Mixed_7b=FIDInceptionE_1(1280),
+            Mixed_7c=FIDInceptionE_2(2048)).items():
+        setattr(network, name, block)
     try:
-        network = inception.fid_inception_v3()
-    except RuntimeError:
+        network.load_state_dict(state_dict)
+    except (RuntimeError, AttributeError):      # AttributeError: keys that are not words
         raise UserError(f'{path} does not hold the weights of pytorch-fid\'s Inception; expected '
                         f'the file {INCEPTION_FILE}')
-    finally:
-        inception.load_state_dict_from_url = fetch
     return network.eval().requires_grad_(False)
 
 
 def downloaded_inception():
     """Path of Inception's weights in torch's cache; the first process fetches them if needed."""
-    import runtime.torchvision_cpu  # noqa: F401
+    torchvision()       # repaired before pytorch_fid imports it
     from pytorch_fid.inception import FID_WEIGHTS_URL
     path = Path(torch.hub.get_dir()) / 'checkpoints' / INCEPTION_FILE
     with distributed.main_first():
@@ -144,11 +155,17 @@ def downloaded_inception():
 
 
 def download(url, path):
+    """Fetch Inception's weights and check their hash.
+
+    Raises:
+        UserError: no network, no room, or a damaged download (code 1).
+    """
     distributed.print0(f'Fetching {url}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), INCEPTION_HASH, distributed.is_main())
-    except (OSError, RuntimeError) as error:        # no network, or a broken download
-        raise UserError(f'the weights of Inception could not be fetched ({error}); get {url} on '
+    except (OSError, RuntimeError) as error:        # RuntimeError: the hash is another
+        reason = str(error).split('\n')[0]
+        raise UserError(f'the weights of Inception could not be fetched ({reason}); get {url} on '
                         f'another machine and give the file as --inception_weights, or score with '
                         f'a classifier: --feature_network PATH', code=1)

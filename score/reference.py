@@ -7,12 +7,12 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from runtime import options
-from runtime.options import UserError
+from runtime import cli
+from runtime.cli import UserError
 
 
 class Statistics(NamedTuple):
-    """Mean and covariance of features, and what they are of; None: the file does not say."""
+    """Mean and covariance of features, and what was measured; None: the file does not say."""
     mu: np.ndarray                          # (D,) float64
     sigma: np.ndarray                       # (D, D) float64
     dataset: Optional[str] = None
@@ -26,13 +26,13 @@ class Statistics(NamedTuple):
     path: Optional[str] = None
 
     def origin(self):
-        """What the statistics are of, without the numbers: equal for equal runs."""
+        """What was measured, as a dict without the results: equal for equal runs."""
         return dict(dataset=self.dataset, split=self.split, half=self.half,
                     num_images=self.num_images, img_size=self.img_size, network=self.network)
 
 
 def check_writable(path):
-    """Make the folder of `path` and try to write there, before hours are spent on the numbers.
+    """Make the folder of `path` and try to write there, before hours are spent on measuring.
 
     Raises:
         UserError: it cannot be written.
@@ -50,7 +50,7 @@ def check_writable(path):
 
 
 def save_statistics(path, statistics):
-    """Write `statistics` to `path` (npz): to a temporary file first, then renamed."""
+    """Write `Statistics` to `path` (npz): to a temporary file first, which is then renamed."""
     path = Path(path)
     fields = {key: value for key, value in statistics._asdict().items()
               if value is not None and key != 'path'}
@@ -71,7 +71,7 @@ def load_statistics(path):
     Raises:
         UserError: the file is missing, of another kind, or its arrays cannot be statistics.
     """
-    path = options.find(path)
+    path = cli.find(path)
     if not path.is_file():
         raise UserError(f'there are no statistics {path}; make them with: {command_for(path)}')
     try:
@@ -99,7 +99,7 @@ def check_arrays(fields, path):
                         f'(D, D); {again}')
     if mu.dtype.kind != 'f' or sigma.dtype.kind != 'f' or not (
             np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f'{path} holds values that are not finite numbers; {again}')
+        raise UserError(f'{path} holds values that are not finite; {again}')
 
 
 def command_for(path, network=None):
@@ -118,7 +118,7 @@ def command_for(path, network=None):
 def check_network(statistics, network):
     """Refuse to compare with statistics that another feature network made.
 
-    Older files do not name theirs; then the width of the features must do.
+    Older files do not name theirs; for these only the width of the features is compared.
 
     Raises:
         UserError: another network, or another width.

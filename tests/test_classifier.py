@@ -12,7 +12,7 @@ import torch
 from classifier import build_classifier, load_classifier
 from classifier.train import measured, random_crop
 from runtime import checkpoint, data
-from runtime.options import UserError
+from runtime.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,7 +118,7 @@ def test_wrong_name_refused(tmp_path):
 
 def test_random_crop_moves_whole_images():
     x_0 = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
-    out = random_crop(x_0, 2, torch.Generator().manual_seed(3))
+    out = random_crop(x_0, 2, len(x_0), torch.Generator().manual_seed(3))
     corner = torch.randint(0, 5, (2, 2, 1), generator=torch.Generator().manual_seed(3))
     padded = torch.nn.functional.pad(x_0, (2,) * 4, value=-1.)
     for i in range(2):

@@ -1,6 +1,7 @@
 """Data sets and the order of images: a function of (seed, step) alone."""
 
 import itertools
+import multiprocessing
 import pickle
 import struct
 import zlib
@@ -10,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime import data, distributed
+from runtime import data, distributed, loader
 from runtime.data import StepOrder, batches, make_dataset
-from runtime.options import UserError
+from runtime.cli import UserError
 
 
 def numbered(length=10, size=2, flip=False):
@@ -191,11 +192,49 @@ def test_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, workers):
             (0, 0), (4, 0), (1, 1), (3, 1)]
     (tmp_path / 'a/4.png').write_bytes(huge_png())
     assert len(make_dataset('folder', str(tmp_path), 8, True, skip_bad_images=True)) == 3
-    broken = make_dataset('folder', str(tmp_path), 8, True)     # found while training
+    damaged = make_dataset('folder', str(tmp_path), 8, True)     # found while training
     with pytest.raises(UserError, match='cannot be read as an image'):
-        for _ in zip(range(4), data.batches(broken, 2, 0, torch.device('cpu'),
+        for _ in zip(range(4), data.batches(damaged, 2, 0, torch.device('cpu'),
                                             num_workers=workers)):
             pass
+
+
+class Faulty(torch.utils.data.Dataset):
+    """Item i is i; item 5 cannot be read."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        if i == 5:
+            raise UserError('item 5\nUserError: with text; that looks like another error', code=1)
+        return i
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_error_comes_out_of_a_worker_as_it_was(workers):
+    seen = []
+    with pytest.raises(UserError) as caught:
+        for batch in loader.load(Faulty(), workers, batch_size=2):
+            seen.append(batch.tolist())
+    assert seen == [[0, 1], [2, 3]]         # up to the batch that holds the item
+    assert str(caught.value) == 'item 5\nUserError: with text; that looks like another error'
+    assert caught.value.code == 1 and type(caught.value) is UserError
+    assert not multiprocessing.active_children()        # the workers have ended
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_names_of_files_that_look_like_messages(tmp_path, workers, capsys):
+    path = tmp_path / 'train/cat/UserError: 1; 2.png'
+    save(tmp_path / 'train/cat/good.png', 'RGB', (8, 8), (1, 2, 3))
+    path.write_bytes(b'no image')
+    with pytest.raises(UserError) as caught:
+        make_dataset('folder', str(tmp_path), 8, True, workers)
+    assert str(caught.value).startswith(f'{path} cannot be read as an image (')
+    assert str(caught.value).endswith('--skip_bad_images')
+    assert len(make_dataset('folder', str(tmp_path), 8, True, workers, skip_bad_images=True)) == 1
+    said, = [line for line in capsys.readouterr().out.splitlines() if 'left out' in line]
+    assert said.startswith(f'note: left out: {path} cannot be read') and said.endswith(').')
 
 
 @pytest.mark.parametrize('in_memory', [True, False])
@@ -255,17 +294,17 @@ def test_hostile_imagenet64(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_broken_imagenet64(tmp_path):
+def test_damaged_imagenet64(tmp_path):
     """Truncated or other files: one sentence with the file, what it holds, what was expected."""
     data = np.random.RandomState(0).randint(0, 256, (40, 48), dtype=np.uint8)
     labels = list(range(1, 41))
     np.savez(str(tmp_path / 'whole.npz'), data=data, labels=labels)
     whole = dict(npz=(tmp_path / 'whole.npz').read_bytes(),
                  pickled=pickle.dumps(dict(data=data, labels=labels, mean=data.mean(0))))
-    broken = {f'{kind}, first {size} bytes': (content[:size], f'truncated or not a batch ({size}')
+    damaged = {f'{kind}, first {size} bytes': (content[:size], f'truncated or not a batch ({size}')
               for kind, content in whole.items() for size in (0, 3, 100, 1000, len(content) - 1)}
     flipped = whole['npz'][:500] + bytes([whole['npz'][500] ^ 1]) + whole['npz'][501:]
-    broken.update({'npz, flipped bit': (flipped, 'truncated or not a batch (')})
+    damaged.update({'npz, flipped bit': (flipped, 'truncated or not a batch (')})
     for name, batch, words in [
             ('list', [1, 2], 'not a batch ('), ('keys', dict(data=data), 'holds data, expected'),
             ('size', dict(data=data[:, :12], labels=labels), 'uint8 (40, 12), and 40 labels'),
@@ -273,9 +312,9 @@ def test_broken_imagenet64(tmp_path):
             ('count', dict(data=data, labels=labels[1:]), 'and 39 labels from 2 to 40, expected'),
             ('zero', dict(data=data, labels=range(40)), '40 labels from 0 to 39, expected'),
             ('none', dict(data=[], labels=[]), '0 labels from none to none')]:
-        broken[name] = pickle.dumps(dict(batch, labels=list(batch['labels'])) if isinstance(
+        damaged[name] = pickle.dumps(dict(batch, labels=list(batch['labels'])) if isinstance(
             batch, dict) and 'labels' in batch else batch), words
-    for name, (content, words) in broken.items():
+    for name, (content, words) in damaged.items():
         folder = tmp_path / name
         folder.mkdir()
         file = folder / ('train_data_batch_1' + ('.npz' if name.startswith('npz') else ''))

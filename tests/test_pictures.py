@@ -7,7 +7,8 @@ from PIL import Image
 
 from diffusion import Diffusion
 from runtime import pictures
-from runtime.options import UserError
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
 IMAGES = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
@@ -27,10 +28,9 @@ def test_folder_is_what_pytorch_fid_reads(tmp_path):
     files = sorted((tmp_path / 'new/all').glob('*.png'))
     assert [file.name for file in files] == [f'00000{i}.png' for i in range(5)]
     assert (tmp_path / 'new/all/labels.txt').read_text().split() == ['2', '0', '2', '2', '0']
-    import runtime.torchvision_cpu  # noqa: F401
+    transforms = torchvision().transforms
     from pytorch_fid.fid_score import ImagePathDataset
-    from torchvision.transforms import PILToTensor
-    read = ImagePathDataset(files, PILToTensor())
+    read = ImagePathDataset(files, transforms.PILToTensor())
     assert all(torch.equal(read[i], IMAGES[i]) for i in range(5))
 
 

@@ -11,11 +11,13 @@ from classifier import build_classifier
 from diffusion import Diffusion
 from model import UNet
 from runtime import checkpoint, data, distributed, seeding
-from runtime.options import UserError
+from runtime.cli import UserError
+from runtime.pictures import to_uint8
+from runtime.torchvision_cpu import torchvision
 from score import (ActivationStats, check_network, frechet_distance, inception_score,
-                   load_feature_network, load_statistics, save_statistics, to_uint8)
+                   load_feature_network, load_statistics, save_statistics)
 from score.metrics import split_sums
-from score.networks import images_01
+from score.networks import build_inception, images_01
 from score.reference import Statistics, check_writable, command_for
 from test_classifier import ROOT, run_script
 
@@ -56,7 +58,7 @@ def test_symmetric():
 def test_same_distance_as_pytorch_fid(monkeypatch):
     """Its own function; scipy 1.18 took away the argument with which it asks for a root."""
     scipy_linalg = pytest.importorskip('scipy.linalg', reason='pytorch-fid needs scipy')
-    import runtime.torchvision_cpu  # noqa: F401
+    torchvision()
     from pytorch_fid import fid_score
     monkeypatch.setattr(fid_score, 'linalg', SimpleNamespace(
         sqrtm=lambda matrix, disp: (scipy_linalg.sqrtm(matrix), 0)))
@@ -83,7 +85,7 @@ def test_same_distance_on_the_gpu():
     assert found == pytest.approx(frechet_distance(mu, sigma, mu + 1, other), rel=1e-9)
 
 
-def test_broken_statistics_refused():
+def test_statistics_that_cannot_be_compared():
     mu, sigma = np.zeros(3), np.eye(3)
     with pytest.raises(UserError, match='different shapes'):
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
@@ -252,20 +254,26 @@ def test_missing_inception_weights(tmp_path, monkeypatch):
     assert caught.value.code == 1
 
 
-def random_inception():
+@pytest.fixture(scope='module')
+def inception_weights():
     """State dict of pytorch-fid's Inception with random weights that keep the signal alive."""
-    import runtime.torchvision_cpu  # noqa: F401
+    models = torchvision().models
     from pytorch_fid import inception
-    from torchvision.models import Inception3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: None)
-        patch.setattr(Inception3, 'load_state_dict', lambda self, state: None)
+        patch.setattr(models.Inception3, 'load_state_dict', lambda self, state: None)
         weights = inception.fid_inception_v3().state_dict()
-    return {key: value * 6 ** 0.5 if value.ndim == 4 else value for key, value in weights.items()}
+    rng = torch.Generator().manual_seed(0)
+    for key, value in weights.items():      # nothing keeps the value that every new network has
+        if value.ndim == 4:
+            value.mul_(6 ** 0.5)
+        elif value.is_floating_point() and 'bn.' in key:
+            value.add_(torch.rand(value.shape, generator=rng) * 0.1)
+    return weights
 
 
-def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch):
-    weights = random_inception()
+def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch, inception_weights):
+    weights = inception_weights
     torch.save(weights, str(tmp_path / 'weights.pth'))
     network = load_feature_network('inception', 'cpu', str(tmp_path / 'weights.pth'))
     assert network.dim == 2048 and network.name.startswith('inception-')
@@ -276,8 +284,25 @@ def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
     with torch.no_grad():
         expected = inception.InceptionV3([3]).eval()(images.float() / 255)[0].flatten(1)
-    assert features.std() > 0.1
-    torch.testing.assert_close(features, expected)
+        original = inception.fid_inception_v3().eval()
+        big = torch.nn.functional.interpolate(images.float() / 255, (299, 299), mode='bilinear')
+        logits = original(2 * big - 1)
+    assert features.std() > 0.1 and probs.std() > 1e-5
+    assert torch.equal(features, expected)
+    assert torch.equal(probs, logits.softmax(1))
+    ours = build_inception(weights, 'weights.pth')
+    assert str(ours) == str(original) and list(ours.state_dict()) == list(original.state_dict())
+    assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+
+
+def test_other_inception_weights_refused(tmp_path, inception_weights):
+    weights = dict(inception_weights)
+    weights['fc.weight'] = weights['fc.weight'][:1000]      # torchvision's own has 1000 classes
+    for name, state in (('classes', weights), ('other', dict(net_model={}, T=8)), ('keys', {1: 2})):
+        torch.save(state, str(tmp_path / f'{name}.pth'))
+        with pytest.raises(UserError, match='not hold the weights of pytorch-fid') as caught:
+            load_feature_network('inception', 'cpu', str(tmp_path / f'{name}.pth'))
+        assert f'{name}.pth' in str(caught.value) and '\n' not in str(caught.value)
 
 
 # Statistics files
