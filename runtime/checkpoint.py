@@ -32,7 +32,7 @@ def save(path, state):
         with contextlib.suppress(OSError):
             temporary.unlink()
         reasons = [getattr(e, 'strerror', None) for e in (error, error.__context__)]
-        reason = reasons[0] or reasons[1] or str(error).splitlines()[0]
+        reason = reasons[0] or reasons[1] or str(error).split('\n')[0]
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
 

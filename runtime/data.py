@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from runtime import distributed, image_files, imagenet_batches, seeding
 from runtime.cli import UserError
 from runtime.loader import load
-from runtime.log import progress
+from runtime.image_cache import decoded
 from runtime.torchvision_cpu import torchvision
 
 DATASETS = ('digits', 'cifar10', 'imagenet64', 'folder')
@@ -67,7 +67,8 @@ def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=Fal
     if skip_bad_images and isinstance(dataset.decode, image_files.Decoder):
         _leave_out_bad(dataset, num_workers)
     if dataset.images is None and len(dataset) * 3 * img_size ** 2 <= IN_MEMORY:
-        dataset.images = _decode_all(dataset, num_workers)
+        files = isinstance(dataset.decode, image_files.Decoder)
+        dataset.images = decoded(dataset, num_workers) if files else dataset.decode.all()
     return dataset
 
 
@@ -123,7 +124,10 @@ def _imagenet64(name, root, img_size, split):
 
 def _leave_out_bad(dataset, num_workers):
     """Read every file once; name those that cannot be read and take them out of `dataset`."""
-    problems = image_files.find_problems(dataset.decode, num_workers)
+    problems = None
+    if distributed.is_main():
+        problems = image_files.find_problems(dataset.decode, num_workers)
+    problems = distributed.broadcast_object(problems)
     for problem in filter(None, problems):
         distributed.print0(f'note: left out: {problem}.')
     good = [i for i, problem in enumerate(problems) if not problem]
@@ -132,17 +136,6 @@ def _leave_out_bad(dataset, num_workers):
                         f'read; see the reasons above')
     dataset.labels = dataset.labels[good]
     dataset.decode.paths = [dataset.decode.paths[i] for i in good]
-
-
-def _decode_all(dataset, num_workers):
-    """All images of a small set as one uint8 tensor (N, 3, H, W)."""
-    images = torch.empty(len(dataset), 3, dataset.img_size, dataset.img_size, dtype=torch.uint8)
-    batches_of_256 = load(dataset, num_workers, batch_size=256)
-    with progress(len(dataset), f'decode {dataset.name}', unit='img') as bar:
-        for i, (part, _) in enumerate(batches_of_256):
-            images[256 * i:256 * i + len(part)] = part
-            bar.update(len(part))
-    return images
 
 
 def in_order(dataset, batch_size, device, indices=None, num_workers=0):
@@ -202,7 +195,32 @@ class StepOrder:
                 yield indices[distributed.rows(self.batch_size, micro, self.accum)].tolist()
 
 
-def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None, num_workers=0):
+class _Augmented(Dataset):
+    """`Images` changed by augment(image, position), read by keys (position, index)."""
+
+    def __init__(self, dataset, augment):
+        self.dataset, self.augment = dataset, augment
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        position, i = key
+        image, label = self.dataset[i]
+        return self.augment(image, position), label
+
+
+def _with_positions(order):
+    """The lists of `StepOrder` as [(position in the stream of images, index), ..]."""
+    total = order.batch_size
+    for number, indices in enumerate(order, order.start_step * order.accum):
+        step, micro = divmod(number, order.accum)
+        first = step * total + distributed.rows(total, micro, order.accum).start
+        yield list(enumerate(indices, first))
+
+
+def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None, num_workers=0,
+            augment=None):
     """Training batches without end: this process's rows of every step, part by part.
 
     Args:
@@ -210,7 +228,9 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
             processes x accum. device: `torch.device` of the batches.
         start_step: steps already done. accum: parts per step.
         flip: mirror half of the images; None: if the data set allows it.
-        num_workers: processes that decode a set not held in memory.
+        num_workers: processes that decode a set not held in memory, or augment.
+        augment: function from an image, uint8 (3, H, W), and its position in the stream of all
+            images to a changed image; takes the place of `flip`.
     Yields:
         x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
     Raises:
@@ -218,8 +238,12 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
     """
     flip = dataset.flip if flip is None else flip
     order = StepOrder(len(dataset), batch_size, seed, start_step, accum)
-    if dataset.images is None:
-        loaded = load(dataset, num_workers, batch_sampler=order, pin_memory=device.type == 'cuda')
+    pinned = device.type == 'cuda'
+    if augment:
+        flip, loaded = False, load(_Augmented(dataset, augment), num_workers, pin_memory=pinned,
+                                   batch_sampler=_with_positions(order))
+    elif dataset.images is None:
+        loaded = load(dataset, num_workers, batch_sampler=order, pin_memory=pinned)
     else:
         loaded = _from_memory(dataset, order, device)
     for number, (images, labels) in enumerate(loaded, start_step * accum):

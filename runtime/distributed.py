@@ -61,8 +61,9 @@ def join(backend, processes):
                                 timeout=PATIENCE)
         _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
+        reason = str(error).split('\n')[0]
         raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
-                        f'MASTER_PORT): {str(error).splitlines()[0]}; use a free port '
+                        f'MASTER_PORT): {reason}; use a free port '
                         f'(--master_port) and an address all machines reach', code=1)
 
 
@@ -122,6 +123,19 @@ def rows(total, micro=0, accum=1):
     length = share(total, accum)
     start = (micro * world_size() + rank()) * length
     return slice(start, start + length)
+
+
+@contextlib.contextmanager
+def main_of_machine_first():
+    """The first process of each machine runs the block before the other ones there (caches)."""
+    first = int(os.environ.get('LOCAL_RANK', 0)) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
 
 
 def share(total, accum=1):

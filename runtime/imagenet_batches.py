@@ -53,6 +53,10 @@ class MappedImages:
     def __getstate__(self):
         return dict(self.__dict__, map=None)
 
+    def all(self):
+        """All images, a uint8 tensor (N, 3, H, W)."""
+        return torch.from_numpy(np.fromfile(self.file, np.uint8).reshape(self.shape))
+
     def __call__(self, i):
         """Image `i`, a uint8 tensor (3, H, W)."""
         if self.map is None:

@@ -15,10 +15,11 @@ import torch
 from classifier import build_classifier, load_classifier
 from diffusion import Diffusion
 from model import UNet
-from runtime import checkpoint, seeding
-from score import save_statistics, to_uint8
+from runtime import checkpoint, models, seeding
+from runtime.pictures import to_uint8
+from score import save_statistics
 from score.reference import Statistics
-from test_scripts import command, fork_all
+from helpers import command, fork_all
 
 TINY = dict(ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, dropout=0.)
 GRIDS = dict(base=(8, 1, 'xstart', 'cosine'), student=(2, 4, 'xstart', 'cosine'),
@@ -94,9 +95,9 @@ def images_of(kind, unet):
 def sampled(file, stride, y):
     """Images from a file alone."""
     state = checkpoint.read(file)
-    unet, _ = checkpoint.build_unet(state, file)
-    T, time_scale, schedule, mean_type = checkpoint.grid(
-        state, checkpoint.architecture(unet.state_dict()))
+    unet, _ = models.build_unet(state, file)
+    T, time_scale, schedule, mean_type = models.grid(
+        state, models.architecture(unet.state_dict()))
     diffusion = Diffusion(T, time_scale, mean_type or 'xstart', schedule=schedule)
     with torch.no_grad():
         return diffusion.sample(unet.eval(), state['x_T'], stride, y=y)
@@ -136,8 +137,8 @@ def test_files_from_a_gpu_say_so(tmp_path, disguise):
 
 def test_grid_of_pytorch_ddpm(capsys):
     state, _ = contents('ddpm')
-    arch = checkpoint.architecture(state['ema_model'])
-    T, time_scale, schedule, mean_type = checkpoint.grid(state, arch)
+    arch = models.architecture(state['ema_model'])
+    T, time_scale, schedule, mean_type = models.grid(state, arch)
     assert (T, time_scale, schedule, mean_type) == (999, 1, 'linear', 'epsilon')
     assert 'linear schedule' in capsys.readouterr().out
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))       # beta_1, beta_T, T of its flags
@@ -254,7 +255,7 @@ def test_flags_without_effect_are_named(ran):
     for out in (base, pd, rcfd):
         for name in ('num_gpus', 'distributed', 'var_type'):
             assert f'note: --{name} has no effect: ' in out
-    strangers = 'the flagfile has flags of other scripts, without effect here: '
+    strangers = 'the flagfile has flags that this script does not read, ignored: '
     assert strangers + ' '.join(SCORES + DEAD) + ' --beta_1=1e-4 --beta_T=0.02\n' in base
     assert strangers + ' '.join(DEAD) + '\n' in evaluation
     assert strangers not in pd and strangers not in rcfd
