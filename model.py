@@ -131,7 +131,8 @@ class ResBlock(nn.Module):
         norm, act, drop, conv = self.block2
         h = self.block1(x) + self.temb_proj(temb)[:, :, None, None]
         h = act(norm(h))
-        h = drop(h) if keys is None else dropout(h, drop.p, keys, positions)
+        hashed = keys is not None and self.training
+        h = dropout(h, drop.p, keys, positions) if hashed else drop(h)
         return self.attn(self.shortcut(x) + conv(h))
 
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Two machines with four GPUs each: sbatch docs/slurm.sh train_rdd.py --flagfile ./config/CIFAR10_RDD.txt
-# Submit it again to go on; time limits and preemption end a run after a step, with a checkpoint.
+# At a time limit or on preemption, SLURM sends SIGTERM and the run ends with a checkpoint after its step.
+# Submit the same job again to resume.
 #SBATCH --job-name=rdd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

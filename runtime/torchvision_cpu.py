@@ -1,6 +1,6 @@
 """Makes torchvision importable with a CPU-only torch.
 
-The torchvision of the Python package index is built for CUDA. With a torch without CUDA its
+The default torchvision package is built for CUDA. With a torch without CUDA its
 compiled library does not load, the schemas of two operators are never declared, and the import
 fails with "operator torchvision::nms does not exist". Nothing here uses these operators, so their
 schemas alone are enough.

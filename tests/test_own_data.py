@@ -1,4 +1,4 @@
-"""The README's "Your own images", command by command, on a folder of twelve small pictures."""
+"""The section "Your own images" of docs/data.md, command by command, on twelve small pictures."""
 
 import importlib.util
 import json
@@ -12,21 +12,22 @@ import torch
 from PIL import Image
 
 from runtime import checkpoint
+from runtime.torchvision_cpu import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = (ROOT / 'README.md').read_text().split('## Your own images\n')[1].split('\n## ')[0]
+SECTION = (ROOT / 'docs/data.md').read_text().split('## Your own images\n')[1].split('\n## ')[0]
 TINY = ('--ch=32 --num_res_blocks=1 --img_size=8 --batch_size=4 --total_steps=1 --warmup=0 '
         '--num_workers=0 --sample_size=4 --log_step=1').split()
 
 
-def readme_commands():
+def documented_commands():
     """([commands with labels], [command without]) of the section, as lists of words."""
     blocks = SECTION.split('```')[1::2]
     return [[line.split()[1:] for line in block.strip().splitlines()] for block in blocks]
 
 
 def overrides(words, folder):
-    """What makes a command of the README tiny, and keeps its results in `folder`.
+    """What makes a command of the page tiny, and keeps its results in `folder`.
 
     Paths that scripts anchor at the repository root have to be given again; the rest is relative.
     """
@@ -47,7 +48,7 @@ def overrides(words, folder):
                              f'--output={folder}/stats/photos.npz'],
         'ddim_eval.py': ['--ch=32', '--num_res_blocks=1', '--img_size=8', '--num_images=12',
                          '--batch_size=8', scorer, '--save_images=./images'],
-        'plot.py': [], 'export.py': []}[words[0]]
+        'tools/plot.py': [], 'export.py': []}[words[0]]
 
 
 @pytest.fixture(scope='module')
@@ -61,13 +62,13 @@ def photos(tmp_path_factory):
             picture = Image.fromarray(rng.integers(0, 256, (12, 16 + i, 3), dtype=np.uint8))
             picture.save(folder / f'photos/train/{kind}/{i}.{suffix}')
     (folder / 'config').symlink_to(ROOT / 'config')
-    import runtime.torchvision_cpu  # noqa: F401
-    from torchvision.models import resnet18
-    torch.save(resnet18(weights=None).state_dict(), folder / 'resnet18.pt')
-    chain, without_labels = readme_commands()
-    commands = [dict(argv=[*words, *overrides(words, folder)], cwd=str(folder))
+    resnet18 = torchvision().models.resnet18(weights=None)
+    torch.save(resnet18.state_dict(), folder / 'resnet18.pt')
+    chain, without_labels = documented_commands()
+    env = dict(XDG_CACHE_HOME=f'{folder}/cache')
+    commands = [dict(argv=[*words, *overrides(words, folder)], cwd=str(folder), env=env)
                 for words in chain + without_labels]
-    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, str(ROOT / 'tools/forks.py')], stdout=subprocess.PIPE,
                           input=json.dumps(dict(it=commands)), universal_newlines=True, check=True)
     return folder, [(words[0], *result) for words, result in zip(
         chain + without_labels, json.loads(done.stdout)['it'])]
@@ -77,8 +78,8 @@ def test_commands_end_well(photos):
     folder, results = photos
     assert [name for name, *_ in results] == [
         'train_base.py', 'PD.py', 'classifier/train.py', 'train_rdd.py', 'score/get_npz.py',
-        'ddim_eval.py', 'plot.py', 'export.py', 'train_rdd.py']
-    packages = {'plot.py': 'matplotlib', 'export.py': 'diffusers'}
+        'ddim_eval.py', 'tools/plot.py', 'export.py', 'train_rdd.py']
+    packages = {'tools/plot.py': 'matplotlib', 'export.py': 'diffusers'}
     for name, code, _, error in results:
         assert 'Traceback' not in error, error
         if name in packages and importlib.util.find_spec(packages[name]) is None:
@@ -94,7 +95,7 @@ def test_results_of_the_chain(photos):
     assert steps == {'1024': 16, '8': 8, '8to4/rdd': 4, 'unlabelled': 4}
     result = json.loads((folder / 'logs/photos/8to4/rdd/results.jsonl').read_text())
     assert (result['nfe'], result['method'], result['num_images']) == (4, 'rdd', 12)
-    assert '| RDD | 4 | ' in dict((name, output) for name, _, output, _ in results)['plot.py']
+    assert '| RDD | 4 | ' in dict((name, output) for name, _, output, _ in results)['tools/plot.py']
     for name in ('eval', 'trajectory'):
         assert (folder / f'logs/photos/8to4/rdd/sample/{name}_nfe4_seed0.png').is_file()
     assert Image.open(folder / 'images/000011.png').size == (8, 8)
