@@ -1,1 +1,1 @@
-"""What running needs: flags, data, processes, checkpoints, small verbs of a training loop."""
+"""What the scripts share: a training run, flags, data, processes, checkpoints, log."""

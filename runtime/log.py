@@ -107,8 +107,9 @@ def summary(steps, seconds, images, folder):
     """The line that a training ends with: steps of this start, time, speed, folder."""
     minutes, rest = divmod(round(seconds), 60)
     time_taken = f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
-    return (f'finished: {steps:,} steps in {time_taken}, {images / max(seconds, 1e-9):.0f} '
-            f'images/s; checkpoint and log are in {folder}')
+    rate, unit = images / max(seconds, 1e-9), 'step' if steps == 1 else 'steps'
+    return (f'finished: {steps:,} {unit} in {time_taken}, {rate:.0f} images/s; checkpoint and log '
+            f'are in {folder}')
 
 
 def _lines_until(path, step):

@@ -194,7 +194,7 @@ class Run:
                 self.batches = data.batches(self.dataset, s.batch_size, s.seed, self.device,
                                             self.start, s.grad_accum, num_workers=s.num_workers)
                 for self.step in range(self.start + 1, s.total_steps + 1):
-                    self._parts_done = 0
+                    self._parts_done, self._open = 0, None
                     yield self.step
                     stopped = self._end_step()
                     if stopped:
@@ -251,7 +251,7 @@ class Run:
         """Clip, step, average. If any gradient is not finite, no optimiser moves."""
         s = self.settings
         if self._parts_done != s.grad_accum:
-            raise RuntimeError(f'run.update() was called after {self._parts_done} of '
+            raise RuntimeError(f'run.update() was called after {self._parts_done or 0} of '
                                f'{s.grad_accum} parts; call run.forward() and run.backward() for '
                                f'every part of run.parts() first, and run.update() once')
         norm = clip_gradient(self.net.params, s.grad_clip)

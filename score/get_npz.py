@@ -54,6 +54,7 @@ def main():
     device = distributed.init(FLAGS.gpu_id)
     for line in without_effect(amp='features are computed in float32'):
         distributed.print0(line)
+    network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     path = output_path()
     if distributed.is_main():
         check_writable(path)
@@ -62,7 +63,6 @@ def main():
                                 FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32),
                                 train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
-    network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     indices = chosen_images(len(dataset))
     origin = dict(dataset=dataset.name, split=dataset.split, half=FLAGS.half,
                   num_images=len(indices), img_size=dataset.img_size, network=network.name)

@@ -1,22 +1,17 @@
-"""bench.py as a user starts it, at a size that takes seconds: what it measures, not how fast."""
+"""tools/bench.py as a user starts it, at a small size: what it measures, not how fast."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, start
+
 TINY = ('--device=cpu --ch=32 --ch_mult=1 --attn=0 --num_res_blocks=1 --img_size=8 --batch_size=4 '
         '--repeats=2 --classifier=densenet_small').split()
 
 
-def bench(*words):
-    return subprocess.run([sys.executable, 'bench.py', *map(str, words)], cwd=str(ROOT),
-                          env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True)
+def bench(*words, cwd=ROOT):
+    return start([ROOT / 'tools/bench.py', *words], cwd)
 
 
 def test_rows_sides_and_parts(tmp_path):
@@ -51,7 +46,7 @@ def test_estimate_is_marked_and_follows_the_rate(tmp_path):
         assert float(time) == pytest.approx(float(operations) * 1e18 / 50e12 / 3600, rel=.02)
 
 
-def test_unknown_row():
-    done = bench('--rows=bass')
+def test_unknown_row(tmp_path):
+    done = bench('--rows=bass', cwd=tmp_path)       # works from any folder
     assert done.returncode == 2 and '--rows bass is unknown' in done.stderr
     assert 'Traceback' not in done.stderr

@@ -1,17 +1,21 @@
 """Every fast path against the plain one: numbers and gradients."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
+import runtime.run
 from classifier import build_classifier
 from losses import MemoryP2P, intra_sample_p2p
-from model import Dropout, UNet
-from runtime import data, seeding, training
-from runtime.measure import peak_mib
-from runtime.options import UserError
-from runtime.plain import Fast, Plain, PlainMemory, plain_intra
+from model import UNet, draw_dropout_noise, dropout
+from runtime import data, precision, seeding
+from runtime.cli import UserError
+from runtime.optim import frozen
+from tools import bench_rows
+from tools.measure import Peak
+from tools.plain import PlainMemory, plain, plain_intra
 
 CPU = torch.device('cpu')
 
@@ -29,10 +33,15 @@ def small_unet(ch_mult=(1, 2)):
     return net
 
 
-def step(net, autocast=None, context=None):
+def channels_last(net):
+    """As the scripts do it, and `plain` undoes it."""
+    return net.to(memory_format=torch.channels_last)
+
+
+def step(net, amp='none', **inputs):
     """Output of a network on four images, and the gradient of a sum of its squares."""
-    with context or Fast.context(), autocast or Fast.context():
-        out = net(randn(4, 3, 8, 8), torch.arange(4))
+    with precision.autocast(amp, CPU):
+        out = net(randn(4, 3, 8, 8), torch.arange(4), **inputs)
         out.float().square().sum().backward()
     # in one vector: the gradient of some biases is 0 but for rounding
     return [out.detach().float(),
@@ -50,33 +59,35 @@ def assert_near(found, expected, rel):
 # Networks
 
 @pytest.fixture(scope='module')
-def plain():
-    side = Plain(CPU)
-    return step(side.network(small_unet()), context=side.context())
+def expected():
+    with plain():
+        net = channels_last(small_unet())
+        assert net.head.weight.is_contiguous()
+        return step(net)
 
 
-def test_unet_in_channels_last_with_fused_attention(plain):
-    net = Fast(CPU).network(small_unet())
+def test_unet_in_channels_last_with_fused_attention(expected):
+    net = channels_last(small_unet())
     assert net.head.weight.is_contiguous(memory_format=torch.channels_last)
-    assert_near(step(net), plain, 1e-5)
+    assert_near(step(net), expected, 1e-5)
 
 
-def test_plain_attention_is_explicit(plain, monkeypatch):
+def test_plain_attention_is_explicit(monkeypatch):
     """Without the replacement, the plain side would compare fused attention with itself."""
     def refused(*args):
         raise AssertionError('fused attention')
     monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', refused)
-    step(small_unet(), context=Plain(CPU).context())
+    with plain():
+        step(small_unet())
     with pytest.raises(AssertionError, match='fused'):
         step(small_unet())
 
 
-def test_unet_in_bfloat16(plain):
+def test_unet_in_bfloat16(expected):
     """Three significant digits in every product: near, not equal."""
-    side = Fast(CPU, amp='bf16')
-    found = step(side.network(small_unet()), autocast=side.autocast())
-    assert not torch.equal(found[0], plain[0])
-    assert_near(found[:1], plain[:1], 0.03)
+    found = step(channels_last(small_unet()), amp='bf16')
+    assert not torch.equal(found[0], expected[0])
+    assert_near(found[:1], expected[:1], 0.03)
 
 
 def test_classifier_in_channels_last():
@@ -93,7 +104,7 @@ def test_classifier_in_channels_last():
 @pytest.fixture
 def captured(monkeypatch):
     """torch.compile that runs the captured graphs without generating code, which takes minutes."""
-    if training.TORCH < (2, 2):
+    if precision.TORCH < (2, 2):
         pytest.skip(f'--compile needs torch 2.2, this is {torch.__version__}')
     with_code = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda function, **how: with_code(
@@ -105,7 +116,7 @@ def test_compiled_is_eager(captured):
     """In place, with the same names, in one graph."""
     eager, found = small_unet([1]), []
     compiled = copy.deepcopy(eager)
-    training.compile_networks(True, CPU, compiled)
+    precision.compile_networks(True, CPU, compiled)
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
     for net in (eager, compiled):
         found.append(step(net))
@@ -115,30 +126,37 @@ def test_compiled_is_eager(captured):
     copy.deepcopy(compiled)
 
 
-def test_compiled_dropout_belongs_to_the_image(captured):
-    """Masks may be others than without compiling, but shares of a batch still get the same."""
-    layer, x = Dropout(.5), torch.ones(4, 8, 3, 3)
-    training.compile_networks(True, CPU, layer)
-    found = []
+class Half(torch.nn.Module):
+    """Dropout at rate 1/2."""
+
+    def forward(self, x, keys, positions):
+        return dropout(x, .5, keys, positions)
+
+
+def test_compiled_dropout_is_eager(captured):
+    """The same masks, for the whole batch and for shares of it."""
+    rng = seeding.generator(CPU, 1)
+    keys, positions = draw_dropout_noise(small_unet([1]), 8, 4, slice(0, 4), rng)
+    layer, x = Half(), torch.ones(4, 8, 3, 3)
+    whole = layer(x, keys[0], positions)
+    precision.compile_networks(True, CPU, layer)
     for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
-        training.seed_dropout(layer, rows, 4, 1, 2, 3)
-        found.append(layer(x[rows]))
-    assert torch.equal(torch.cat(found[1:]), found[0])
-    assert found[0].unique().tolist() == [0, 2] and not torch.equal(*found[1:])
+        assert torch.equal(layer(x[rows], keys[0, rows], positions), whole[rows])
+    assert whole.unique().tolist() == [0, 2] and not torch.equal(whole[:2], whole[2:])
 
 
 def test_compiling_that_fails_is_told(monkeypatch):
-    monkeypatch.setattr(training, 'TORCH', (2, 2))
+    monkeypatch.setattr(precision, 'TORCH', (2, 2))
     def broken(*args, **how):
         raise RuntimeError('no C++ compiler\nand a long story')
     monkeypatch.setattr(torch, 'compile', broken)
-    training.compile_networks(False, CPU)
+    precision.compile_networks(False, CPU)
     with pytest.raises(UserError, match=r'--compile .*\(no C\+\+ compiler\); leave it out') as e:
-        training.compile_networks(True, CPU)
+        precision.compile_networks(True, CPU)
     assert e.value.code == 1
-    monkeypatch.setattr(training, 'TORCH', (2, 1))
+    monkeypatch.setattr(precision, 'TORCH', (2, 1))
     with pytest.raises(UserError, match='it needs torch 2.2'):
-        training.compile_networks(True, CPU)
+        precision.compile_networks(True, CPU)
 
 
 # Losses: their definition is tested in test_losses.py, here the two forms at a larger size
@@ -167,43 +185,47 @@ def test_memory():
     assert_near(*([v / s for v, s in zip(values, scale)] for values in found), 1e-5)
 
 
-@pytest.mark.parametrize('form, keys', [('intra', 512), ('Memory', 400)])
+@pytest.mark.parametrize('form, keys', [('intra', 512), ('memory', 400)])
 def test_one_chunk_of_similarities(form, keys, monkeypatch):
     """The fast forms hold a few chunks beyond vectors of the pixels; the plain ones all."""
     monkeypatch.setattr('losses.CHUNK_ENTRIES', 16 * keys)
     map_S, map_T = randn(32, 8, 4, 4).requires_grad_(), randn(32, 8, 4, 4, seed=1)
     found, vectors, everything = {}, 512 * 8 * 4 / 2 ** 20, 512 * keys * 4 / 2 ** 20
-    for side in (Fast(CPU), Plain(CPU)):
-        torch.manual_seed(0)
-        loss = side.Memory(8, 1000, keys) if form == 'Memory' else (
-            lambda S, T: intra_sample_p2p(S, T, chunk_entries=16 * keys)
-            if side.name == 'fast' else plain_intra(S, T))
-        found[side.name] = peak_mib(
-            side, lambda: torch.autograd.grad(loss(map_S, map_T), [map_S]))
+    pairs = dict(fast=(intra_sample_p2p, MemoryP2P), plain=(plain_intra, PlainMemory))
+    for side, (intra, memory) in pairs.items():
+        how = dict(chunk_entries=16 * keys) if side == 'fast' and form == 'intra' else {}
+        loss = functools.partial(intra, **how) if form == 'intra' else memory(8, 1000, keys)
+        with Peak(CPU) as peak:
+            torch.autograd.grad(loss(map_S, map_T), [map_S])
+        found[side] = peak.mib
     assert found['fast'] < 16 * vectors + 6 * everything * 16 / 512 < everything
     assert found['plain'] > 3 * everything
 
 
 # Optimiser
 
-def trained(side, steps=3):
-    """Parameters and averages after some steps of the side's own Adam, clipped."""
+def trained(steps=3):
+    """Parameters and averages after some steps with the functions that a run uses."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
-    ema = training.frozen(copy.deepcopy(net))
+    ema = frozen(copy.deepcopy(net))
     params = list(net.parameters())
-    optim = side.adam(params, 1e-2, 1e-3)
+    optim = runtime.run.adam(params, 1e-2, 1e-3)
     for i in range(steps):
         (10 * net(randn(4, 5, seed=i))).square().sum().backward()
-        side.update(optim, params, 1.)
-        side.ema(ema, net, .9)
-    return [p.detach() for p in (*params, *ema.parameters())]
+        finite = runtime.run.clip_gradient(params, 1.).isfinite()
+        runtime.run.step_optimizer(optim, finite, 2e-2)
+        runtime.run.ema_update(ema, net, .9)
+    return [p.detach() for p in (*params, *ema.parameters())], optim.param_groups[0]['fused']
 
 
 def test_fused_adam_and_average():
-    fast, plain = trained(Fast(CPU)), trained(Plain(CPU))
-    assert_near(fast, plain, 1e-5)
-    assert not torch.equal(plain[0], plain[4])      # the average lags behind
+    fast, _ = trained()
+    with plain(runtime.run):
+        expected, fused = trained()
+    assert_near(fast, expected, 1e-5)
+    assert not torch.equal(expected[0], expected[4])      # the average lags behind
+    assert fused is False
 
 
 # Scores
@@ -211,8 +233,23 @@ def test_fused_adam_and_average():
 def test_frechet():
     features, probs = randn(60, 8).double(), torch.full((60, 2), .5)
     other = [v.numpy() for v in (randn(8).double(), torch.eye(8).double())]
-    fast, plain = (side.frechet(features, probs, other) for side in (Fast(CPU), Plain(CPU)))
-    assert fast == pytest.approx(plain, rel=1e-9) and fast > 1
+    fast = bench_rows.frechet(features, probs, *other)
+    with plain(bench_rows):
+        expected = bench_rows.frechet(features, probs, *other)
+    assert fast == pytest.approx(expected, rel=1e-9) and fast > 1 and fast != expected
+
+
+def test_plain_replaces_and_restores():
+    """In the modules that it is given, for as long as the block lasts."""
+    before = dict(vars(bench_rows)), dict(vars(runtime.run))
+    with plain(bench_rows):
+        assert bench_rows.intra_sample_p2p is plain_intra and bench_rows.MemoryP2P is PlainMemory
+        assert torch.channels_last is torch.contiguous_format
+        assert vars(runtime.run) == before[1]
+        with bench_rows.autocast('bf16', CPU):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert (vars(bench_rows), vars(runtime.run)) == before
+    assert torch.channels_last is not torch.contiguous_format
 
 
 # A GPU
@@ -231,9 +268,14 @@ def test_nothing_waits_for_the_gpu():
         try:
             next(batches)
             rng = seeding.generator(device, 0, seeding.PIXELS, 1)
-            numbers = memory.choose_pixels(8 * 16, rng)
-            memory.enqueue(memory.pixels_at(maps[1].detach(), numbers, 0, 8))
+            indices = memory.choose_pixels(8 * 16, rng)
+            memory.enqueue(memory.pixels_at(maps[1].detach(), indices, 0, 8))
             memory.choose_contrast(rng)
-            (intra_sample_p2p(*maps) + memory(*maps)).backward()
+            loss = intra_sample_p2p(*maps) + memory(*maps)
+            loss.backward()
+            if mode == 'error':         # it does notice a host that waits
+                with pytest.raises(RuntimeError, match='synchroni'):
+                    loss.item()
         finally:
             torch.cuda.set_sync_debug_mode('default')
+    assert loss.isfinite() and maps[0].grad.abs().sum() > 0

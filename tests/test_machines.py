@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from helpers import BASE, ROOT, environment, port
 from runtime import checkpoint
-from test_scripts import BASE, ROOT, port
 
 ADDRESSES = '10.213.7.1', '10.213.7.2'
 
@@ -26,9 +26,9 @@ def launcher(node, own, first, number, logdir):
 
 def run_both(commands, **env):
     """Two commands side by side; the standard output of both."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', **env)
-    nodes = [subprocess.Popen(command, cwd=str(ROOT), env=env, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, universal_newlines=True)
+    nodes = [subprocess.Popen(command, cwd=str(ROOT), env=environment(**env),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
              for command in commands]
     said = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said

@@ -1,17 +1,14 @@
-"""plot.py: which results become which curve, and the picture."""
+"""tools/plot.py: which results become which curve, and the picture."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
 
-import plot
-from runtime.options import UserError
+from helpers import ROOT, launch
+from runtime.cli import UserError
+from tools import plot
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = dict(ckpt='c', step=9, weights='net_model', T=4, stride=1, nfe=4, seed=0, num_images=50,
               fid=3.5, inception_score=2., inception_std=0.1, reference='r.npz',
               reference_images=50, feature_network='n', pixels='8-bit', amp='none', method='pd')
@@ -61,9 +58,8 @@ def test_mistakes(logs):
 def test_command(logs):
     pytest.importorskip('matplotlib', reason='optional, see requirements-export.txt')
     picture = logs / 'new/scores.png'
-    done = subprocess.run([sys.executable, str(ROOT / 'plot.py'), str(logs), f'--output={picture}'],
-                          stdout=subprocess.PIPE, universal_newlines=True, check=True)
-    assert done.stdout.count('\n| ') == 8 and picture.stat().st_size > 5000
+    out = launch([ROOT / 'tools/plot.py', logs, f'--output={picture}'], cwd=logs)
+    assert out.count('\n| ') == 8 and picture.stat().st_size > 5000
 
 
 def test_panels(logs):

@@ -2,66 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from classifier import build_classifier
+import mistakes
+from helpers import (BASE, EVAL, FINISHED, PD, RDD, ROOT, assert_ran, assert_same, command,
+                     fork_all, launch, port)
+from mistakes import MISTAKES
 from runtime import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn=1 '
-           '--num_res_blocks=1 --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1').split()
-STEPS = ['--total_steps=4', '--save_step=2', '--sample_step=0']
 DROPOUT = ['--dropout=0.1']
 LONG = ['--total_steps=40', '--save_step=3']
-BASE = ['train_base.py', *NETWORK, *STEPS, '--T=8', '--warmup=3', '--ema_decay=0.5']
-PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-4']
-RDD = ['train_rdd.py', *NETWORK, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
-       '--contrast_size=16', '--relation_group=2', '--temperature=0.1',
-       '--intra_temperature=0.05', '--classifier=densenet_small']
-EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
-
-
-def launch(command, cwd=ROOT):
-    """A command as typed in a shell, `python` in front; must succeed. Returns standard output."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        env.pop(name, None)
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=str(cwd), env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert done.returncode == 0, done.stderr
-    assert 'Traceback' not in done.stderr
-    return done.stdout
-
-
-def fork_all(jobs):
-    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], input=json.dumps(jobs),
-                          env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-def command(argv, *more, **extra):
-    return dict(argv=[*argv, *map(str, more)], **extra)
 
 
 class Runs:
@@ -98,17 +56,20 @@ def runs(tmp_path_factory):
     run = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     with ThreadPoolExecutor() as pool:
         base = pool.submit(launch, [*BASE, *DROPOUT, runs.to('base'), '--sample_step=1'])
-        launch(['train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
-                '--seed=1', '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
-                f'--result_path={runs.folder}/classifier'], ROOT / 'classifier')
+        runs.classifier_said = launch([
+            'train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8', '--seed=1',
+            '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
+            f'--result_path={runs.folder}/classifier'], ROOT / 'classifier')
         base.result()
         stats = pool.submit(launch, ['get_npz.py', '--dataset=digits', '--img_size=8',
                                      '--max_images=50', f'--output={runs.stats}', '--num_workers=0',
                                      '--feature_network', runs.classifier.split('=')[1]],
                             ROOT / 'score')
         launch([*PD, *DROPOUT, runs.teacher('base'), runs.to('pd')])
-        runs.good = good_jobs(runs)
-        forked = pool.submit(fork_all, dict(runs.good, **bad_jobs(runs)))
+        mistakes.make_inputs(runs.folder)
+        runs.good, runs.busy = good_jobs(runs), mistakes.busy_socket()
+        refused = mistakes.jobs(runs.folder, runs.busy.getsockname()[1])
+        forked = pool.submit(fork_all, dict(runs.good, **refused))
         launch(['-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={port()}',
                 *rdd, '--gpu_id=', '--num_gpus=2', runs.to('rdd')])
         torchrun = pool.submit(launch, [*run, *rdd, runs.to('rdd_torchrun')])
@@ -202,28 +163,6 @@ def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
     one, two = runs.ckpt('stages/2'), runs.ckpt('stages_two/2')
     for key, value in one['net_model'].items():
         assert torch.allclose(value, two['net_model'][key], atol=1e-4), key
-
-
-def assert_same(a, b, path='', skip=()):
-    """Equal bit by bit, through dicts and lists."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            if key not in skip:
-                assert_same(a[key], b[key], f'{path}/{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (one, other) in enumerate(zip(a, b)):
-            assert_same(one, other, f'{path}/{i}')
-    else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
-
-
-def assert_ran(results, codes=None):
-    codes = codes or [0] * len(results)
-    assert [result[0] for result in results] == codes, results[-1][2]
-    assert not any('Traceback' in result[2] for result in results)
 
 
 def test_checkpoints_of_the_chain(runs):
@@ -365,8 +304,32 @@ def test_stages(runs):
              for name in ('4', '2')}
     assert steps == {'4': (4, 2), '2': (2, 4)}
     first, second = (result[1] for result in runs.forked['until'])
-    assert 'finished' not in first and second.count('is finished') == 2
-    assert 'starting' not in second
+    assert 'is finished' not in first and first.count('finished: ') == 2
+    assert second.count('is finished') == 2 and 'starting' not in second
+
+
+@pytest.mark.parametrize('name, folder, steps', [
+    ('base_two', 'base_two', 4), ('pd_two', 'pd_one', 4), ('rdd_whole', 'rdd_whole', 4),
+    ('base_resumed', 'base_resumed', 2), ('pd_int', 'pd_int', None)])
+def test_last_line_says_what_was_done(runs, name, folder, steps):
+    """Steps of this start, which of a run that was stopped are not known here."""
+    assert_finished(runs.forked[name][-1][1], runs.folder / folder, steps or '[0-9]+')
+
+
+def test_every_stage_says_what_was_done(runs):
+    lines = [line for line in runs.forked['until'][0][1].splitlines() if 'finished' in line]
+    for line, T, steps in zip(lines, (4, 2), (2, 4)):
+        assert_finished(line, runs.folder / f'stages/{T}', steps)
+    assert len(lines) == 2
+
+
+def test_classifier_says_what_was_done(runs):
+    assert_finished(runs.classifier_said, runs.classifier.split('=')[1], 2)
+
+
+def assert_finished(out, folder, steps):
+    line = FINISHED.format(steps, re.escape(str(folder)))
+    assert re.match(line, out.strip().splitlines()[-1]), out
 
 
 def test_finished_run_is_left_alone(runs):
@@ -374,122 +337,7 @@ def test_finished_run_is_left_alone(runs):
     assert 'is finished: step 1' in runs.forked['finished'][1][1]
 
 
-# Mistakes: one sentence, exit code 2, nothing created
-
-def other_base(runs, name, **changes):
-    state = dict(runs.ckpt('base'), **changes)
-    (runs.folder / 'bad' / name).mkdir(parents=True)
-    checkpoint.save(runs.folder / 'bad' / name / 'ckpt.pt', state)
-    return runs.teacher(f'bad/{name}')
-
-
-def bad_jobs(runs):
-    """{name: [command]}; makes the broken inputs."""
-    bad = runs.folder / 'bad'
-    odd, one_step = other_base(runs, 'odd', T=7), other_base(runs, 'one', T=1, time_scale=8)
-    copy = other_base(runs, 'copy', step=2)
-    (bad / 'of_rdd').mkdir()
-    checkpoint.save(bad / 'of_rdd/ckpt.pt', dict(runs.ckpt('pd'), method='rdd', memory={}))
-    (bad / 'empty/dog').mkdir(parents=True)
-    (bad / 'broken/dog').mkdir(parents=True)
-    for i in range(8):
-        Image.new('RGB', (8, 8)).save(str(bad / f'broken/dog/{i}.png'))
-    (bad / 'broken/dog/5.png').write_bytes(b'no picture')
-    np.savez(str(bad / 'nan.npz'), mu=np.full(144, np.nan), sigma=np.eye(144))
-    np.savez(str(bad / 'mu.npz'), mu=np.zeros(144))
-    runs.busy = socket.socket()     # a port in use
-    runs.busy.bind(('127.0.0.1', 0))
-    runs.busy.listen(1)
-    busy = dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
-                MASTER_PORT=str(runs.busy.getsockname()[1]))
-    for name, size in (('cut', 5000), ('void', 0)):
-        (bad / name).mkdir()
-        data = (runs.folder / 'base/ckpt.pt').read_bytes()[:size]
-        (bad / name / 'ckpt.pt').write_bytes(data)
-    (bad / 'file').write_text('')
-    checkpoint.save(bad / 'five.pt', dict(model=build_classifier('convnet_small', 5).state_dict(),
-                                          name='convnet_small'))
-    classifier = runs.classifier.split('=')[1]
-    base, pd, rdd = [*BASE, 'NEW'], [*PD, 'NEW'], [*RDD, 'NEW', runs.teacher('pd')]
-    teacher = runs.teacher('base')
-    cases = dict(
-        no_folder=(pd, runs.teacher('bad/none')), empty_folder=(pd, runs.teacher('bad/empty')),
-        cut=(pd, runs.teacher('bad/cut')), void=(pd, runs.teacher('bad/void')),
-        odd=(pd, odd), one_step=(pd, one_step), until_3=(pd, teacher, '--until=3'),
-        stride=(evaluation(runs, 'base', '--stride=3'),),
-        classes=(rdd, f'--classifier_path={bad}/five.pt', '--classifier=convnet_small'),
-        dataset=(base, '--dataset=dogs'), no_images=(base, '--dataset=folder',
-                                                     f'--data_root={bad}/empty'),
-        no_data_root=(base, '--dataset=folder', f'--data_root={bad}/none'),
-        classifier_as_model=(pd, f'--base_ckpt={classifier}'),
-        model_as_classifier=(rdd, f'--classifier_path={runs.folder}/base'),
-        evaluate_classifier=(evaluation(runs, 'base'), f'--logdir={classifier}'),
-        no_classifier=(rdd, f'--classifier_path={bad}/none'),
-        flag=(base, '--learning_rate=1'), kind=(base, '--batch_size=many'),
-        negative=(base, '--batch_size=0'), word=(base, 'digits'), no_logdir=(BASE,),
-        logdir_is_file=(BASE, runs.to('bad/file')), other_ch=(pd, teacher, '--ch=64'),
-        other_attn=(pd, teacher, '--attn=0'), other_output=(pd, teacher, '--mean_type=epsilon'),
-        group=(rdd, runs.classifier, '--relation_group=3'),
-        no_statistics=(evaluation(runs, 'base', f'--fid_cache={bad}/none.npz'),),
-        other_run=(BASE, runs.to('base'), '--ch=64'),
-        own_teacher=(PD, copy, runs.to('bad/copy')), other_stage=(BASE, runs.to('pd')),
-        pd_into_rdd=(PD, teacher, runs.to('bad/of_rdd'), '--total_steps=9'),
-        rdd_into_pd=(RDD, teacher, runs.classifier, runs.to('pd'), '--total_steps=9'),
-        late_average=(PD, teacher, runs.to('pd'), '--total_steps=9', '--ema_decay=0.5'),
-        other_queue=(RDD, runs.teacher('pd'), runs.classifier, runs.to('rdd_whole'),
-                     '--total_steps=9', '--queue_size=70'),
-        contrast=(rdd, runs.classifier, '--contrast_size=65'),
-        classifier_there=(BASE, f'--logdir={classifier}'),
-        all_bad=(['classifier/train.py', '--dataset=folder', f'--data_root={bad}/cut',
-                  '--skip_bad_images', f'--result_path={bad}/new'],),
-        temperature=(rdd, runs.classifier, '--temperature=0'), negative_lr=(base, '--lr=-1'),
-        broken_image=(base, '--dataset=folder', f'--data_root={bad}/broken'),
-        small_set=(base, '--dataset=folder', f'--data_root={bad}/broken', '--skip_bad_images'),
-        nan=(evaluation(runs, 'base', f'--fid_cache={bad}/nan.npz'),),
-        mu_alone=(evaluation(runs, 'base', f'--fid_cache={bad}/mu.npz'),),
-        statistics_cut=(evaluation(runs, 'base', f'--fid_cache={bad}/file'),),
-        one_image=(evaluation(runs, 'base', '--num_images=1'),),
-        model=(['classifier/train.py', '--model=vgg', '--dataset=digits'],),
-        epoch=(['classifier/train.py', '--dataset=digits', '--epoch=0'],),
-        split=(['score/get_npz.py', '--dataset=digits', '--half=3'],),
-        network=(['score/get_npz.py', '--dataset=digits', f'--feature_network={bad}/none',
-                  f'--output={bad}/new.npz'],),
-        no_terms=(rdd, runs.classifier, '--nofeature', '--loss_type=none'),
-        steps=(base, '--total_steps=0'), clip=(base, '--grad_clip=-1'),
-        dropout=(base, '--dropout=2'), amp=(base, '--amp=fp8'), parts=(base, '--grad_accum=3'),
-        channels=(base, '--ch=33'), size=(base, '--img_size=9'), level=(base, '--attn=2'))
-    jobs = {name: [command(*case)] for name, case in cases.items()}
-    for name, size in (('share_3', 3), ('share_1', 1)):
-        jobs[name] = [command(base, f'--batch_size={size}', ranks=2)]
-    jobs['port'] = [command(base, env=busy)]
-    for name, (job,) in jobs.items():       # a folder of its own for each, not to be created
-        job['argv'] = [runs.to(f'bad/new_{name}') if word == 'NEW' else word
-                       for word in job['argv']]
-    return jobs
-
-
-MISTAKES = dict(
-    no_folder='there is no checkpoint', empty_folder='there is no checkpoint', cut='truncated',
-    void='truncated', odd='7 sampling steps', one_step='1 sampling steps', until_3='--until 3',
-    stride='--stride 3 does not divide the 8 steps', classes='5 classes, expected 10',
-    dataset='dogs', no_images='holds no images', no_data_root='no such folder',
-    classifier_as_model='is a classifier', model_as_classifier='diffusion checkpoint',
-    evaluate_classifier='is a classifier', no_classifier='classifier/train.py',
-    flag='learning_rate', kind='batch_size', negative='batch_size', word='digits',
-    no_logdir='--logdir is missing', logdir_is_file='--logdir', other_ch='--ch is 64',
-    other_attn='--attn', other_output='--mean_type', group='--relation_group 3',
-    no_statistics='get_npz.py', other_run='another network', own_teacher='--logdir',
-    other_stage='--logdir', pd_into_rdd='--logdir', rdd_into_pd='--logdir',
-    late_average='--ema_decay', other_queue='--queue_size', contrast='--contrast_size',
-    classifier_there='cannot be continued', all_bad='images',
-    temperature='--temperature=0', negative_lr='--lr=-1', broken_image='broken/dog/5.png',
-    small_set='7 training images', nan='nan.npz', mu_alone='expected mu and sigma',
-    statistics_cut='npz', one_image='--num_images', model='--model', epoch='--epoch',
-    split='--half', network='bad/none', no_terms='leaves no loss', steps='--total_steps',
-    clip='--grad_clip', dropout='--dropout', amp='--amp', parts='--grad_accum 3',
-    port='MASTER_PORT', channels='--ch', size='--img_size', level='--attn',
-    share_3='--batch_size 3', share_1='--batch_size 1')
-
+# Mistakes: one sentence with the reason, exit code 2, nothing created
 
 @pytest.mark.parametrize('name', sorted(MISTAKES))
 def test_mistake(runs, name):
@@ -497,15 +345,23 @@ def test_mistake(runs, name):
     assert code == (1 if name == 'port' else 2) and 'Traceback' not in err, err
     said = [line for line in err.splitlines() if ': error: ' in line]
     assert len(said) == 1 and 'Warning' not in err, err
-    assert MISTAKES[name] in said[0]
-    assert not (runs.folder / f'bad/new_{name}').exists()
+    assert re.search(MISTAKES[name][0], said[0]), said[0]
+    assert not os.path.exists(mistakes.new_folder(runs.folder, name))
+
+
+def test_patterns_tell_mistakes_apart(runs):
+    """A pattern that fits the sentence of a mistake of another kind says no reason."""
+    alike = [{'cut', 'void'}, {'odd', 'one_step'}, {'no_classifier', 'network'},
+             {'classifier_as_model', 'evaluate_classifier'}, {'no_folder', 'empty_folder'}]
+    for name, (pattern, *_) in MISTAKES.items():
+        fits = {other for other in MISTAKES if re.search(pattern, runs.forked[other][0][2])}
+        assert fits == {name} or fits in alike, (name, fits)
 
 
 def test_mistakes_change_nothing(runs):
     assert set(runs.forked) == set(MISTAKES) | set(runs.good)
-    assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == [
-        'broken', 'copy', 'cut', 'damaged', 'empty', 'file', 'five.pt', 'mu.npz', 'nan.npz', 'odd',
-        'of_rdd', 'one', 'void']
+    assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == sorted(
+        [*mistakes.INPUTS, 'damaged'])
     assert runs.ckpt('base')['T'] == runs.ckpt('bad/copy')['T'] == 8 and runs.ckpt('pd')['T'] == 4
     assert (runs.ckpt('base')['step'], runs.ckpt('bad/copy')['step']) == (4, 2)
     assert runs.ckpt('pd')['step'] == runs.ckpt('bad/of_rdd')['step'] == 4

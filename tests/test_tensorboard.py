@@ -3,34 +3,34 @@
 import io
 import json
 import struct
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import assert_ran, command, fork_all
+
 BASE = ('train_base.py --dataset=digits --img_size=8 --ch=32 --ch_mult=1 --attn=0 '
         '--num_res_blocks=1 --batch_size=8 --num_workers=0 --log_step=1 --T=8 --save_step=2 '
         '--sample_step=2 --sample_size=4 --warmup=2').split()
 
 
+# As if the run had been killed before its last checkpoint. Files of events are named by the second
+# in which they start.
+BETWEEN = """
+import sys, time
+from pathlib import Path
+(Path(sys.argv[1]) / 'ckpt_2.pt').replace(Path(sys.argv[1]) / 'ckpt.pt')
+time.sleep(1)
+"""
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """Folder of a base run of three steps, continued from the second one to four."""
-    folder = tmp_path_factory.mktemp('board')
-    for total_steps in (3, 4):
-        job = dict(argv=[*BASE, f'--logdir={folder}', f'--total_steps={total_steps}'])
-        done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], check=True,
-                              input=json.dumps(dict(it=[job])), stdout=subprocess.PIPE,
-                              universal_newlines=True)
-        [(code, _, error)] = json.loads(done.stdout)['it']
-        assert code == 0, error
-        if total_steps == 3:    # as if killed before its last checkpoint
-            (folder / 'ckpt_2.pt').replace(folder / 'ckpt.pt')
-        time.sleep(1)       # event files are named by the second in which they start
+    folder, script = tmp_path_factory.mktemp('board'), tmp_path_factory.mktemp('it') / 'between.py'
+    script.write_text(BETWEEN)
+    first, second = (command(BASE, f'--logdir={folder}', f'--total_steps={n}') for n in (3, 4))
+    assert_ran(fork_all(dict(it=[first, command([str(script)], folder), second]))['it'])
     return folder
 
 

@@ -1,17 +1,18 @@
 """Long checks of training runs, by hand: docs/robustness.md has what they print.
 
-  python tests/endurance.py processes     losses of 20 steps on 1, 2 and 4 processes
-  python tests/endurance.py kills         runs killed at random moments end as if they were not
-  python tests/endurance.py restarts      torchrun restarts after one of its workers is killed
-  python tests/endurance.py compiled      losses of 20 steps with and without --compile
-  python tests/endurance.py memory        memory and open files over 5,000 steps of RDD
-  python tests/endurance.py precision     scores of the digits chain in float32 and with --amp bf16
+  python tools/endurance.py processes     losses of 20 steps on 1, 2 and 4 processes
+  python tools/endurance.py kills         runs killed at random moments end as if they were not
+  python tools/endurance.py restarts      torchrun restarts after one of its workers is killed
+  python tools/endurance.py compiled      losses of 20 steps with and without --compile
+  python tools/endurance.py memory        memory and open files over 5,000 steps of RDD
+  python tools/endurance.py precision     scores of the digits chain in float32 and with --amp bf16
 All on tiny networks and handwritten digits, on the CPU, in a temporary folder.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ ENV = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
 
 
 def start(words, processes=1, **how):
+    """A script in the background; how: `launcher`, words for torchrun, or options of Popen."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
                 *how.pop('launcher', [])] if processes > 1 or 'launcher' in how else []
     return subprocess.Popen([sys.executable, *launcher, *map(str, words)], cwd=str(ROOT), env=ENV,
@@ -43,6 +45,7 @@ def start(words, processes=1, **how):
 
 
 def run(words, processes=1, **how):
+    """What a script printed; it must end well."""
     process = start(words, processes, **how)
     out, _ = process.communicate()
     assert process.returncode == 0, out
@@ -60,6 +63,7 @@ def prepare(folder):
 
 
 def lines(logdir):
+    """The log of a run, as far as it is written."""
     path = Path(logdir) / 'metrics.jsonl'
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -150,21 +154,65 @@ def same(a, b, skip=('flags',)):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def kills(folder, wanted=24):
-    """SIGKILL, SIGTERM and SIGINT at random moments, until `wanted` of them hit a run."""
-    rng, commands, hit = random.Random(0), prepare(folder), 0
+def killable(folder):
+    """{name: (command that ends in the flag of the folder, what a finished run leaves there)}."""
     steps = ['--total_steps=60', '--save_step=7', '--log_step=1']
-    for name, command in commands.items():
-        run([*command, *steps, f'--logdir={folder}/{name}_whole'])
+    found = {name: ([*command, *steps, '--logdir={}'], run_results)
+             for name, command in prepare(folder).items()}
+    network = f'--feature_network={folder}/classifier/digits/densenet_small'
+    run(['score/get_npz.py', '--dataset=digits', '--num_workers=0', network,
+         f'--output={folder}/real.npz'])
+    found['classifier'] = (['classifier/train.py', '--model=densenet_small', '--dataset=digits',
+                            '--recipe=released', '--seed=3', '--epoch=3', '--batchsize=64',
+                            '--num_workers=0', '--log_step=1', '--result_path={}'],
+                           classifier_results)
+    found['evaluation'] = (['ddim_eval.py', '--num_images=600', network, '--sample_size=4',
+                            f'--fid_cache={folder}/real.npz', '--logdir={}'], scores)
+    return found
+
+
+def run_results(folder):
+    """Checkpoint and log."""
+    return [torch.load(f'{folder}/ckpt.pt', weights_only=True),
+            [{k: v for k, v in line.items() if k not in ('images_per_s', 'memory_mb')}
+             for line in lines(folder)]]
+
+
+def classifier_results(folder):
+    """Checkpoint."""
+    return torch.load(f'{folder}/digits/densenet_small/ckpt.pt', weights_only=True)
+
+
+def scores(folder):
+    """The last line of results; a killed evaluation may have been just done."""
+    line = json.loads((Path(folder) / 'results.jsonl').read_text().splitlines()[-1])
+    return {k: v for k, v in line.items() if k not in ('images_per_s', 'ckpt')}
+
+
+def kills(folder, hits=30):
+    """SIGKILL, SIGTERM and SIGINT at random moments, until `hits` SIGKILLs met a run."""
+    rng, commands, found, seconds = random.Random(0), killable(folder), [], {}
+
+    def command_for(name, logdir):
+        if name == 'evaluation':
+            Path(logdir).mkdir()
+            shutil.copy(f'{folder}/teacher/ckpt.pt', logdir)
+        return [word.format(logdir) for word in commands[name][0]]
+
+    for name in commands:
+        words, since = command_for(name, f'{folder}/{name}_whole'), time.perf_counter()
+        run(words)
+        seconds[name] = time.perf_counter() - since
     number = 0
-    while hit < wanted:
-        name, command = list(commands.items())[number % 3]
+    while found.count(signal.SIGKILL) < hits:
+        name = list(commands)[number % len(commands)]
         number += 1
         logdir, story = f'{folder}/{name}_{number}', []
+        words = command_for(name, logdir)
         while True:
-            process = start([*command, *steps, f'--logdir={logdir}'])
+            process = start(words)
             try:
-                process.communicate(timeout=rng.uniform(3, 9))
+                process.communicate(timeout=rng.uniform(.4, 1.2) * seconds[name])
                 assert process.returncode == 0
                 break
             except subprocess.TimeoutExpired:
@@ -172,16 +220,12 @@ def kills(folder, wanted=24):
                 process.send_signal(kind)
                 process.communicate()
                 done = lines(logdir)
-                story.append(f'{kind.name} at step {done[-1]["step"] if done else 0}')
-        read = [torch.load(f'{run}/ckpt.pt', weights_only=True)
-                for run in (f'{folder}/{name}_whole', logdir)]
-        logs = [[{k: v for k, v in line.items() if k not in ('images_per_s', 'memory_mb')}
-                 for line in lines(run)] for run in (f'{folder}/{name}_whole', logdir)]
-        hit += len(story)
-        print(f'{name}: {"; ".join(story) or "not hit"}: checkpoint '
-              f'{"equal" if same(*read) else "DIFFERENT"}, log '
-              f'{"equal" if logs[0] == logs[1] else "DIFFERENT"}', flush=True)
-    print(f'{hit} signals in {number} runs')
+                story.append(f'{kind.name} at step {done[-1]["step"]}' if done else kind.name)
+                found.append(kind)
+        equal = same(*map(commands[name][1], (f'{folder}/{name}_whole', logdir)))
+        print(f'{name}: {"; ".join(story) or "not hit"}: {"equal" if equal else "DIFFERENT"}',
+              flush=True)
+    print(f'{len(found)} signals, {found.count(signal.SIGKILL)} of them SIGKILL, in {number} runs')
 
 
 def children(pid):
@@ -216,7 +260,7 @@ def restarts(folder):
     read = [torch.load(f'{folder}/{name}/ckpt.pt', weights_only=True)
             for name in ('whole', 'killed')]
     print(f'exit code {process.returncode}; checkpoint '
-          f'{"equal" if same(*read) else "DIFFERENT"} to that of a run nobody killed')
+          f'{"equal" if same(*read) else "DIFFERENT"} to that of a run that was not killed')
 
 
 def memory(folder):

@@ -1,11 +1,14 @@
 """Runs scripts as `python script ...` would, each in a fork of one process that has loaded torch.
 
-Standard input: JSON {name: [command, ..]}; the commands of a list run one after another, lists side
-by side. Output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and, if
-wanted, `cwd`, `env`, `ranks` (that many processes, as a launcher starts them), `kill_after_save`
-(die as by kill -9 right after the first checkpoint), `signal`: [number, file, lines], sent to the
-last process when `file` has so many lines, and `slow_files`: images are read by workers, slowly,
-and the signal goes to the process and its workers.
+Standard input: JSON {name: [command, ..]}. The commands of a list run one after another, the lists
+side by side. Standard output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv`
+and may have:
+  cwd, env         working directory, further environment variables
+  ranks            so many processes, with the environment that a launcher gives them
+  kill_after_save  the process dies as by kill -9 right after its first checkpoint
+  signal           [number, file, lines]: the last process gets this signal as soon as `file` has
+                   so many lines
+  slow_files       worker processes read the images, slowly; the signal goes to them as well
 """
 
 import json
@@ -27,16 +30,18 @@ def preload():
     """Everything slow to import that defines no flags and starts no thread."""
     import sklearn.datasets  # noqa: F401
     import tensorboardX  # noqa: F401
+    import torch._dynamo  # noqa: F401  # what optimisers import when first built
     import classifier  # noqa: F401
     import losses  # noqa: F401
-    import runtime.torchvision_cpu  # noqa: F401
-    import runtime.training  # noqa: F401
+    import runtime.models  # noqa: F401
+    import runtime.run  # noqa: F401
     import score  # noqa: F401
-    import torch._dynamo  # noqa: F401  # what optimisers import when first built
-    import torchvision.utils  # noqa: F401
+    from runtime.torchvision_cpu import torchvision
+    torchvision()
 
 
 def die_after_save():
+    """The first checkpoint is the last thing that this process does."""
     from runtime import checkpoint
     save = checkpoint.save
 
@@ -51,18 +56,23 @@ def die_after_save():
 def slow_files():
     """Never hold a data set in memory, and take time to read an image."""
     from runtime import data
-    read = data._Decoder.__call__
+    from runtime.image_files import Decoder
+    read = Decoder.__call__
 
     def read_slowly(*args):
         time.sleep(.02)
         return read(*args)
 
-    data.IN_MEMORY, data._Decoder.__call__ = 0, read_slowly
+    data.IN_MEMORY, Decoder.__call__ = 0, read_slowly
     os.setsid()
 
 
 def child(command, out, err, env):
-    """The body of a forked process: becomes the script, never returns."""
+    """What a forked process does: it runs the script and ends.
+
+    Args:
+        out, err: files for its standard output and error. env: further environment variables.
+    """
     code = 1
     try:
         for number, path in ((1, out), (2, err)):
@@ -97,6 +107,7 @@ def send(pid, number, file, lines, group=False):
 
 
 def exit_code(status):
+    """As `subprocess` gives it: negative for a signal."""
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
 
@@ -122,6 +133,7 @@ def run(command, folder):
 
 
 def run_list(commands, path):
+    """Run commands one after another, and write their results to `path` as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         results = [run(command, Path(folder)) for command in commands]
     Path(path).write_text(json.dumps(results))

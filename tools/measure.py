@@ -14,6 +14,28 @@ import torch
 from runtime import distributed
 
 
+def compare(work, sides, device, turns, profile=False):
+    """{side: dict(seconds=[one per turn], parts, peak_mib, operators)}; the sides take turns.
+
+    Args:
+        work: `work(turn)` prepares, then works once per step of the `Turn`.
+        sides: {name: function that makes the context in which this side works}.
+    """
+    found = {name: dict(seconds=[]) for name in sides}
+    for number in range(turns):
+        last = number == turns - 1
+        for name, side in sides.items():
+            turn = Turn(device, last, last and profile)
+            with side():
+                work(turn)
+            found[name]['seconds'].append(turn.seconds)
+            if last:
+                found[name].update(parts=turn.clock.parts, peak_mib=turn.peak_mib)
+            if last and profile:
+                found[name]['operators'] = turn.operators
+    return found
+
+
 class Turn:
     """Measures work that is done once per step: `for _ in turn: work()`.
 

@@ -1,7 +1,7 @@
 """Scores against the number of network evaluations: a table on the screen and a picture.
 
-  python plot.py ./logs/CIFAR10/1024 ./logs/CIFAR10/8 ./logs/CIFAR10/4 ./logs/8to4/rdd
-  python plot.py "DDIM=./logs/CIFAR10/1024" "PD=./logs/CIFAR10" ours=./logs/8to4/rdd/results.jsonl
+  python tools/plot.py ./logs/CIFAR10/1024 ./logs/CIFAR10/8 ./logs/8to4/rdd
+  python tools/plot.py "DDIM=./logs/CIFAR10/1024" ours=./logs/8to4/rdd/results.jsonl
 Words are results.jsonl files or folders, which are searched; NAME= before one names its curve.
 Every seed is shown. Results of different protocols (reference, features, number of images, pixels)
 get a panel each, since they do not compare. The picture needs matplotlib
@@ -9,12 +9,15 @@ get a panel each, since they do not compare. The picture needs matplotlib
 """
 
 import json
+import sys
 from pathlib import Path
 
-from absl import flags
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-from runtime import options
-from runtime.cli import UserError
+from absl import flags      # noqa: E402
+
+from runtime import cli     # noqa: E402
+from runtime.cli import UserError       # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('output', './scores.png', 'the picture: png, pdf or svg')
@@ -28,7 +31,7 @@ PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')
 def main(words):
     if not words:
         raise UserError('expected results.jsonl files or folders of evaluated runs, found none; as '
-                        'in: plot.py ./logs/CIFAR10/1024 ./logs/8to4/rdd')
+                        'in: tools/plot.py ./logs/CIFAR10/1024 ./logs/8to4/rdd')
     results = [result for word in words for result in read_word(word)]
     results = sorted(newest(results), key=lambda r: (protocol(r), r['curve'], -r['nfe'], r['seed']))
     print(table(results))
@@ -93,9 +96,9 @@ def draw(results, path):
     protocols = sorted({protocol(r) for r in results}, key=str)
     figure = Figure(figsize=(1 + 5 * len(protocols), 4.5), layout='constrained')
     axes = figure.subplots(1, len(protocols), squeeze=False)[0]
-    for axis, wanted in zip(axes, protocols):
-        draw_panel(axis, [r for r in results if protocol(r) == wanted])
-        axis.set_title('{}\n{}, {} images, {}'.format(*wanted), fontsize=8)
+    for axis, shown in zip(axes, protocols):
+        draw_panel(axis, [r for r in results if protocol(r) == shown])
+        axis.set_title('{}\n{}, {} images, {}'.format(*shown), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=150)
@@ -122,4 +125,4 @@ def draw_panel(axis, results):
 
 
 if __name__ == '__main__':
-    options.run(main, words=True)
+    cli.run(main, words=True)

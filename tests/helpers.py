@@ -1,0 +1,95 @@
+"""Shared by the tests: how scripts are started, the flags of tiny runs, comparisons."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn=1 '
+           '--num_res_blocks=1 --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1').split()
+STEPS = ['--total_steps=4', '--save_step=2', '--sample_step=0']
+BASE = ['train_base.py', *NETWORK, *STEPS, '--T=8', '--warmup=3', '--ema_decay=0.5']
+PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-4']
+RDD = ['train_rdd.py', *NETWORK, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
+       '--contrast_size=16', '--relation_group=2', '--temperature=0.1',
+       '--intra_temperature=0.05', '--classifier=densenet_small']
+EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
+# the last line of a training: steps, time, speed and folder
+FINISHED = r'finished: {} steps? in .*\d s, [\d.]+ images/s; checkpoint and log are in {}$'
+
+
+def environment(**more):
+    """That of a shell on a machine without a GPU, for processes with one thread."""
+    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', **more)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        env.pop(name, None)
+    return env
+
+
+def start(words, cwd=ROOT, **how):
+    """A command as typed in a shell, `python` in front; returns a finished process."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          **how)
+
+
+def launch(words, cwd=ROOT):
+    """The same; it must succeed. Returns standard output."""
+    done = start(words, cwd)
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stdout
+
+
+def fork_all(jobs):
+    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
+    done = start(['tools/forks.py'], input=json.dumps(jobs))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def command(argv, *more, **extra):
+    """A command for `fork_all`."""
+    return dict(argv=[*argv, *map(str, more)], **extra)
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def is_locked(folder):
+    """Whether another process would find the folder of a run in use."""
+    code = 'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a+"), fcntl.LOCK_EX | fcntl.LOCK_NB)'
+    done = start(['-c', code, f'{folder}/.lock'])
+    assert done.returncode == 0 or 'BlockingIOError' in done.stderr
+    return done.returncode != 0
+
+
+def assert_ran(results, codes=None):
+    """The exit codes of `fork_all`, 0 if none are given; no traceback."""
+    codes = codes or [0] * len(results)
+    assert [result[0] for result in results] == codes, results[-1][2]
+    assert not any('Traceback' in result[2] for result in results)
+
+
+def assert_same(a, b, path='', skip=()):
+    """Equal bit by bit, through dicts and lists."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            if key not in skip:
+                assert_same(a[key], b[key], f'{path}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (one, other) in enumerate(zip(a, b)):
+            assert_same(one, other, f'{path}/{i}')
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
