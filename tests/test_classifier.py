@@ -1,28 +1,16 @@
 """Classifiers: outputs, input normalisation, checkpoints, and training as a user runs it."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 from classifier import build_classifier, load_classifier
+from classifier.augment import Augment, cutout
 from classifier.train import measured, random_crop
 from runtime import checkpoint, data
 from runtime.cli import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_script(script, *args, cwd=ROOT):
-    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        env.pop(name, None)
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=str(cwd), env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+from helpers import ROOT, command, fork_all, run_script
 
 
 def saved(path, name='convnet_small', num_classes=10, **extra):
@@ -168,3 +156,62 @@ def test_training_ends_or_refuses(halves):
                        '--result_path', folder / 'whole')
     assert other.returncode == 2 and '--init_lr' in other.stderr
     assert len(other.stderr.strip().splitlines()) == 1
+
+
+def test_same_result_on_several_processes(tmp_path):
+    """Batch norm sees the whole batch: what is left is the order of sums.
+
+    A higher rate would let rounding grow tenfold in every step.
+    """
+    words = ('classifier/train.py --model=densenet_small --dataset=digits --img_size=8 --seed=3 '
+             '--epoch=1 --max_steps=4 --batchsize=24 --num_workers=0 --init_lr=1e-3').split()
+    done = fork_all({f'{recipe}{ranks}': [command(
+        words, f'--recipe={recipe}', f'--result_path={tmp_path}/{recipe}{ranks}', ranks=ranks)]
+        for recipe in ('plain', 'released') for ranks in (1, 2)})
+    assert all(code == 0 for (code, *_), in done.values()), done
+    for recipe in ('plain', 'released'):
+        one, two = (checkpoint.read(tmp_path / f'{recipe}{ranks}/digits/densenet_small')
+                    for ranks in (1, 2))
+        assert one['accuracy'] == two['accuracy'] and one['step'] == two['step'] == 4
+        for key, value in one['model'].items():
+            torch.testing.assert_close(two['model'][key], value, rtol=1e-4, atol=1e-4)
+    moved = [checkpoint.read(tmp_path / f'{recipe}1/digits/densenet_small')['model']['fc.weight']
+             for recipe in ('plain', 'released')]
+    assert not torch.allclose(*moved, rtol=1e-4, atol=1e-4)
+
+
+def test_augment_is_a_function_of_seed_and_position():
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    one, again, next_one, other_seed = (
+        Augment(32, seed)(image, position)
+        for seed, position in ((1, 5), (1, 5), (1, 6), (2, 5)))
+    assert one.dtype == torch.uint8 and one.shape == image.shape
+    assert torch.equal(one, again) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(one, next_one) and not torch.equal(one, other_seed)
+
+
+def test_cutout_by_hand():
+    image = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    cut = cutout(image.clone(), 1, 6, 4)        # rows 0..2, columns 4..7: cut off at the border
+    expected = image.clone()
+    expected[:, 0:3, 4:8] = 0
+    assert torch.equal(cut, expected)
+
+
+def test_augment_crops_with_grey_and_mirrors():
+    """Without AutoAugment and cutout: shifts by up to an eighth, grey 128 from outside."""
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8).repeat(3, 1, 1)
+    augment, seen = Augment(8, 0), set()
+    augment.transform.transforms = augment.transform.transforms[:2]
+    padded = torch.nn.functional.pad(image, (1,) * 4, value=128)
+    shifts = {(i, j, m): padded[:, i:i + 8, j:j + 8].flip(2) if m else padded[:, i:i + 8, j:j + 8]
+              for i in range(3) for j in range(3) for m in (False, True)}
+    for position in range(80):
+        found = augment(image, position)
+        kept = found != 0       # the square of cutout is 0
+        fits = [key for key, value in shifts.items() if torch.equal(value[kept], found[kept])]
+        assert fits and 4 <= (~kept[0]).sum() <= 16
+        seen.update(fits if len(fits) == 1 else [])
+    assert len(seen) == len(shifts)

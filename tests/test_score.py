@@ -19,7 +19,7 @@ from score import (ActivationStats, check_network, frechet_distance, inception_s
 from score.metrics import split_sums
 from score.networks import build_inception, images_01
 from score.reference import Statistics, check_writable, command_for
-from test_classifier import ROOT, run_script
+from helpers import ROOT, run_script
 
 rng = np.random.RandomState(0)
 
