@@ -9,7 +9,11 @@ import torch
 
 
 def mix(*key):
-    """A 63-bit seed from a tuple of non-negative integers, well mixed by numpy's SeedSequence."""
+    """A 63-bit seed from a tuple of non-negative integers, well mixed by numpy's SeedSequence.
+
+    Zeros at the end do not count: (1,) and (1, 0) give the same seed, so that the keys of one
+    purpose must have one length.
+    """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

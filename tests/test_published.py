@@ -158,6 +158,8 @@ TRAINING = ['--dataset=cifar10', '--wd=0.', '--grad_clip=1.', '--total_steps=2',
             '--num_workers=4', '--sample_size=4', '--sample_step=0', '--save_step=1']
 SCORES = ['--num_images=4', '--fid_use_torch', '--fid_cache=./stats/cifar10.train.npz']
 DEAD = ['--train', '--noeval', '--eval_step=0', '--parallel=True']
+# flags of absl itself, and one that the released script defines as a float and never reads
+UNREAD = ['--logtostderr=false', '--v=-1', '--nopdb', '--log_dir=', '--queue_size=0.1']
 FLAGFILES = dict(
     base=[*NETWORK, *MACHINE, *TRAINING, *SCORES, *DEAD, '--T=8', '--time_scale=1', '--dropout=0.1',
           '--loss_type=both', '--lr=2e-4', '--warmup=5000', '--ema_decay=0.9999', '--beta_1=1e-4',
@@ -166,8 +168,8 @@ FLAGFILES = dict(
         '--ema_decay=0.', '--seed=0'],
     rcfd=[*NETWORK, *MACHINE, *TRAINING, '--dropout=0.', '--lr=5e-5', '--warmup=0', '--seed=0',
           '--ema_decay=0.', '--classifier=convnet_small', '--feature', '--nologits', '--gt=false',
-          '--temperature=0.9', '--alpha=0.003', '--beta=0.75', '--loss_type=none',
-          '--queue_size=20000'],
+          '--temperature=0.5', '--temp=0.9', '--alpha=0.003', '--beta=0.75', '--loss_type=none',
+          *UNREAD],
     eval=[*NETWORK, *SCORES, *DEAD, '--dropout=0.', '--stride=1', '--batch_size=128', '--seed=0',
           '--gpu_id=0,1,2,3', '--local_rank=0', '--num_workers=4'])
 # every flag of the released scripts (T to time_scale: base; stride to fid_cache: evaluation)
@@ -255,11 +257,13 @@ def test_flags_without_effect_are_named(ran):
     for out in (base, pd, rcfd):
         for name in ('num_gpus', 'distributed', 'var_type'):
             assert f'note: --{name} has no effect: ' in out
-    strangers = 'the flagfile has flags that this script does not read, ignored: '
-    assert strangers + ' '.join(SCORES + DEAD) + ' --beta_1=1e-4 --beta_T=0.02\n' in base
-    assert strangers + ' '.join(DEAD) + '\n' in evaluation
-    assert strangers not in pd and strangers not in rcfd
-    line, = [line for line in own_eval.splitlines() if strangers in line]
+    left_out = 'the flagfile has flags that this script does not read, ignored: '
+    assert left_out + ' '.join(SCORES + DEAD) + ' --beta_1=1e-4 --beta_T=0.02\n' in base
+    assert left_out + ' '.join(DEAD) + '\n' in evaluation
+    assert left_out not in pd
+    assert left_out + ' '.join(UNREAD) + '\n' in rcfd
+    assert '--temperature=0.9' in rcfd and '--queue_size=20000' in rcfd
+    line, = [line for line in own_eval.splitlines() if left_out in line]
     assert '--lr=0.0002' in line and '--T=8' in line and '--ch=' not in line
     for name in ('fid_use_torch', 'num_workers', 'dropout', 'var_type'):
         assert f'note: --{name} has no effect: ' in evaluation

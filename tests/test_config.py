@@ -1,0 +1,72 @@
+"""Every flagfile fits its script, and those of a data set agree on the network."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+SCRIPTS = dict(train_base=['BASE'], PD=['PD'], train_rdd=['RDD', 'RCFD'], ddim_eval=['EVAL'])
+NETWORK = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
+           'class_num')
+PROGRAM = '''
+import json, sys
+import {script}
+from runtime import cli
+found = {{}}
+for file in sys.argv[1:]:
+    cli.FLAGS.unparse_flags()
+    for flag in cli.own_flags():
+        flag.unparse()
+    cli.FLAGS(cli.without_foreign_flags(['x', '--flagfile=' + file]))
+    cli.check_values()
+    found[file] = {{flag.name: flag.value for flag in cli.own_flags()}}
+print(json.dumps(found))
+'''
+
+
+@pytest.fixture(scope='module')
+def values():
+    """{(data set, stage): {flag: value}}"""
+    found = {}
+    for script, stages in SCRIPTS.items():
+        files = [str(file) for stage in stages for file in (ROOT / 'config').glob(f'*_{stage}.txt')]
+        done = subprocess.run([sys.executable, '-c', PROGRAM.format(script=script), *files],
+                              cwd=str(ROOT), stdout=subprocess.PIPE, universal_newlines=True,
+                              check=True)
+        assert 'note:' not in done.stdout       # every flag of the file is one of the script
+        for file, flags in json.loads(done.stdout).items():
+            found[tuple(file.split('/')[-1][:-len('.txt')].split('_'))] = flags
+    return found
+
+
+def test_every_file_is_read(values):
+    assert len(values) == len(list((ROOT / 'config').glob('*.txt')))
+
+
+def test_one_network_per_data_set(values):
+    for name in {name for name, _ in values}:
+        networks = [{flag: flags[flag] for flag in NETWORK}
+                    for (other, _), flags in values.items() if other == name]
+        assert len(networks) >= 4 and all(network == networks[0] for network in networks)
+
+
+def test_no_two_files_write_into_one_folder(values):
+    folders = [flags['logdir'] for (_, stage), flags in values.items() if stage != 'EVAL']
+    assert len(set(folders)) == len(folders) and all(folders)
+
+
+def test_released_values(values):
+    """Rows of the recipes that the paper's code, or RCFD's commands, fix."""
+    base, rdd, rcfd = (values['CIFAR10', stage] for stage in ('BASE', 'RDD', 'RCFD'))
+    assert (base['T'], base['lr'], base['total_steps'], base['dropout']) == (1024, 2e-4, 800000, .1)
+    assert (rdd['temperature'], rdd['total_steps'], rdd['loss_type']) == (.9, 20000, 'mp2p')
+    assert (rcfd['temperature'], rcfd['total_steps'], rcfd['loss_type']) == (.9, 10000, 'none')
+    assert rcfd['alpha'] == rcfd['beta'] == 0
+    base, rdd, rcfd = (values['IMAGENET64', stage] for stage in ('BASE', 'RDD', 'RCFD'))
+    assert (base['dropout'], base['lr'], base['total_steps']) == (0, 2e-5, 1000000)
+    for flags in (rdd, rcfd):
+        assert (flags['temperature'], flags['total_steps']) == (.75, 50000)
+        assert flags['classifier_path'].endswith('/densenet201_normalize05')

@@ -1,0 +1,287 @@
+"""Training of a classifier and evaluation of a model against the formulas in float64.
+
+As in test_wiring.py: every flag that acts is changed once, and must show.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+
+import oracle
+from classifier.augment import Augment, cutout
+from helpers import command, fork_all
+from runtime import data
+from wiring import alike, load, make_inputs, make_photos, near, photos, words
+
+TRAIN = dict(script='classifier/train.py', model='convnet_small', dataset='folder',
+             data_root='photos', img_size=8, num_workers=0, epoch=4, recipe='plain', batchsize=8,
+             init_lr=0.01, wd=0.02, normalize05=False, seed=3)
+TRAINING = dict(
+    plain={}, init_lr=dict(init_lr=0.02), wd=dict(wd=0.), released=dict(recipe='released'),
+    normalize05=dict(normalize05=True), epoch=dict(epoch=3), batchsize=dict(batchsize=6),
+    seed=dict(seed=4), model=dict(model='densenet_small', max_steps=2), max_steps=dict(max_steps=5))
+EVAL = dict(script='ddim_eval.py', logdir='labels', stride=2, num_images=20, batch_size=8,
+            sample_size=4, seed=0, weights='auto', fid_cache='stats.npz',
+            feature_network='classifier', fid_float=False)
+EVALUATION = dict(
+    plain={}, stride=dict(stride=1), seed=dict(seed=1), net=dict(weights='net'),
+    ema=dict(weights='ema'), num_images=dict(num_images=30), fid_float=dict(fid_float=True),
+    unlabelled=dict(logdir='teacher'), epsilon=dict(logdir='epsilon'),
+    student=dict(logdir='coarse'), statistics=dict(fid_cache='other.npz'))
+MEASURE = dict(script='score/get_npz.py', dataset='folder', data_root='photos', img_size=8,
+               feature_network='classifier', batchsize=5, num_workers=0)
+STATISTICS = dict(all={}, half1=dict(half=1), half2=dict(half=2), some=dict(max_images=6),
+                  test=dict(split='test'))
+CASES = {f'{script}-{name}': dict(first, **change)
+         for script, first, changes in (('train', TRAIN, TRAINING), ('eval', EVAL, EVALUATION))
+         for name, change in changes.items()}
+
+
+@pytest.fixture(scope='module')
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wiring_classifier')
+    make_inputs(folder)
+    make_photos(folder / 'photos')
+    make_photos(folder / 'photos', 'test', 60)
+    generator = np.random.default_rng(0)
+    for name in ('stats', 'other'):
+        features = generator.normal(size=(200, 64)) + 1
+        np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T))
+    here = [item for item in request.session.items if item.fspath == request.node.fspath]
+    wanted = {item.callspec.params.get('case') for item in here if hasattr(item, 'callspec')}
+    wanted = {case for case in wanted if case}
+    wanted |= {f'{case.split("-")[0]}-plain' for case in wanted}
+    jobs = {}
+    for case in sorted(wanted):
+        flags = dict(CASES[case], **(dict(result_path=case) if 'train' in case else
+                                     dict(save_images=f'{case}.npz')))
+        if 'train' not in case:         # each in a folder of its own
+            shutil.copytree(str(folder / flags['logdir']), str(folder / case))
+            flags['logdir'] = case
+        jobs[case] = [command(['tests/record.py', str(folder / f'{case}.record'), flags['script'],
+                               *words(flags, folder)], env=dict(XDG_CACHE_HOME=str(folder)))]
+    if any(item.originalname == 'test_statistics' for item in here):
+        for name, more in STATISTICS.items():
+            flags = dict(MEASURE, output=f'{name}.npz', **more)
+            jobs[name] = [command([flags['script'], *words(flags, folder)],
+                                  env=dict(XDG_CACHE_HOME=str(folder)))]
+    for name, ((code, _, err),) in fork_all(jobs).items():
+        assert code == 0, (name, err)
+    yield folder
+    shutil.rmtree(str(folder))
+
+
+# Training of a classifier
+
+def trained(folder, case):
+    flags = CASES[f'train-{case}']
+    name = flags['model'] + ('_normalize05' if flags['normalize05'] else '')
+    return load(folder / f'train-{case}/folder/{name}/ckpt.pt')
+
+
+def rates(flags, steps, per_epoch):
+    """Plain: half a cosine from the full rate on. Released: divided by 10 after half and after
+    three quarters of the epochs."""
+    if flags['recipe'] == 'plain':
+        return [oracle.rate(step, flags['init_lr'], 0, per_epoch * flags['epoch'], True)
+                for step in range(1, steps + 1)]
+    epochs = [(step - 1) // per_epoch for step in range(1, steps + 1)]
+    return [flags['init_lr'] / (100 if e >= 3 else 10 if e >= 2 else 1) for e in epochs]
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if case.startswith('train')])
+def test_training(folder, case):
+    flags, name = CASES[case], case.split('-')[1]
+    record, state = load(folder / f'{case}.record'), trained(folder, name)
+    per_epoch = 24 // flags['batchsize']
+    steps = flags.get('max_steps') or per_epoch * flags['epoch']
+    assert state['step'] == steps == len(record['inputs'])
+    assert state['total_steps'] == per_epoch * flags['epoch'] and state['num_classes'] == 3
+    images, labels = photos(folder / 'photos')
+    check_normalisation(state, images, flags)
+    check_images(record['inputs'], images, labels, flags, per_epoch)
+    state_before = dict(model=record['initial'], name=flags['model'], mean=state['mean'],
+                        std=state['std'])
+    rate = rates(flags, steps, per_epoch)
+    net, _ = oracle.classifier_steps(state_before, record['inputs'], rate, flags['wd'],
+                                     flags['recipe'] == 'plain')
+    for key, value in net.state_dict().items():
+        if value.is_floating_point():
+            moved = value - oracle.double(record['initial'][key])
+            found = oracle.double(state['model'][key]) - oracle.double(record['initial'][key])
+            assert near(found, moved, 5e-2, 1e-5), key      # a ReLU at 0 may round either way
+    assert state['optim']['param_groups'][0]['lr'] == pytest.approx(rate[-1])
+    assert rate[0] == flags['init_lr'] and rate[-1] > 0
+    if name not in ('plain', 'normalize05'):
+        assert not alike(state['model'], trained(folder, 'plain')['model'])
+    check_accuracy(state, folder, net)
+
+
+def check_normalisation(state, images, flags):
+    pixels = (images.double() + 1) / 2
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), unbiased=False)
+    if flags['normalize05']:
+        mean = std = torch.full((3,), 0.5)
+    assert state['mean'] == pytest.approx(mean.tolist(), abs=1e-4)
+    assert state['std'] == pytest.approx(std.tolist(), abs=1e-4)
+
+
+def check_images(inputs, images, labels, flags, per_epoch):
+    """Plain: mirrored or not, moved by up to a pixel over black. Every image once in a pass."""
+    if flags['recipe'] == 'released':       # see also test_released_images
+        assert all(torch.equal(y.bincount(minlength=3), torch.tensor([8, 8, 8]))
+                   for y in [torch.cat([y for _, y in inputs[i:i + per_epoch]])
+                             for i in range(0, len(inputs), per_epoch)])
+        return
+    both = pad(torch.stack([images, images.flip(3)]), (1,) * 4, value=-1.)
+    windows = {(m, i, j): both[m, :, :, i:i + 8, j:j + 8] for m in (0, 1) for i in range(3)
+               for j in range(3)}
+    seen, changes, of_row = [], set(), {}
+    for x, y in inputs:
+        for row, (image, label) in enumerate(zip(x, y)):
+            found = [(key, n) for key, window in windows.items()
+                     for n in (window == image).flatten(1).all(1).nonzero().flatten().tolist()]
+            assert len(found) == 1 and labels[found[0][1]] == label
+            changes.add(found[0][0])
+            of_row.setdefault(row, set()).add(found[0][0][1:])
+            seen.append(found[0][1])
+    assert len(changes) >= (12 if len(seen) < 70 else 18) or len(seen) < 20     # of 18
+    if len(inputs) > 4:
+        assert all(len(moves) > 1 for moves in of_row.values())     # other ones in other steps
+    per_pass = per_epoch * flags['batchsize']
+    for i in range(0, len(seen) - per_pass + 1, per_pass):
+        assert sorted(seen[i:i + per_pass]) == list(range(24))
+
+
+def check_accuracy(state, folder, net):
+    """Share of the test images that the network at the end classifies rightly."""
+    images = {}
+    for label, name in enumerate('abc'):
+        for path in sorted((folder / f'photos/test/{name}').iterdir()):
+            pixels = np.array(oracle_image(path))[:, 2:10]
+            images[path.name] = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label
+    x = torch.stack([image for image, _ in images.values()]).double()
+    right = net.eval()(x)[0].argmax(1) == torch.tensor([label for _, label in images.values()])
+    assert state['accuracy'] == pytest.approx(right.double().mean().item(), abs=1.01 / 60)
+
+
+def oracle_image(path):
+    from PIL import Image
+    return Image.open(str(path))
+
+
+def test_released_images(folder):
+    """Cutout: of every image a part is black, up to a square of half the size; seldom all of it."""
+    if not (folder / 'train-released.record').exists():
+        pytest.skip('runs with test_training[train-released]')
+    black = [(image == -1).all(0).float().mean().item()
+             for x, _ in load(folder / 'train-released.record')['inputs'] for image in x]
+    assert min(black) >= 4 / 64 and np.median(black) < 0.4
+
+
+def test_augmentation_is_a_function_of_seed_and_position():
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
+    one, two = Augment(16, 1), Augment(16, 2)
+    assert all(torch.equal(one(image, i), one(image, i)) for i in range(3))
+    assert len({one(image, i).numpy().tobytes() for i in range(9)}) == 9
+    assert not torch.equal(one(image, 0), two(image, 0))
+    for flip in (False, True):
+        assert Augment(16, 1, flip).transform.transforms[1].p == flip / 2
+    cut = cutout(torch.ones(3, 8, 8), 1, 6, 4)
+    expected = torch.ones(3, 8, 8)
+    expected[:, :3, 4:] = 0
+    assert torch.equal(cut, expected)
+
+
+def test_augmentation_of_the_right_images():
+    """Positions count the images of all steps, wherever a run starts and in how many parts."""
+    images = data.Images('digits', 'train', 8, [0] * 12, 1, torch.zeros(12, 3, 8, 8).byte())
+
+    def augment(image, position):
+        return image + position
+
+    for accum in (1, 2):
+        batches = data.batches(images, 4, 0, torch.device('cpu'), 2, accum, augment=augment)
+        found = torch.cat([next(batches)[0] for _ in range(2 * accum)])
+        assert ((found[:, 0, 0, 0] + 1) * 127.5).round().tolist() == list(range(8, 16))
+
+
+# Statistics of a data set
+
+@pytest.mark.parametrize('name', list(STATISTICS))
+def test_statistics(folder, name):
+    """Mean and covariance of the features of the chosen images."""
+    if name == 'test':
+        paths = sorted((folder / 'photos/test').rglob('*.png'))
+        images = torch.stack([torch.from_numpy(np.array(oracle_image(path))[:, 2:10]).permute(
+            2, 0, 1) for path in paths]) / 127.5 - 1
+    else:
+        images = photos(folder / 'photos')[0]
+        images = dict(all=images, half1=images[::2], half2=images[1::2], some=images[::4])[name]
+    stored = load(folder / 'classifier/ckpt.pt')
+    _, feature, _ = oracle.classifier(stored, stored['mean'], stored['std'])(images.double())
+    with np.load(str(folder / f'{name}.npz')) as file:
+        assert file['num_images'] == len(images)
+        np.testing.assert_allclose(file['mu'], feature.mean(0).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(file['sigma'], np.cov(feature.T.numpy()), rtol=1e-3, atol=1e-4)
+
+
+# Evaluation
+
+def images_of(folder, case):
+    with np.load(str(folder / f'{case}.npz')) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def scores_of(folder, case):
+    return json.loads((folder / case / 'results.jsonl').read_text())
+
+
+@pytest.mark.parametrize('case', [case for case in CASES if case.startswith('eval')])
+def test_evaluation(folder, case):
+    """Images, labels, Frechet distance and Inception score."""
+    flags, record = CASES[case], load(folder / f'{case}.record')
+    state, result = load(folder / case / 'ckpt.pt'), scores_of(folder, case)
+    T, time_scale = state['T'], state['time_scale']
+    ema = flags['weights'] == 'ema' or flags['weights'] == 'auto' and 'ema_model' in state
+    name = 'ema_model' if ema else 'net_model'
+    saved, number = images_of(folder, case), flags['num_images']
+    conditional, y = flags['logdir'] == 'labels', None
+    assert ('arr_1' in saved) == conditional
+    if conditional:
+        y = saved['arr_1']
+        assert len(y) == number and len(set(y.tolist())) > 5 and 0 <= min(y) and max(y) < 10
+        calls, steps = record['labels'], T // flags['stride']
+        given = torch.cat([calls[i] for i in range(0, len(calls), steps)])
+        assert len(calls) % steps == 0 and torch.equal(given, y)
+    grid = oracle.Grid(T * time_scale, state['mean_type'])
+    x_T = oracle.double(torch.cat(record['x_T']))
+    assert x_T.shape == (number, 3, 8, 8)
+    assert len(x_T.flatten(1).unique(dim=0)) == number      # no image twice
+    times = list(range(T * time_scale, -1, -flags['stride'] * time_scale))
+    assert result['nfe'] == len(times) - 1
+    net = oracle.unet(state[name], T * time_scale, conditional).requires_grad_(False)
+    x = grid.sample(net, x_T, times, y)
+    pixels = saved['arr_0'].permute(0, 3, 1, 2)
+    exact = (x + 1) * 127.5
+    assert pixels.shape == x.shape and pixels.dtype == torch.uint8
+    assert (pixels - exact).abs().max() < 0.51
+    stored = load(folder / 'classifier/ckpt.pt')
+    features = oracle.classifier(stored, stored['mean'], stored['std'])
+    seen = x if flags['fid_float'] else pixels.double() / 127.5 - 1
+    logits, feature, _ = features(seen)
+    with np.load(str(folder / flags['fid_cache'])) as reference:
+        fid = oracle.frechet(feature, reference['mu'], reference['sigma'])
+    mean, std = oracle.inception(logits.softmax(1))
+    assert result['fid'] == pytest.approx(fid, rel=1e-5, abs=1e-3)
+    assert result['inception_score'] == pytest.approx(mean, rel=1e-4)
+    assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
+    assert (result['weights'], result['seed'], result['num_images'], result['stride']) == (
+        name, flags['seed'], number, flags['stride'])
+    if case not in ('eval-plain', 'eval-ema'):      # auto means the average of a base model
+        assert result['fid'] != scores_of(folder, 'eval-plain')['fid']

@@ -1,0 +1,119 @@
+"""Inputs of the wiring tests: teachers, a classifier, pictures; and comparisons of tensors."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import oracle
+from classifier import build_classifier
+from model import UNet
+from runtime import checkpoint
+
+# 64 channels somewhere: with 32, group norm has one channel per group and wipes out t and y
+NET = dict(ch=32, ch_mult=[2, 1], attn=[1], num_res_blocks=1)
+PATHS = ('base_ckpt', 'classifier_path', 'data_root', 'logdir', 'fid_cache', 'feature_network',
+         'save_images', 'result_path', 'output')      # flags that name a file of these tests
+
+
+def random_unet(seed, T=8, conditional=False):
+    """Weights without structure: every part of the network matters."""
+    torch.manual_seed(seed)
+    net = UNet(T, **NET, conditional=conditional)
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape)
+    return net.state_dict()
+
+
+def make_inputs(folder):
+    """Teachers and a classifier, as the scripts would find them."""
+    for name, T, conditional in (('teacher', 8, False), ('coarse', 4, False),
+                                 ('labels', 8, True), ('epsilon', 8, False)):
+        (folder / name).mkdir()
+        weights = dict(net_model=random_unet(1, 8, conditional),
+                       ema_model=random_unet(2, 8, conditional))
+        if name == 'coarse':        # a student: its raw weights count
+            del weights['ema_model']
+        mean_type = 'epsilon' if name == 'epsilon' else 'xstart'
+        checkpoint.save(folder / name / 'ckpt.pt', dict(weights, T=T, time_scale=8 // T, step=1,
+                                                        img_size=8,
+                                                        mean_type=mean_type))
+    torch.manual_seed(3)
+    net = build_classifier('convnet_small', 10)
+    for name, value in net.state_dict().items():
+        if 'norm' in name and value.is_floating_point():
+            value.copy_(0.5 + torch.rand(value.shape))
+        if name == 'stage4.norm.weight':
+            value.mul_(3)
+        if name == 'fc.weight':
+            value.mul_(4)
+    (folder / 'classifier').mkdir()
+    checkpoint.save(folder / 'classifier/ckpt.pt', dict(
+        model=net.state_dict(), name='convnet_small', mean=[.3, .4, .5], std=[.4, .5, .6]))
+
+
+def make_photos(folder, split='train', count=24):
+    """Images of 8 x 12 pixels in three classes."""
+    generator = torch.Generator().manual_seed(len(split))
+    for i in range(count):
+        path = folder / f'{split}/{"abc"[i % 3]}/{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (8, 12, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(str(path))
+
+
+@functools.lru_cache(None)
+def photos(folder):
+    """The training images as a script must see them, the centre of each, and their labels."""
+    images, labels = [], []
+    for label, name in enumerate('abc'):
+        for path in sorted((folder / f'train/{name}').iterdir()):
+            pixels = torch.from_numpy(np.array(Image.open(str(path)))).permute(2, 0, 1)
+            images.append(pixels[:, :, 2:10].float() / 127.5 - 1)
+            labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def teacher_of(flags):
+    if 'base_ckpt' not in flags:
+        return None
+    return ('labels' if flags['conditional'] else
+            'epsilon' if flags['mean_type'] == 'epsilon' else flags['base_ckpt'])
+
+
+def words(flags, folder):
+    """Flags as words of a command line; names of inputs become their paths."""
+    flags = dict(flags, base_ckpt=teacher_of(flags))
+    for name, value in flags.items():
+        if name == 'script' or value is None:
+            continue
+        if isinstance(value, bool):
+            yield f'--{name}' if value else f'--no{name}'
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            yield f'--{name}={folder / item if name in PATHS else item}'
+
+
+@functools.lru_cache(9)
+def load(file):
+    """A file that these tests have written; fast, because it may hold anything."""
+    return torch.load(str(file), weights_only=False)
+
+
+def near(found, expected, rtol, floor=1e-12):
+    """Whether two tensors differ by little, measured by the length of what is expected."""
+    found, expected = oracle.double(found), oracle.double(expected)
+    return (found - expected).norm() <= rtol * expected.norm() + floor
+
+
+def alike(a, b):
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(alike(a[key], b[key]) for key in a)
+    if torch.is_tensor(a):
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5)
+    return a == pytest.approx(b, rel=2e-3) if isinstance(a, float) else a == b
