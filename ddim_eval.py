@@ -174,8 +174,11 @@ def title(result):
 def write(model, result, images, y):
     """results.jsonl, the grid and, with --save_images, all images."""
     folder = model.file.parent
-    with open(folder / 'results.jsonl', 'a') as lines:
-        lines.write(json.dumps(result) + '\n')
+    with open(folder / 'results.jsonl', 'a+b') as lines:
+        if lines.tell():        # a line that a full disk has cut off is ended first
+            lines.seek(-1, 2)
+            lines.write(b'' if lines.read(1) == b'\n' else b'\n')
+        lines.write(json.dumps(result).encode() + b'\n')
     first = images[:FLAGS.sample_size]
     rows, labels = pictures.rows_by_class(first, None if y is None else y[:len(first)].cpu(),
                                           model.arch['class_num'])

@@ -152,7 +152,9 @@ def picture(table, path, columns=16, size=60):
 
 def main():
     if sys.argv[1:]:
-        return print(__doc__.strip())
+        print(__doc__.strip())
+        known = set(sys.argv[1:]) <= {'--help', '-h'}
+        sys.exit(None if known else f'demo.py: error: it takes no words, found {sys.argv[1]}')
     os.chdir(ROOT)
     seconds = run_all()
     table, count = rows()

@@ -89,6 +89,9 @@ def train(device, folder, state):
     train_set = data.make_dataset(FLAGS.dataset, cli.find(FLAGS.data_root), FLAGS.img_size,
                                   train=True, num_workers=FLAGS.num_workers,
                                   skip_bad_images=FLAGS.skip_bad_images)
+    if len(train_set) < FLAGS.batchsize:
+        raise UserError(f'--batchsize {FLAGS.batchsize} is more than the {len(train_set)} training '
+                        f'images of --dataset {FLAGS.dataset}; lower it')
     test_set = make_test_set()
     steps_per_epoch = max(1, round(len(train_set) / FLAGS.batchsize))
     total_steps = FLAGS.epoch * steps_per_epoch

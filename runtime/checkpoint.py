@@ -77,7 +77,8 @@ def check_finite(state, step, last_good, remedy):
 def find(path):
     """The file of a checkpoint given as a file or as the folder of its run."""
     path = Path(path).expanduser()
-    return path / 'ckpt.pt' if path.is_dir() or not path.suffix else path
+    is_folder = path.is_dir() or not path.suffix and not path.is_file()
+    return path / 'ckpt.pt' if is_folder else path
 
 
 def read(path):
@@ -186,6 +187,14 @@ def resume(logdir, network, method, T, time_scale, base_ckpt=None, same=None):
     if not {'net_model', 'optim', 'step', 'T', 'time_scale'} <= set(state):
         raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
                         f'cannot be continued and would be overwritten; choose another --logdir')
+    if type(step) is not int or step < 0:
+        raise UserError(f'--logdir {logdir} holds a checkpoint whose step is {step}, expected a '
+                        f'whole number; restore a copy, or choose another --logdir')
+    lost = not_finite({'net_model': state.get('net_model')})
+    if lost:
+        raise UserError(f'--logdir {logdir} holds a checkpoint whose weights are not finite; '
+                        f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or choose another '
+                        f'--logdir')
     for name, found, expected in differences(state['net_model'], network.state_dict()):
         raise UserError(f'--logdir {logdir} holds a run of another network ({name} is {found}, '
                         f'here it is {expected}); choose another --logdir')
@@ -220,7 +229,10 @@ def restore(state, **parts):
                 part.load_state_dict(_with_groups_of(part, state[name]))
             elif part is not None:
                 part.load_state_dict(state[name])
-        except (ValueError, RuntimeError, KeyError):
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError):
+            if name not in flags:
+                raise UserError(f'{name} in the checkpoint of the run is incomplete or of other '
+                                f'parameters; restore a copy, or choose another --logdir')
             raise UserError(f'the run to be continued was started with another '
                             f'{flags.get(name, name)}; give the same, or choose another --logdir')
 

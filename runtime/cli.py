@@ -53,6 +53,8 @@ def run(main, words=False):
         check_values()
         main(rest) if words else main()
         leave(0)
+    except UnicodeDecodeError:
+        fail('a flagfile is not UTF-8 text; give one with a flag per line, --name=value', 2)
     except flags.Error as error:
         fail(' '.join(str(error).split()) + ' (see --help)', 2)
     except UserError as error:
@@ -98,6 +100,10 @@ def without_foreign_flags(argv):
     """
     words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
     for word in words:
+        if word not in argv:
+            word = word.lstrip('\ufeff')        # what some editors put at the start of a file
+            if not word.startswith('-'):
+                raise UserError(f'a flagfile has the line "{word}", expected --name=value')
         name = word.lstrip('-').split('=')[0]
         known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
         foreign = word.startswith('--') and word not in argv and (

@@ -46,6 +46,37 @@ def resolved():
     return '\n'.join(line for line in lines if line)
 
 
+# flags that change nothing about the weights a run ends with, or that may change when resuming
+FREE = ('logdir', 'base_ckpt', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
+        'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
+        'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult', 'attn',
+        'num_res_blocks', 'conditional', 'class_num', 'var_type')
+
+
+def compare_with(text, logdir):
+    """Tell which flags a resumed run had set otherwise, and refuse what would lose its state.
+
+    Args:
+        text: of its resolved flags, as in its checkpoint; '' for a new run.
+    Raises:
+        UserError: averaged weights or the memory queue of the run would be dropped.
+    """
+    before, now = (dict(line.lstrip('-').partition('=')[::2] for line in lines.splitlines())
+                   for lines in (text, resolved()))
+    changed = [name for name in now if name in before and now[name] != before[name]
+               and name not in FREE]
+    drops = dict(ema_decay=FLAGS.ema_decay == 0 and float(before.get('ema_decay', 0)) > 0,
+                 loss_type=before.get('loss_type') in ('mp2p', 'm_p2p')
+                 and now.get('loss_type') in ('is_p2p', 'none'))
+    for name in filter(drops.get, changed):
+        raise UserError(f'--{name} is {now[name]} and the run in --logdir {logdir} was started '
+                        f'with {before[name]}, whose state would be lost; give the same, or choose '
+                        f'another --logdir')
+    if changed and int(os.environ.get('RANK', 0)) == 0:
+        print('note: resuming with other flags than before: ' + ', '.join(
+            f'--{name}={now[name]} (was {before[name]})' for name in changed), flush=True)
+
+
 def facts():
     """What a checkpoint says about its run in addition to weights and steps."""
     return dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size, dataset=FLAGS.dataset,
@@ -117,7 +148,7 @@ def define_network_flags(dropout=0.):
     flags.DEFINE_multi_integer('attn', [1], 'resolutions with attention, counted from 0')
     flags.DEFINE_integer('num_res_blocks', 2, 'residual blocks per resolution', lower_bound=1,
                          upper_bound=64)
-    flags.DEFINE_float('dropout', dropout, 'dropout rate', lower_bound=0., upper_bound=1.)
+    flags.DEFINE_float('dropout', dropout, 'dropout rate', lower_bound=0., upper_bound=.999)
     flags.DEFINE_integer('img_size', 32, 'height and width of the images', lower_bound=1,
                          upper_bound=4096)
     flags.DEFINE_bool('conditional', False, 'class-conditional network')

@@ -28,7 +28,7 @@ class Folder:
         if distributed.is_main():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                problem = self._lock()
+                problem = self._folder_in_place_of_a_file() or self._lock()
                 if not problem:
                     (self.path / 'flagfile.txt').write_text(flagfile + '\n')
             except OSError as error:
@@ -37,6 +37,13 @@ class Folder:
         if problem:
             self.close()
             raise UserError(f'{flag} {path} {problem}; choose another')
+
+    def _folder_in_place_of_a_file(self):
+        """What is wrong if a file that a run writes is a folder, or None."""
+        for name in ('ckpt.pt', 'metrics.jsonl', 'flagfile.txt', '.lock'):
+            if (self.path / name).is_dir():
+                return f'has a folder {name}, where a run writes a file'
+        return None
 
     def _lock(self):
         """Take the lock, or say which process has it. The system frees it if the process dies."""

@@ -10,6 +10,9 @@ from runtime.loader import load
 from runtime.torchvision_cpu import torchvision
 
 
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+
+
 def find_images(root, split):
     """The image files of one split; each folder in it is a class, and holds any tree of files.
 
@@ -26,7 +29,12 @@ def find_images(root, split):
     try:
         found = torchvision().datasets.ImageFolder(str(folder))
     except FileNotFoundError:
-        raise UserError(f'{folder} holds no images, or a class folder in it is empty: expected '
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        empty = [name for name in classes if not any(
+            path.suffix.lower() in EXTENSIONS for path in (folder / name).rglob('*'))]
+        what = f'the class folders {", ".join(empty[:5])} are empty' if empty else (
+            f'{sum(path.is_file() for path in folder.iterdir())} files and no class folder')
+        raise UserError(f'{folder} holds no images that can be used ({what}): expected '
                         f'{folder}/<class>/*.jpg (or png, ...)')
     return [path for path, _ in found.samples], found.targets, len(found.classes)
 

@@ -77,7 +77,8 @@ class Meter:
         raise UserError(
             f'at step {step} the last {int(self.streak)} steps in a row had a value that is not '
             f'finite ({", ".join(terms)}) and were not applied; lower --lr or --grad_clip, or '
-            f'raise --max_bad_steps, and run again: the checkpoint is a good one', code=1)
+            f'raise --max_bad_steps, and run again: a checkpoint that was saved is a good one',
+            code=1)
 
 
 class _PlainLines:
@@ -114,11 +115,12 @@ def summary(steps, seconds, images, folder):
 
 def _lines_until(path, step):
     """Whole lines of a metrics.jsonl up to `step`; incomplete lines (full disk) are dropped."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    text = path.read_text(errors='replace') if path.exists() else ''
+    for line in text.splitlines():
         try:
             if json.loads(line)['step'] <= step:
                 yield line
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
 
 

@@ -177,6 +177,10 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
     for key, found, expected in differences(state_dict, network.state_dict()):
         raise UserError(f'the {name} in {path} has shapes that fit no U-Net of this project: '
                         f'{key} is {found}, expected {expected}')
+    for key, value in state_dict.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise UserError(f'{key} of the {name} in {path} holds values that are not finite '
+                            f'floating-point numbers; give a checkpoint of a run that went well')
     network.load_state_dict(state_dict)
     if 'details' in state:      # a network of diffusers, see export.py
         network.set_details(**state['details'])
@@ -195,6 +199,10 @@ def grid(state, arch):
                            f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
         return arch['T'], 1, 'linear', state.get('mean_type', 'epsilon')
     T = state['T']
+    for key in ('T', 'time_scale'):
+        if type(state.get(key, 1)) is not int or state.get(key, 1) < 1:
+            raise UserError(f'{key} in the checkpoint is {state[key]}, expected a whole number of '
+                            f'at least 1; restore a copy of the file')
     return (T, state.get('time_scale', arch['T'] // T), state.get('schedule', 'cosine'),
             state.get('mean_type'))
 

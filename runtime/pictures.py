@@ -1,5 +1,6 @@
 """Images as files: 8-bit pixels, sample grids, labelled grids, folders of PNGs and npz."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,24 @@ def save_grid(images, path, nrow=8, scale=1):
 
 
 def check_place(path):
-    """Refuse, before any sampling, a folder for images that is not empty."""
+    """Refuse, before any sampling, a place for images that holds something else."""
     path = Path(path)
-    if path.suffix != '.npz' and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.suffix == '.npz':
+        if path.exists() and not holds_samples(path):
+            raise UserError(f'--save_images {path} exists and does not hold samples, which may be '
+                            f'overwritten; choose another file')
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'--save_images {path} exists and is not an empty folder; choose another, '
                         f'or a file that ends in .npz')
+
+
+def holds_samples(path):
+    """Whether a file is an npz as `save_images` writes it."""
+    try:
+        with np.load(str(path)) as file:
+            return 'arr_0' in file.files
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+        return False
 
 
 def save_images(path, images, y=None):

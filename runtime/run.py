@@ -158,6 +158,7 @@ class Run:
                     batch_size=s.batch_size, seed=s.seed)
         state = checkpoint.resume(self.logdir, self.net.module, self.method, d.T, d.time_scale,
                                   base_ckpt, same)
+        flags.compare_with(state.get('flags', '') if state else '', self.logdir)
         self.start = state['step'] if state else 0
         if state:
             checkpoint.restore(state, **self.saved())

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
-from runtime import cli, data, distributed      # noqa: E402
+from runtime import cli, data, distributed, pictures      # noqa: E402
 from runtime.cli import UserError       # noqa: E402
 from runtime.flags import define_device_flags, without_effect       # noqa: E402
 from runtime.log import progress    # noqa: E402
@@ -97,6 +97,9 @@ def up_to_date(path, origin):
     """Whether `path` already holds these statistics; if it is to be overwritten, says so."""
     if not path.exists():
         return False
+    if pictures.holds_samples(path) and not FLAGS.overwrite:
+        raise UserError(f'--output {path} exists and holds samples, not statistics; choose another '
+                        f'file, or add --overwrite')
     try:
         before = load_statistics(path).origin()
     except UserError as error:

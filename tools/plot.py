@@ -25,6 +25,7 @@ flags.DEFINE_enum('score', 'fid', ['fid', 'inception_score'], 'what the picture 
 
 METHODS = dict(base='DDIM', pd='PD', rdd='RDD')
 SCORES = dict(fid='Frechet distance', inception_score='Inception score')
+NEEDED = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'weights', 'num_images')
 PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')
 
 
@@ -47,9 +48,14 @@ def read_word(word):
     if not files or not files[0].is_file():
         raise UserError(f'{path} has no results.jsonl; score a run with ddim_eval.py first')
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        lines = file.read_text(errors='replace').splitlines()
+        if not lines:
+            raise UserError(f'{file} holds no results; score a run with ddim_eval.py first')
+        for number, line in enumerate(lines, 1):
             try:
                 result = json.loads(line)
+                if not set(NEEDED) <= set(result):
+                    raise ValueError
                 yield dict(result, file=str(file), curve=name or curve(result, file))
             except (ValueError, TypeError):
                 raise UserError(f'line {number} of {file} is no result of ddim_eval.py; remove it')
