@@ -34,10 +34,10 @@ def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/512',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/1024')
     device = distributed.init(FLAGS.gpu_id)
-    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, device)
+    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
     dataset = training_data(FLAGS, teacher.network)
-    for base_ckpt, logdir, FLAGS.total_steps in stages(teacher.diffusion.T):
-        train(device, dataset, base_ckpt, logdir)
+    for base_ckpt, logdir, total_steps in stages(teacher.diffusion.T):
+        train(device, dataset, base_ckpt, logdir, total_steps)
         distributed.barrier()       # the next stage reads what the first process has just written
     distributed.cleanup()
 
@@ -57,10 +57,10 @@ def stages(T):
     return list(zip([FLAGS.base_ckpt] + folders[:-1], folders, totals))
 
 
-def train(device, dataset, base_ckpt, logdir):
+def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher = load_teacher(base_ckpt, FLAGS, device)
     student, diffusion = teacher.student()      # a copy, with every second point of the grid
-    run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, steps=diffusion.T)
+    run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
     run.compile(teacher.network)
     for step in run:
         for part in run.parts():
@@ -73,7 +73,7 @@ def train(device, dataset, base_ckpt, logdir):
                 x_pred, eps_pred = diffusion.predict(run.net, z_t, t, y)
             loss = distillation_loss(x_pred, eps_pred, x_target, eps_target, FLAGS.loss_type).mean()
             run.backward(loss=(1., loss))
-        run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=True))
+        run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, total_steps, decay=True))
 
 
 if __name__ == '__main__':

@@ -30,12 +30,12 @@ define_device_flags()
 flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint; results are written there')
 flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride',
                      lower_bound=1)
-flags.DEFINE_integer('num_images', 50000, 'images to sample and score', lower_bound=2)
-flags.DEFINE_integer('batch_size', 128, 'images per process and batch', lower_bound=1)
+flags.DEFINE_integer('num_images', 50000, 'images to sample and score', 2, 10**8)
+flags.DEFINE_integer('batch_size', 128, 'images per process and batch', 1, 10**6)
 flags.DEFINE_integer('num_workers', 4, 'ignored: no image files are read')
 flags.DEFINE_integer('seed', 0, 'image i starts from noise that depends on (seed, i)',
                      lower_bound=0)
-flags.DEFINE_integer('sample_size', 64, 'images in the grid', lower_bound=1)
+flags.DEFINE_integer('sample_size', 64, 'images in the grid', 1, 4096)
 flags.DEFINE_string('fid_cache', './stats/cifar10.train.npz', 'statistics of the reference images, '
                     'made by score/get_npz.py')
 flags.DEFINE_bool('fid_use_torch', False, 'compute the Frechet distance on the GPU rather than the '

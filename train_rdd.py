@@ -24,9 +24,9 @@ FLAGS = flags.FLAGS
 define_training_flags(lr=5e-5)
 flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
 flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared; '
-                    'imagenet_resnet50 and the like: of torchvision, images resized to 224 px')
-flags.DEFINE_string('classifier_path', None, 'its folder or file; none: where classifier/train.py '
-                    'writes it')
+                    'imagenet_resnet50 and others are those of torchvision, for images of 224 px')
+flags.DEFINE_string('classifier_path', None, 'its folder or file; none: the folder that '
+                    'classifier/train.py writes to')
 flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'input normalisation '
                   'of a published classifier; stored: as its checkpoint says, else 05')
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
@@ -83,7 +83,7 @@ def train(device):
                            FLAGS.queue_update, FLAGS.contrast_temperature,
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
     run = Run(FLAGS, 'rdd', student, diffusion, dataset, FLAGS.logdir, FLAGS.base_ckpt,
-              memory=memory, steps=diffusion.T, relation_group=group)
+              memory=memory, relation_group=group)
     run.compile(teacher.network, classifier)
     for step in run:
         # Teacher: two DDIM steps from z_t give x_target; what the classifier sees in it

@@ -45,8 +45,9 @@ def define_flags():
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to learn')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
     flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
-                         '64 for imagenet64, 32 for others', lower_bound=8)
-    flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+                         '64 for imagenet64, 32 for others', lower_bound=8, upper_bound=4096)
+    flags.DEFINE_integer('num_workers', 4, 'processes that decode image files, or augment',
+                         lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '
                       'those that cannot be read and leave them out')
     flags.DEFINE_integer('epoch', 300, 'passes over the training images', lower_bound=1)
@@ -151,7 +152,9 @@ def train(device, folder, state):
             optim.step()
             optim.zero_grad(set_to_none=True)
             meter.add(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
-            meter.end_step(loss.detach().isfinite())
+            # 1 if the loss is finite on all processes, which then decide alike
+            finite = distributed.all_reduce_sum((~loss.detach().isfinite()).float()) == 0
+            meter.end_step(finite)
             bar.update()
 
             ends, stopped = step % steps_per_epoch == 0 or step == last, stop.asked()
@@ -170,8 +173,8 @@ def train(device, folder, state):
                 save(step, accuracy)
             if stopped:
                 break
-    if stopped:
-        leave_after(stopped, folder, step)
+        if stopped:
+            leave_after(stopped, folder, step)
     steps, seconds = last - start, time.perf_counter() - began
     distributed.print0(summary(steps, seconds, steps * FLAGS.batchsize, folder))
 
@@ -197,14 +200,15 @@ def resume(path):
     if 'optim' not in state or 'config' not in state:
         raise UserError(f'{path} has no optimiser, so it cannot be continued and would be '
                         f'overwritten; choose another --result_path')
+    before = dict(dict(recipe='plain'), **state['config'])      # older files do not say it
     now = {name: FLAGS[name].value for name in SAME}
     if FLAGS.seed >= 0:
         now['seed'] = FLAGS.seed
     for name, value in now.items():
-        before = state['seed'] if name == 'seed' else state['config'].get(name, value)
-        if before != value:
-            raise UserError(f'{path} was trained with --{name} {before}, now it is {value}; give '
-                            f'the same flags to resume or another --result_path')
+        old = state['seed'] if name == 'seed' else before.get(name, value)
+        if old != value:
+            raise UserError(f'{path} was trained with --{name} {old}, now it is {value}; give the '
+                            f'same flags to resume or another --result_path')
     return state
 
 
@@ -233,7 +237,8 @@ def normalisation(dataset):
         return [0.5] * 3, [0.5] * 3
     if FLAGS.recipe == 'released' and FLAGS.dataset == 'cifar10':
         return CIFAR10
-    return measured(dataset, FLAGS.num_workers)
+    found = measured(dataset, FLAGS.num_workers) if distributed.is_main() else None
+    return distributed.broadcast_object(found)
 
 
 def measured(dataset, num_workers=0, most=50000):
@@ -265,11 +270,11 @@ def random_crop(x_0, pad, total, generator):
 
 @torch.no_grad()
 def evaluate(model, dataset, device):
-    """Share of test images classified rightly, 0..1; None without a test split."""
+    """Share of test images that are classified correctly, 0..1; None without a test split."""
     if dataset is None:
         return None
     model.eval()
-    right = torch.zeros((), dtype=torch.float64, device=device)     # NCCL adds up floats
+    right = torch.zeros((), dtype=torch.float64, device=device)
     mine = torch.arange(len(dataset)).tensor_split(distributed.world_size())[distributed.rank()]
     for images, y, _ in data.in_order(dataset, 256, device, mine, FLAGS.num_workers):
         right += (model(images.float() / 127.5 - 1)[0].argmax(1) == y).sum()

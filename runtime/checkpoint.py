@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -98,7 +97,7 @@ def read(path):
         raise UserError(f'{path} is refused as a checkpoint: it is damaged, or it holds more than '
                         f'tensors, numbers and text, which could run code; give a file that this '
                         f'project or a published one like it has written')
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:       # the bytes of a file of another kind decide what is raised
         raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
     if not isinstance(state, dict):
         raise UserError(f'{path} holds a {type(state).__name__}, expected a checkpoint dictionary')

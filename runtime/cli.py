@@ -85,6 +85,8 @@ def check_values():
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise UserError(f'--{flag.name} is {flag.value}, expected a finite number')
     cores = os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        cores = len(os.sched_getaffinity(0))
     if 'num_workers' in FLAGS and FLAGS.num_workers > cores:
         if FLAGS['num_workers'].present and int(os.environ.get('RANK', 0)) == 0:
             print(f'note: --num_workers {FLAGS.num_workers} is lowered to the {cores} cores of '
@@ -104,7 +106,7 @@ def without_foreign_flags(argv):
             word = word.lstrip('\ufeff')        # what some editors put at the start of a file
             if not word.startswith('-'):
                 raise UserError(f'a flagfile has the line "{word}", expected --name=value')
-        name = word.lstrip('-').split('=')[0]
+        name = re.split('[= ]', word.lstrip('-'))[0]     # "--lr 1e-3" is refused by absl
         known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
         foreign = word.startswith('--') and word not in argv and (
             not known or UNREAD.fullmatch(word))

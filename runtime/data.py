@@ -86,6 +86,9 @@ def _digits(name, root, img_size, split):
     from sklearn.datasets import load_digits
     digits = load_digits()
     chosen = (torch.arange(len(digits.target)) % 6 == 5) == (split == 'test')
+    if len(chosen) * 3 * img_size ** 2 > IN_MEMORY:
+        raise UserError(f'--img_size {img_size} is too large for the digits, which have 8 x 8 '
+                        f'pixels; choose at most 256')
     grey = torch.from_numpy(digits.images)[chosen, None].float() * (255 / 16)
     images = _resize(grey.expand(-1, 3, -1, -1), img_size)
     return Images(name, split, img_size, torch.from_numpy(digits.target)[chosen], 10,

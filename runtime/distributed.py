@@ -239,6 +239,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()       # statistics of bfloat16 maps in float32
         mean = mean_with_grad(x.mean((0, 2, 3)))
         centred = x - mean[:, None, None]
         var = mean_with_grad(centred.square().mean((0, 2, 3)))
@@ -250,4 +251,4 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_((var * count / (count - 1)).where(finite, self.running_var),
                                    weight)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)

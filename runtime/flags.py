@@ -1,7 +1,7 @@
 """Flags that several scripts share, and checks of their values.
 
 `define_*_flags` are called at the top of a script, with the defaults of that script. Other modules
-do not read flags: their functions get what they need as arguments.
+get values as arguments; what they need to know of the flags themselves, they ask here.
 """
 
 import os
@@ -46,11 +46,23 @@ def resolved():
     return '\n'.join(line for line in lines if line)
 
 
-# flags that change nothing about the weights a run ends with, or that may change when resuming
+# flags that are not worth a note when they change: places, intervals, and what is checked elsewhere
 FREE = ('logdir', 'base_ckpt', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
         'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
         'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult', 'attn',
         'num_res_blocks', 'conditional', 'class_num', 'var_type')
+
+
+def parsed(text):
+    """{name: value} of the text of resolved flags; of booleans 'true' or 'false'."""
+    found = {}
+    for line in text.splitlines():
+        name, equals, value = line.lstrip('-').partition('=')
+        if not equals:
+            value = 'true' if name in FLAGS else 'false'
+            name = name if name in FLAGS else name[2:]
+        found[name] = value
+    return found
 
 
 def compare_with(text, logdir):
@@ -61,8 +73,7 @@ def compare_with(text, logdir):
     Raises:
         UserError: averaged weights or the memory queue of the run would be dropped.
     """
-    before, now = (dict(line.lstrip('-').partition('=')[::2] for line in lines.splitlines())
-                   for lines in (text, resolved()))
+    before, now = parsed(text), parsed(resolved())
     changed = [name for name in now if name in before and now[name] != before[name]
                and name not in FREE]
     drops = dict(ema_decay=FLAGS.ema_decay == 0 and float(before.get('ema_decay', 0)) > 0,
@@ -103,8 +114,8 @@ def check_network():
     levels, halvings = len(FLAGS.ch_mult), 2 ** (len(FLAGS.ch_mult) - 1)
     if FLAGS.ch % 32:
         raise UserError(f'--ch is {FLAGS.ch}, expected a multiple of 32 (group norm has 32 groups)')
-    if min(FLAGS.ch_mult) < 1:
-        raise UserError(f'--ch_mult is {FLAGS.ch_mult}, expected numbers of at least 1')
+    if min(FLAGS.ch_mult) < 1 or max(FLAGS.ch_mult) > 64:
+        raise UserError(f'--ch_mult is {FLAGS.ch_mult}, expected numbers from 1 to 64')
     if FLAGS.img_size % halvings:
         raise UserError(f'--img_size is {FLAGS.img_size}, expected a multiple of {halvings}: the '
                         f'network halves it {levels - 1} times (--ch_mult {FLAGS.ch_mult})')

@@ -1,5 +1,6 @@
 """Decoded images of a folder, kept in a file that all processes of a machine map into memory."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,10 +65,14 @@ def is_current(file, key):
 def write(file, key, dataset, shape, num_workers):
     """Decode into a temporary file, then rename; the key, written last, makes it valid."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        file.with_suffix('.json').unlink()      # of other images
     handle, temporary = tempfile.mkstemp(dir=str(file.parent), prefix=file.name)
-    os.close(handle)
     try:
-        os.truncate(temporary, int(np.prod(shape)))
+        # a full disk must fail here: later, writing to the map would end the process
+        with os.fdopen(handle, 'wb') as space:
+            reserve = getattr(os, 'posix_fallocate', lambda file, _, size: os.truncate(file, size))
+            reserve(space.fileno(), 0, int(np.prod(shape)))
         pixels = np.memmap(temporary, np.uint8, 'r+', shape=shape)
         decode_into(pixels, dataset, num_workers)
         pixels.flush()

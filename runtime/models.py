@@ -56,8 +56,8 @@ def new_unet(flags, N, device):
     with torch.device('meta'):
         count = sum(p.numel() for p in UNet(*arguments).parameters())
     needed, present = 5 * 4 * count, memory_of(device)      # average, gradient, two moments
-    distributed.print0(f'network: {count:,} parameters; training holds {needed / 2 ** 20:,.0f} MiB '
-                       f'of them (weights, average, gradient, two moments)')
+    distributed.print0(f'network: {count:,} parameters; with average, gradient and two moments '
+                       f'{needed / 2 ** 20:,.0f} MiB')
     if needed > present:
         raise UserError(f'the network of --ch {flags.ch}, --ch_mult {flags.ch_mult}, '
                         f'--num_res_blocks {flags.num_res_blocks} and {N} times needs '

@@ -28,7 +28,7 @@ from runtime.precision import autocast, compile_networks
 
 
 class Settings(NamedTuple):
-    """The flags that a run reads, and no others; `define_training_flags` explains them."""
+    """The flags that change what a run does; `define_training_flags` explains them."""
     batch_size: int
     grad_accum: int
     num_workers: int
@@ -118,6 +118,7 @@ class Run:
         FLAGS: parsed flags, of which a run reads those in `Settings`. method: 'base', 'pd', 'rdd'.
         net: the network to train, on its device. diffusion: its schedule. dataset: its images.
         logdir: the folder. base_ckpt: that of the teacher, which must be another one.
+        total_steps: if not --total_steps.
         use: weights that sample grids and users take, 'net_model' or 'ema_model'.
         memory: a second module to train, at a constant rate and without clipping (as released).
         facts: what to print when the run starts.
@@ -126,10 +127,15 @@ class Run:
     """
 
     def __init__(self, FLAGS, method, net, diffusion, dataset, logdir, base_ckpt=None,
-                 use='net_model', memory=None, **facts):
-        self.settings = s = Settings(*(getattr(FLAGS, name) for name in Settings._fields))
+                 use='net_model', memory=None, total_steps=None, **facts):
+        s = Settings(*(getattr(FLAGS, name) for name in Settings._fields))
+        self.settings = s = s._replace(total_steps=total_steps or s.total_steps)
         self.method, self.diffusion, self.dataset = method, diffusion, dataset
         self.logdir, self.use, self.facts = logdir, use, dict(images=len(dataset), **facts)
+        self.name = f'{method} T={diffusion.T}'
+        if base_ckpt:
+            self.name = f'{method.upper()} {2 * diffusion.T}->{diffusion.T}'
+            self.facts.update(teacher_steps=2 * diffusion.T, student_steps=diffusion.T)
         self.device = diffusion.alpha.device
         averaged = use == 'ema_model' or s.ema_decay
         self.ema = frozen(copy.deepcopy(net)) if averaged else None
@@ -188,8 +194,8 @@ class Run:
         folder, stopped = Folder(self.logdir, flags.resolved()), 0
         with contextlib.closing(folder), stop:
             flags.announce(self.device, self.start, **self.facts)
-            self.log = Log(self.logdir, f'{self.method} T={self.diffusion.T}', self.start,
-                           s.total_steps, s.batch_size, flags.resolved())
+            self.log = Log(self.logdir, self.name, self.start, s.total_steps, s.batch_size,
+                           flags.resolved())
             with contextlib.closing(self.log):
                 self.net.module.train()
                 self.batches = data.batches(self.dataset, s.batch_size, s.seed, self.device,
@@ -200,8 +206,8 @@ class Run:
                     stopped = self._end_step()
                     if stopped:
                         break
-        if stopped:
-            leave_after(stopped, self.logdir, self.step)
+            if stopped:
+                leave_after(stopped, self.logdir, self.step)
         distributed.print0(self.log.summary(self.step, self.logdir))
 
     def parts(self, t_min=1):

@@ -51,7 +51,7 @@ def main(row, script):
             if row == 'base':
                 script.train(device, FLAGS.loss_type)
             elif row == 'pd':
-                script.train(device, dataset, FLAGS.base_ckpt, FLAGS.logdir)
+                script.train(device, dataset, FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps)
             else:
                 script.train(device)
 

@@ -86,7 +86,7 @@ file(
     ('`--queue_layout` is ignored', 'layout=FLAGS.queue_layout, ', '', 'wiring rdd-queue_layout'),
     ('batch norm of the head per process', 'norm=distributed.GlobalBatchNorm2d)', ')',
      'wiring two_processes'),
-    ('the head is not trained', 'memory=memory, steps', 'memory=None, steps', 'wiring rdd-plain'),
+    ('the head is not trained', 'memory=memory, relation', 'memory=None, relation', 'wiring rdd-plain'),
     ('diversity per process', 'distributed.mean_with_grad(logits_S.float().softmax(1).mean(0))',
      'logits_S.float().softmax(1).mean(0)', 'wiring two_processes'),
     ('beta for both RCFD terms', 'FLAGS.alpha * (1 - FLAGS.beta), div',
