@@ -114,6 +114,7 @@ def train(device, folder, state):
         start = state['step']
         model.load_state_dict(state['model'])
         optim.load_state_dict(state['optim'])
+
     def save(step, accuracy):
         state = dict(
             model=model.state_dict(), optim=optim.state_dict(), step=step, name=FLAGS.model,
@@ -152,7 +153,7 @@ def train(device, folder, state):
             optim.step()
             optim.zero_grad(set_to_none=True)
             meter.add(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
-            # 1 if the loss is finite on all processes, which then decide alike
+            # whether it is finite on all processes, which then decide alike
             finite = distributed.all_reduce_sum((~loss.detach().isfinite()).float()) == 0
             meter.end_step(finite)
             bar.update()

@@ -128,8 +128,9 @@ class Run:
 
     def __init__(self, FLAGS, method, net, diffusion, dataset, logdir, base_ckpt=None,
                  use='net_model', memory=None, total_steps=None, **facts):
-        s = Settings(*(getattr(FLAGS, name) for name in Settings._fields))
-        self.settings = s = s._replace(total_steps=total_steps or s.total_steps)
+        values = {name: getattr(FLAGS, name) for name in Settings._fields}
+        values['total_steps'] = total_steps or FLAGS.total_steps
+        self.settings = s = Settings(**values)
         self.method, self.diffusion, self.dataset = method, diffusion, dataset
         self.logdir, self.use, self.facts = logdir, use, dict(images=len(dataset), **facts)
         self.name = f'{method} T={diffusion.T}'
