@@ -45,7 +45,8 @@ def define_flags():
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to learn')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
     flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
-                         '64 for imagenet64, 32 for others', lower_bound=8, upper_bound=4096)
+                         '28 for fashion_mnist, 64 for imagenet64, 32 for others',
+                         lower_bound=8, upper_bound=4096)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files, or augment',
                          lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'read every image file once at the start, name '

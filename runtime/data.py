@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from runtime import distributed, image_files, imagenet_batches, seeding
+from runtime import distributed, idx_files, image_files, imagenet_batches, seeding
 from runtime.cli import UserError
 from runtime.loader import load
 from runtime.image_cache import decoded
 from runtime.torchvision_cpu import torchvision
 
-DATASETS = ('digits', 'cifar10', 'imagenet64', 'folder')
-IMG_SIZE = dict(digits=8, imagenet64=64)       # default of scripts without a flagfile; others 32
+DATASETS = ('digits', 'fashion_mnist', 'cifar10', 'imagenet64', 'folder')
+IMG_SIZE = dict(digits=8, fashion_mnist=28, imagenet64=64)   # without a flagfile; others 32
 IN_MEMORY = 512 * 2 ** 20       # bytes of uint8 pixels up to which a set lives on the device
 
 
@@ -57,10 +57,11 @@ def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=Fal
         skip_bad_images: read every image file once, name those that cannot be read and leave
             them out.
     Raises:
-        UserError: unknown name; missing, empty or unusable files; no test split; CIFAR-10 could
-            not be downloaded (code 1).
+        UserError: unknown name; missing, empty or unusable files; no test split; CIFAR-10 or
+            Fashion-MNIST could not be downloaded (code 1).
     """
-    makers = dict(digits=_digits, cifar10=_cifar10, imagenet64=_imagenet64, folder=_folder)
+    makers = dict(digits=_digits, fashion_mnist=_fashion_mnist, cifar10=_cifar10,
+                  imagenet64=_imagenet64, folder=_folder)
     if name not in makers:
         raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     dataset = makers[name](name, root, img_size, 'train' if train else 'test')
@@ -86,13 +87,42 @@ def _digits(name, root, img_size, split):
     from sklearn.datasets import load_digits
     digits = load_digits()
     chosen = (torch.arange(len(digits.target)) % 6 == 5) == (split == 'test')
-    if len(chosen) * 3 * img_size ** 2 > IN_MEMORY:
-        raise UserError(f'--img_size {img_size} is too large for the digits, which have 8 x 8 '
-                        f'pixels; choose at most 256')
-    grey = torch.from_numpy(digits.images)[chosen, None].float() * (255 / 16)
-    images = _resize(grey.expand(-1, 3, -1, -1), img_size)
-    return Images(name, split, img_size, torch.from_numpy(digits.target)[chosen], 10,
-                  images.round().to(torch.uint8), flip=False)
+    images = torch.from_numpy(digits.images)[chosen].float() * (255 / 16)
+    return _grey(name, split, images, torch.from_numpy(digits.target)[chosen], img_size)
+
+
+def _fashion_mnist(name, root, img_size, split):
+    """Fashion-MNIST (Xiao et al. 2017), 28 x 28: its idx.gz files in `root`, or torchvision's."""
+    files = idx_files.find(root, split)
+    if files:
+        images, labels = idx_files.read(files[0], 3), idx_files.read(files[1], 1)
+        if len(labels) != len(images):
+            raise UserError(f'--data_root {root} has {len(images)} {split} images of {name} and '
+                            f'{len(labels)} labels; get its files again')
+    else:
+        try:
+            with distributed.main_first():
+                data = torchvision().datasets.FashionMNIST(root, train=split == 'train',
+                                                           download=distributed.is_main())
+        except (OSError, RuntimeError) as error:
+            reason = str(error).split('\n')[0].rstrip(':')
+            raise UserError(f'Fashion-MNIST is neither in --data_root {root} nor could it be '
+                            f'downloaded ({reason}); put {", ".join(idx_files.names(split))} '
+                            f'there', code=1)
+        images, labels = data.data, data.targets
+    return _grey(name, split, images, labels, img_size)
+
+
+def _grey(name, split, images, labels, img_size):
+    """`Images` of 10 classes from grey ones (N, H, W); writing and shoes have a direction."""
+    if len(images) * 3 * img_size ** 2 > IN_MEMORY:
+        largest = int((IN_MEMORY / 3 / len(images)) ** .5)
+        raise UserError(f'--img_size {img_size} is too large for --dataset {name}, whose images '
+                        f'have {images.shape[1]} x {images.shape[2]} pixels; choose at most '
+                        f'{largest}')
+    small = torch.cat([_resize(part[:, None], img_size).round().to(torch.uint8)
+                       for part in images.split(4096)])
+    return Images(name, split, img_size, labels, 10, small.expand(-1, 3, -1, -1), flip=False)
 
 
 def _cifar10(name, root, img_size, split):

@@ -173,7 +173,8 @@ def define_network_flags(dropout=0.):
 
 def define_data_flags():
     """Where images come from and how many make a step."""
-    flags.DEFINE_string('dataset', 'cifar10', 'digits, cifar10, imagenet64 or folder')
+    flags.DEFINE_string('dataset', 'cifar10', 'digits, fashion_mnist, cifar10, imagenet64 or '
+                        'folder')
     flags.DEFINE_string('data_root', './data', 'folder of the data set; for "folder" and '
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', lower_bound=1,

@@ -31,7 +31,8 @@ def define_flags():
     flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to measure')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
     flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
-                         '64 for imagenet64, 32 for others', lower_bound=1, upper_bound=4096)
+                         '28 for fashion_mnist, 64 for imagenet64, 32 for others',
+                         lower_bound=1, upper_bound=4096)
     flags.DEFINE_enum('split', 'train', ['train', 'test'], 'images to measure')
     flags.DEFINE_integer('half', 0, '1 or 2: only every second image, from the first or from the '
                          'second on; the distance between the two halves is the floor that no '

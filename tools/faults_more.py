@@ -7,8 +7,8 @@ file(
     ('images in [0, 1]', 'div_(127.5).sub_(1)', 'div_(255.)', 'wiring base-plain'),
     ('labels of other images', 'yield images[chosen], labels[chosen]',
      'yield images[chosen], labels[chosen.flip(0)]', 'wiring base-plain'),
-    ('digits are mirrored', 'images.round().to(torch.uint8), flip=False)',
-     'images.round().to(torch.uint8))', 'wiring base-plain + data'),
+    ('digits are mirrored', 'small.expand(-1, 3, -1, -1), flip=False)',
+     'small.expand(-1, 3, -1, -1))', 'wiring base-plain + data'),
     ('the order is the same in every pass', 'seeding.ORDER, number)', 'seeding.ORDER)', 'data'),
     ('flips are the same in every step', 'seeding.FLIP, step)', 'seeding.FLIP)', 'data'),
     ('augmentation is ignored', '    if augment:\n', '    if False:\n',
@@ -17,6 +17,14 @@ file(
      'wiring_classifier augmentation'),
     ('the test split trains', "'train' if train else 'test')\n    if skip",
      "'train')\n    if skip", 'data + wiring_classifier train-plain'))
+
+file(
+    'runtime/idx_files.py',
+    ('the test split trains', "'train' if split == 'train' else 't10k'", "'t10k'", 'fashion'),
+    ('the header is read as pixels', 'offset=start', 'offset=0, count=len(content) - start',
+     'fashion'),
+    ('truncated files', ' or len(content) != start + math.prod(shape)', '', 'fashion'),
+    ('labels taken for images', 'bytes([0, 0, 8, dimensions])', 'content[:4]', 'fashion'))
 
 file(
     'runtime/image_files.py',
