@@ -9,23 +9,18 @@ All halvings down to 8 steps, one folder per stage (./logs/CIFAR10/512, .../256,
 The same command run again resumes; finished stages are skipped.
 """
 
-from pathlib import Path
-
 import torch
 from absl import flags
 
 from diffusion import distillation_loss
 from runtime import cli, distributed
-from runtime.flags import define_training_flags, require
-from runtime.models import load_teacher
+from runtime.flags import define_distillation_flags, require
+from runtime.models import load_teacher, stages
 from runtime.optim import learning_rate
 from runtime.run import Run, training_data
 
 FLAGS = flags.FLAGS
-define_training_flags()
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
-flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
-                     'a folder --logdir/STEPS; 0: one halving into --logdir')
+define_distillation_flags()
 flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x, in eps, or the larger of '
                   'the two per image (truncated SNR)')
 
@@ -36,25 +31,9 @@ def main():
     device = distributed.init(FLAGS.gpu_id)
     teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
     dataset = training_data(FLAGS, teacher.network)
-    for base_ckpt, logdir, total_steps in stages(teacher.diffusion.T):
-        train(device, dataset, base_ckpt, logdir, total_steps)
-        distributed.barrier()       # the next stage reads what the first process has just written
+    for stage in stages(teacher.diffusion.T, FLAGS):
+        train(device, dataset, *stage)
     distributed.cleanup()
-
-
-def stages(T):
-    """[(teacher, folder, training steps)]; twice the steps for T = 2 and 1, as released."""
-    if not FLAGS.until:
-        return [(FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps)]
-    steps = [T]
-    while steps[-1] > FLAGS.until and steps[-1] % 2 == 0:
-        steps.append(steps[-1] // 2)
-    if steps[-1] != FLAGS.until or T == FLAGS.until:
-        raise cli.UserError(f'--until {FLAGS.until} is not reached by halving the steps of '
-                            f'{FLAGS.base_ckpt}; it has {T} steps')
-    folders = [str(Path(FLAGS.logdir) / str(T)) for T in steps[1:]]
-    totals = [FLAGS.total_steps * (2 if T <= 2 else 1) for T in steps[1:]]
-    return list(zip([FLAGS.base_ckpt] + folders[:-1], folders, totals))
 
 
 def train(device, dataset, base_ckpt, logdir, total_steps):

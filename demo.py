@@ -1,7 +1,8 @@
 """The whole method on scikit-learn's handwritten digits, in minutes on a laptop CPU.
 
   python demo.py          (or `make demo`, which also sets up the environment)
-Teacher with 64 steps -> PD 32 -> 16 -> 8 -> classifier -> 8 to 4 steps by PD and by RDD -> scores.
+Teacher with 64 steps -> PD 32 -> 16 -> 8 -> 4, 2 and 1 steps, by PD and by the recipe of
+config/DIGITS_BEST.txt -> scores.
 Runs the same scripts and flagfiles a user calls; every command is printed. Run it again to go on
 where it stopped. Ends with a table and summary.png.
 """
@@ -21,8 +22,12 @@ DONE = LOGS / 'demo.json'           # commands that are finished
 SCORER = './classifier/result/digits/convnet_small'
 
 # label, folder of the checkpoint, stride of the sampler
-SAMPLERS = [('Teacher, 64 steps', '64', 1), ('DDIM, 8 steps', '64', 8), ('DDIM, 4 steps', '64', 16),
-            ('PD, 8 steps', '8', 1), ('PD, 4 steps', '8to4/pd', 1), ('RDD, 4 steps', '8to4/rdd', 1)]
+SAMPLERS = [('Teacher, 64 steps', '64', 1),
+            ('DDIM, 8 steps', '64', 8), ('DDIM, 4 steps', '64', 16),
+            ('DDIM, 2 steps', '64', 32), ('DDIM, 1 step', '64', 64),
+            ('PD, 4 steps', 'pd/4', 1), ('PD, 2 steps', 'pd/2', 1), ('PD, 1 step', 'pd/1', 1),
+            ('Ours, 4 steps', 'best/4', 1), ('Ours, 2 steps', 'best/2', 1),
+            ('Ours, 1 step', 'best/1', 1)]
 
 
 def stages():
@@ -45,11 +50,12 @@ def stages():
            '--seed 1'),
           ('reference: one half of the real digits', f'{half} 1'),
           ('floor: the other half', f'{half} 2')]),
-        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)], score[:3]),
-        ([('8 -> 4 steps by RDD', 'train_rdd.py --flagfile ./config/DIGITS_RDD.txt')],
-         [('8 -> 4 steps by PD', pd + f' --until 0 --base_ckpt ./{LOGS}/8 '
-           f'--logdir ./{LOGS}/8to4/pd'), score[3]]),
-        (score[5:], score[4:5])]
+        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)], score[:5]),
+        ([('8 -> 4 -> 2 -> 1 steps by our recipe',
+           'train_rdd.py --flagfile ./config/DIGITS_BEST.txt')],
+         [('8 -> 4 -> 2 -> 1 steps by PD', pd + f' --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/pd '
+           '--until 1')]),
+        (score[5:8], score[8:])]
 
 
 def fingerprint(command):

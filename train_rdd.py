@@ -1,8 +1,8 @@
 """Relational diffusion distillation: halve the steps with relations between feature pixels.
 
-One process, on a GPU or the CPU:
-  python train_rdd.py --flagfile ./config/CIFAR10_RDD.txt --base_ckpt ./logs/CIFAR10/8 \\
-      --logdir ./logs/8to4/rdd
+From 8 to 4 steps; and all halvings down to 1, one folder per stage (./logs/rdd/4, .../2, .../1):
+  python train_rdd.py --flagfile ./config/CIFAR10_RDD.txt
+  python train_rdd.py --flagfile ./config/CIFAR10_RDD.txt --logdir ./logs/rdd --until 1
 Four GPUs: the same after `torchrun --nproc_per_node=4`. The same command run again resumes.
 Loss: feature_weight * KL of features (CFD) + intra_weight * IS_P2P + memory_weight * M_P2P.
   --loss_type none: the CFD baseline; with --alpha and --beta: RCFD.
@@ -15,18 +15,16 @@ from classifier import NORMALISATIONS, load_frozen
 from diffusion import distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import cli, distributed, seeding
-from runtime.flags import define_training_flags, require
-from runtime.models import load_teacher
+from runtime.flags import define_distillation_flags, require
+from runtime.models import load_teacher, stages
 from runtime.optim import learning_rate
 from runtime.run import Run, training_data
 
 FLAGS = flags.FLAGS
-define_training_flags(lr=5e-5)
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
+define_distillation_flags()
 flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared; '
                     'imagenet_resnet50 and others are those of torchvision, for images of 224 px')
-flags.DEFINE_string('classifier_path', None, 'its folder or file; none: the folder that '
-                    'classifier/train.py writes to')
+flags.DEFINE_string('classifier_path', None, 'folder or file; none: that of classifier/train.py')
 flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'input normalisation '
                   'of a published classifier; stored: as its checkpoint says, else 05')
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
@@ -64,16 +62,18 @@ def main():
     if FLAGS.loss_type in ('mp2p', 'm_p2p') and largest > FLAGS.queue_size:
         raise cli.UserError(f'--queue_size {FLAGS.queue_size} is smaller than --contrast_size or '
                             f'--queue_update ({largest}); raise it')
-    require(logdir='the folder this run writes to, such as ./logs/8to4/rdd',
-            base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/8')
-    train(distributed.init(FLAGS.gpu_id))
+    require(logdir='where results go, such as ./logs/8to4/rdd', base_ckpt='folder of the teacher')
+    device = distributed.init(FLAGS.gpu_id)
+    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
+    dataset = training_data(FLAGS, teacher.network)
+    for stage in stages(teacher.diffusion.T, FLAGS):
+        train(device, dataset, *stage)
     distributed.cleanup()
 
 
-def train(device):
-    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, device)
+def train(device, dataset, base_ckpt, logdir, total_steps):
+    teacher, group = load_teacher(base_ckpt, FLAGS, device), relation_group()
     student, diffusion = teacher.student()      # a copy, with every second point of the grid
-    dataset, group = training_data(FLAGS, student), relation_group()
     classifier = load_frozen(FLAGS.classifier, FLAGS.classifier_path, dataset,
                              FLAGS.classifier_normalisation, device)
     use_intra, memory = FLAGS.loss_type in ('mp2p', 'is_p2p'), None
@@ -82,8 +82,8 @@ def train(device):
         memory = MemoryP2P(classifier.num_features, FLAGS.queue_size, FLAGS.contrast_size,
                            FLAGS.queue_update, FLAGS.contrast_temperature,
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
-    run = Run(FLAGS, 'rdd', student, diffusion, dataset, FLAGS.logdir, FLAGS.base_ckpt,
-              memory=memory, relation_group=group)
+    run = Run(FLAGS, 'rdd', student, diffusion, dataset, logdir, base_ckpt, memory=memory,
+              total_steps=total_steps, relation_group=group)
     run.compile(teacher.network, classifier)
     for step in run:
         # Teacher: two DDIM steps from z_t give x_target; what the classifier sees in it
@@ -124,7 +124,7 @@ def train(device):
                 loss = distillation_loss(x_pred, eps_pred, x_0, eps).mean()
                 losses['loss_gt'] = FLAGS.gt_weight, loss
             run.backward(**losses)
-        run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=True))
+        run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, total_steps, decay=True))
 
 
 def relation_group():

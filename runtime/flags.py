@@ -213,3 +213,12 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
                          'line is due; 0: never', lower_bound=0)
     flags.DEFINE_integer('log_step', 50, 'steps between log lines', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'seed of everything random', lower_bound=0)
+
+
+def define_distillation_flags():
+    """What PD.py and train_rdd.py share in addition: the teacher, and how far to halve."""
+    define_training_flags()
+    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
+    flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
+                         'a folder --logdir/STEPS; students of 2 steps and 1 train twice as long; '
+                         '0: one halving into --logdir', lower_bound=0)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import torch
 
@@ -229,3 +230,35 @@ def check_facts(state, path, flags, given):
         if given(name) and state.get(name, ours) != ours:
             raise UserError(f'--{name} is {ours} and {path} was trained with {state[name]}; '
                             f'set --{name}={state[name]}')
+
+
+def halvings(T, until, base_ckpt):
+    """[T / 2, T / 4, .., until]: the steps of all students of a teacher with T steps.
+
+    Raises:
+        UserError: halving does not lead to `until`.
+    """
+    steps = [T]
+    while steps[-1] > until and steps[-1] % 2 == 0:
+        steps.append(steps[-1] // 2)
+    if steps[-1] != until or T == until:
+        raise UserError(f'--until {until} is not reached by halving the steps of {base_ckpt}; it '
+                        f'has {T} steps')
+    return steps[1:]
+
+
+def stages(T, FLAGS):
+    """Yield (teacher, folder, training steps) of each halving, by --until and --total_steps.
+
+    Students of 2 steps and 1 train twice as long, as released. The next stage comes when all
+    processes are done with the one before, since it reads what the first of them has written.
+    """
+    if not FLAGS.until:
+        yield FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps
+        return
+    before = FLAGS.base_ckpt
+    for steps in halvings(T, FLAGS.until, FLAGS.base_ckpt):
+        folder = str(Path(FLAGS.logdir) / str(steps))
+        yield before, folder, FLAGS.total_steps * (2 if steps <= 2 else 1)
+        distributed.barrier()
+        before = folder

@@ -109,6 +109,10 @@ def folder(request, tmp_path_factory):
     if 'test_until' in names:
         flags = dict(PD, until=1, save_step=0)
         jobs['until'] = [command(['PD.py', *words(flags, folder), f'--logdir={folder / "until"}'])]
+        flags = dict(CASES['rdd-plain'], until=2, total_steps=1, save_step=0)
+        script = flags.pop('script')
+        jobs['until_rdd'] = [command([script, *words(flags, folder),
+                                      f'--logdir={folder / "until_rdd"}'])]
     if 'test_weights_that_are_lost' in names:
         flags = dict(BASE, warmup=0)
         jobs['lost'] = [recorded(dict(flags, total_steps=1), folder, 'lost'),
@@ -328,9 +332,11 @@ def test_resumed_with_other_flags(folder):
 
 def test_until(folder):
     """Twice the steps for students of 2 and 1."""
-    found = {T: load(folder / f'until/{T}/ckpt.pt') for T in (4, 2, 1)}
-    assert {T: (state['T'], state['step']) for T, state in found.items()} == {
-        4: (4, 2), 2: (2, 4), 1: (1, 4)}
+    found = {name: load(folder / name / 'ckpt.pt') for name in (
+        'until/4', 'until/2', 'until/1', 'until_rdd/4', 'until_rdd/2')}
+    assert {name: (state['T'], state['step']) for name, state in found.items()} == {
+        'until/4': (4, 2), 'until/2': (2, 4), 'until/1': (1, 4),
+        'until_rdd/4': (4, 1), 'until_rdd/2': (2, 2)}
 
 
 @pytest.mark.parametrize('one', TWO)

@@ -50,10 +50,8 @@ def main(row, script):
         with measured(turn, script, dataset):
             if row == 'base':
                 script.train(device, FLAGS.loss_type)
-            elif row == 'pd':
-                script.train(device, dataset, FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps)
             else:
-                script.train(device)
+                script.train(device, dataset, FLAGS.base_ckpt, FLAGS.logdir, FLAGS.total_steps)
 
     sides = dict(fast=contextlib.nullcontext)
     if FLAGS.plain:

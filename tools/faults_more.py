@@ -59,6 +59,9 @@ file(
 
 file(
     'runtime/models.py',
+    ('never twice the steps', 'steps <= 2', 'steps < 1', 'wiring test_until'),
+    ('every stage starts from the first teacher', '        before = folder', '',
+     'wiring test_until'),
     ('the student of a base model starts from its raw weights',
      "'use', 'ema_model' if base else 'net_model')", "'use', 'net_model')", 'wiring pd-plain'),
     ('the grid of the student', 'Diffusion(d.T // 2, 2 * d.time_scale,',

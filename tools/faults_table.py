@@ -51,10 +51,7 @@ file(
     ('the teacher is in training mode', 'run.compile(teacher.network)',
      'run.compile(teacher.network.train())', 'wiring pd-dropout'),
     ('eps_target at the noise of the image', 'eps_target = diffusion.eps_of(z_t, x_target, t)',
-     'eps_target = eps', 'wiring pd-plain'),
-    ('never twice the steps', 'T <= 2', 'T < 1', 'wiring test_until'),
-    ('every stage starts from the first teacher', '[FLAGS.base_ckpt] + folders[:-1]',
-     '[FLAGS.base_ckpt] * len(folders)', 'wiring test_until'))
+     'eps_target = eps', 'wiring pd-plain'))
 
 file(
     'train_rdd.py',
@@ -86,7 +83,8 @@ file(
     ('`--queue_layout` is ignored', 'layout=FLAGS.queue_layout, ', '', 'wiring rdd-queue_layout'),
     ('batch norm of the head per process', 'norm=distributed.GlobalBatchNorm2d)', ')',
      'wiring two_processes'),
-    ('the head is not trained', 'memory=memory, relation', 'memory=None, relation',
+    ('stages train for --total_steps', 'total_steps=total_steps, ', '', 'wiring test_until'),
+    ('the head is not trained', 'base_ckpt, memory=memory', 'base_ckpt, memory=None',
      'wiring rdd-plain'),
     ('diversity per process', 'distributed.mean_with_grad(logits_S.float().softmax(1).mean(0))',
      'logits_S.float().softmax(1).mean(0)', 'wiring two_processes'),
