@@ -33,7 +33,7 @@ from runtime import cli, pictures
 from runtime.cli import ROOT, UserError
 from runtime.flags import require
 from runtime.log import progress
-from runtime.models import load_model
+from runtime.models import halvings, load_model
 
 FLAGS = flags.FLAGS
 # name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps
@@ -67,6 +67,8 @@ def define_flags():
     flags.DEFINE_integer('jobs', 1, 'chains that run side by side, each on a GPU of its own or on '
                          'a share of the cores', lower_bound=1, upper_bound=256)
     flags.DEFINE_bool('double', True, 'students of 2 steps and 1 train twice as long, as released')
+    flags.DEFINE_bool('report', False, 'train and score nothing: only write the table and the '
+                      'pictures of the students that are finished')
     flags.DEFINE_string('train_flags', '', 'more flags for every training, in quotes')
     flags.DEFINE_string('eval_flags', '', 'more flags for every evaluation, in quotes')
 
@@ -76,22 +78,17 @@ def main():
             config='the data set whose flagfiles are used, such as DIGITS',
             logdir='the folder of the study, such as ./logs/study')
     methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt)
-    steps, T = [], teacher.diffusion.T
-    while T > FLAGS.until and T % 2 == 0:
-        T //= 2
-        steps.append(T)
-    if not steps or T != FLAGS.until:
-        raise UserError(f'--until {FLAGS.until} is not reached by halving the '
-                        f'{teacher.diffusion.T} steps of {FLAGS.base_ckpt}')
+    steps = halvings(teacher.diffusion.T, FLAGS.until, FLAGS.base_ckpt)
     sampled = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
     chains = []
     for seed in range(FLAGS.seeds):
         for name, command in methods.items():
             chains.append([Student(name, command, seed, T, teacher) for T in steps] if command else
                           [Student(name, '', seed, T, sampled) for T in [2 * steps[0], *steps]])
-    run_all(chains)
+    if not FLAGS.report:
+        run_all(chains)
     students = [student for chain in chains for student in chain]
-    failed = [student for student in students if not student.result()]
+    failed = [student for student in students if student.problem or not student.result()]
     report(students, failed)
     if failed:
         raise UserError(f'{len(failed)} of {len(students)} students are missing, see '
@@ -149,9 +146,7 @@ class Student:
         before = self.teacher.file if first else self.folder.parent / str(2 * self.steps)
         train = [self.script, f'--flagfile={config("PD" if self.script == "PD.py" else "RDD")}',
                  f'--seed={self.seed}', f'--base_ckpt={before}', f'--logdir={self.folder}',
-                 *self.extra, *shlex.split(FLAGS.train_flags)]
-        if self.script == 'PD.py':
-            train.append('--until=0')
+                 '--until=0', *self.extra, *shlex.split(FLAGS.train_flags)]
         if FLAGS.double and self.steps <= 2:
             train.append(f'--total_steps={2 * total_steps(train)}')
         return [train, words]
@@ -204,8 +199,8 @@ def run_all(chains):
 
     def run_chain(chain):
         place = free.pop()
-        threads = max(1, (os.cpu_count() or 1) // FLAGS.jobs)
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads))
+        threads = str(max(1, (os.cpu_count() or 1) // FLAGS.jobs))
+        env = dict(dict(OMP_NUM_THREADS=threads), **os.environ)     # unless you set it yourself
         if gpus:
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus))))
             env['CUDA_VISIBLE_DEVICES'] = visible.split(',')[place % gpus]
@@ -227,17 +222,17 @@ def run_all(chains):
 
 def report(students, failed):
     folder, steps = Path(FLAGS.logdir), sorted({s.steps for s in students}, reverse=True)
-    found = {(s.method, s.steps, s.seed): s.result() for s in students if s.result()}
+    found = {(s.method, s.steps, s.seed): s.result() for s in students if s not in failed}
     text = '\n\n'.join(table(found, steps, score) for score in SCORES)
     if failed:
         text += '\n\nMissing:\n' + ''.join(f'\n- {s.method}, seed {s.seed}, {s.steps} steps: '
-                                           f'{s.problem}' for s in failed)
+                                           f'{s.problem or "not made yet"}' for s in failed)
     (folder / 'table.md').write_text(text + '\n')
     print(text, flush=True)
     if found:
         draw(found, steps, folder / 'study.png')
         for T in steps:
-            draw_samples([s for s in students if s.seed == 0 and s.steps == T and s.result()],
+            draw_samples([s for s in students if s.seed == 0 and s.steps == T and s not in failed],
                          folder / f'samples_{T}.png')
 
 
