@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT
 
-SCRIPTS = dict(train_base=['BASE'], PD=['PD'], train_rdd=['RDD', 'RCFD'], ddim_eval=['EVAL'])
+SCRIPTS = dict(train_base=['BASE'], PD=['PD'], train_rdd=['RDD', 'RCFD', 'BEST'], ddim_eval=['EVAL'])
 NETWORK = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
            'class_num')
 PROGRAM = '''
