@@ -16,14 +16,14 @@ from absl import flags
 
 from diffusion import distillation_loss
 from runtime import cli, distributed
-from runtime.flags import define_training_flags, require
+from runtime.flags import define_teacher_flags, define_training_flags, require
 from runtime.models import load_teacher
 from runtime.optim import learning_rate
 from runtime.run import Run, training_data
 
 FLAGS = flags.FLAGS
 define_training_flags()
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
+define_teacher_flags()
 flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
                      'a folder --logdir/STEPS; 0: one halving into --logdir')
 flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x, in eps, or the larger of '
@@ -59,7 +59,7 @@ def stages(T):
 
 def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher = load_teacher(base_ckpt, FLAGS, device)
-    student, diffusion = teacher.student()      # a copy, with every second point of the grid
+    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
     run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
     run.compile(teacher.network)
     for step in run:

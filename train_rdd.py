@@ -15,14 +15,14 @@ from classifier import NORMALISATIONS, load_frozen
 from diffusion import distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import cli, distributed, seeding
-from runtime.flags import define_training_flags, require
+from runtime.flags import define_teacher_flags, define_training_flags, require
 from runtime.models import load_teacher
 from runtime.optim import learning_rate
 from runtime.run import Run, training_data
 
 FLAGS = flags.FLAGS
 define_training_flags(lr=5e-5)
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
+define_teacher_flags()
 flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared; '
                     'imagenet_resnet50 and others are those of torchvision, for images of 224 px')
 flags.DEFINE_string('classifier_path', None, 'its folder or file; none: the folder that '
@@ -72,7 +72,7 @@ def main():
 
 def train(device):
     teacher = load_teacher(FLAGS.base_ckpt, FLAGS, device)
-    student, diffusion = teacher.student()      # a copy, with every second point of the grid
+    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
     dataset, group = training_data(FLAGS, student), relation_group()
     classifier = load_frozen(FLAGS.classifier, FLAGS.classifier_path, dataset,
                              FLAGS.classifier_normalisation, device)

@@ -9,5 +9,5 @@ def write(model, stride, folder):
     state_dict = {key: value.contiguous() for key, value in model.network.state_dict().items()}
     save_file(state_dict, folder / 'model.safetensors', dict(format='pt'))
     facts.write_json(folder / 'config.json', dict(
-        unet=model.arch, diffusion=facts.grid(model.diffusion), details=model.network.details,
+        unet=model.arch, diffusion=model.diffusion.arguments(), details=model.network.details,
         stride=stride, img_size=model.img_size, training=facts.origin(model)))

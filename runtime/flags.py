@@ -14,6 +14,7 @@ from absl import flags
 from runtime.cli import UserError, own_flags
 
 FLAGS = flags.FLAGS
+MEAN_TYPES = ['xstart', 'epsilon', 'v']
 
 
 def given(name):
@@ -47,7 +48,7 @@ def resolved():
 
 
 # flags that are not worth a note when they change: places, intervals, and what is checked elsewhere
-FREE = ('logdir', 'base_ckpt', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
+FREE = ('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
         'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
         'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult', 'attn',
         'num_res_blocks', 'conditional', 'class_num', 'var_type')
@@ -90,8 +91,8 @@ def compare_with(text, logdir):
 
 def facts():
     """What a checkpoint says about its run in addition to weights and steps."""
-    return dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size, dataset=FLAGS.dataset,
-                batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
+    return dict(img_size=FLAGS.img_size, dataset=FLAGS.dataset, batch_size=FLAGS.batch_size,
+                seed=FLAGS.seed, flags=resolved())
 
 
 def check_size(dataset):
@@ -164,11 +165,25 @@ def define_network_flags(dropout=0.):
                          upper_bound=4096)
     flags.DEFINE_bool('conditional', False, 'class-conditional network')
     flags.DEFINE_integer('class_num', 10, 'number of classes', lower_bound=1, upper_bound=100000)
-    flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts')
+    flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts: x_0, eps or '
+                      'v = alpha eps - sigma x_0; if it is not given, a student of an eps teacher '
+                      'predicts v, any other student what its teacher does')
     flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
                       'ignored: DDIM sampling is deterministic and has no variance')
     flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start (minutes for '
                       'large networks), then faster steps; needs torch 2.2 and a C++ compiler')
+
+
+def define_teacher_flags():
+    """The model to distil."""
+    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, or a folder of '
+                        'diffusers')
+    define_teacher_steps()
+
+
+def define_teacher_steps():
+    flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model is taken to have, as '
+                         '128 of 1000; 0: as many as it says', lower_bound=0)
 
 
 def define_data_flags():
