@@ -1,6 +1,7 @@
 """Folders of diffusers: write one from a model, and read one as a checkpoint."""
 
 import json
+from inspect import signature
 from pathlib import Path
 
 from formats import diffusers_scheduler, diffusers_unet, facts
@@ -127,7 +128,8 @@ def read_config(folder):
     config = read_json(file, 'which describes a UNet2DModel')
     diffusers_scheduler.check_class(config, 'UNet2DModel', file)
     diffusers_scheduler.check_fields(config, UNet2DModel, file)
-    given = {key: value for key, value in config.items() if key[0] != '_'}
+    given = {key: value for key, value in config.items()
+             if key in signature(UNet2DModel.__init__).parameters}
     try:
         with torch.device('meta'):
             full = dict(UNet2DModel(**given).config)

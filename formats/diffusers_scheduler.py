@@ -96,9 +96,13 @@ def check_class(config, expected, file):
 
 
 def check_fields(config, kind, file):
-    """Refuse settings that this version of diffusers does not know for a class, `kind`."""
+    """Refuse settings that this version of diffusers does not know for a class, `kind`.
+
+    What old versions knew and left at null says nothing.
+    """
     known = signature(kind.__init__).parameters
-    unknown = sorted(key for key in config if key[0] != '_' and key not in known)
+    unknown = sorted(key for key, value in config.items()
+                     if key[:1] != '_' and key not in known and value is not None)
     if unknown:
         raise UserError(f'{file} has {", ".join(unknown)}, which {kind.__name__} of the installed '
                         f'diffusers does not know; remove it there, or install another version')
