@@ -25,7 +25,7 @@ class DiffusersUNet(nn.Module):
 
     def forward(self, x, t, y=None, noise=None):
         """Images (B, 3, H, W), times (B,) int in 1..N, labels (B,) or None -> (B, 3, H, W)."""
-        return self.unet(x, t - 1, y, return_dict=False)[0]
+        return self.unet(x, t - 1, y if self.conditional else None, return_dict=False)[0]
 
     def architecture(self, N):
         """What `runtime.models.architecture` says of our U-Net, for times 0..N."""
