@@ -29,11 +29,12 @@ import torch
 from absl import flags
 from scipy import stats
 
+from formats.diffusers_folder import is_folder
 from runtime import cli, pictures
 from runtime.cli import ROOT, UserError
-from runtime.flags import require
+from runtime.flags import define_teacher_steps, require
 from runtime.log import progress
-from runtime.models import load_model
+from runtime.models import load_model, save_as_run
 
 FLAGS = flags.FLAGS
 # name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps
@@ -51,7 +52,8 @@ SCORES = dict(fid='Frechet distance', inception_score='Inception score')
 
 def define_flags():
     flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, for example the '
-                        'student of 8 steps that PD.py made')
+                        'student of 8 steps that PD.py made, or a folder of diffusers')
+    define_teacher_steps()
     flags.DEFINE_string('ddim_ckpt', None, 'model that the method DDIM samples, for example the '
                         'teacher of 64 steps that train_base.py made; none: --base_ckpt')
     flags.DEFINE_string('config', None, 'flagfiles to use: DIGITS means config/DIGITS_PD.txt, '
@@ -75,7 +77,7 @@ def main():
     require(base_ckpt='the folder of the teacher, such as ./logs/digits/8',
             config='the data set whose flagfiles are used, such as DIGITS',
             logdir='the folder of the study, such as ./logs/study')
-    methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt)
+    methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt, steps=FLAGS.teacher_steps)
     steps, T = [], teacher.diffusion.T
     while T > FLAGS.until and T % 2 == 0:
         T //= 2
@@ -84,6 +86,8 @@ def main():
         raise UserError(f'--until {FLAGS.until} is not reached by halving the '
                         f'{teacher.diffusion.T} steps of {FLAGS.base_ckpt}')
     sampled = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
+    if FLAGS.teacher_steps or is_folder(FLAGS.base_ckpt):
+        teacher.file = save_as_run(teacher, Path(FLAGS.logdir) / 'teacher')
     chains = []
     for seed in range(FLAGS.seeds):
         for name, command in methods.items():
@@ -152,6 +156,8 @@ class Student:
                  *self.extra, *shlex.split(FLAGS.train_flags)]
         if self.script == 'PD.py':
             train.append('--until=0')
+        if '--teacher_steps' in config('PD').read_text():       # a student has its own
+            train.append('--teacher_steps=0')
         if FLAGS.double and self.steps <= 2:
             train.append(f'--total_steps={2 * total_steps(train)}')
         return [train, words]

@@ -136,6 +136,15 @@ def read_model(path):
     return file, checkpoint.read(file)
 
 
+def save_as_run(model, folder):
+    """Write a model of any source as a run's checkpoint in a folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / 'ckpt.pt', dict(
+        model.network.stored, net_model=model.network.state_dict(), use='net_model',
+        img_size=model.img_size, **model.diffusion.arguments()))
+    return folder / 'ckpt.pt'
+
+
 def with_clean_end(state):
     """A checkpoint of pytorch-ddpm with an index 0 where alpha is 1, before its 1000 times."""
     state, N = dict(state), 0
