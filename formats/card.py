@@ -129,7 +129,8 @@ def write(folder, model, stride, form, license, measured=()):
     lines = results(model.file, model.facts.get('step'), model.weights)
     (folder / 'README.md').write_text(CARD.format(
         license=license, library=LIBRARIES[form], nfe=nfe, size=model.img_size, steps=steps,
-        millions=parameters / 1e6, schedule=d.schedule["name"] if clean else d.schedule, weights=model.weights,
+        millions=parameters / 1e6, weights=model.weights,
+        schedule=d.schedule['name'] if clean else d.schedule,
         kind=f'class-conditional, {arch["class_num"]} classes' if conditional else 'unconditional',
         prediction=PREDICTIONS[d.mean_type],
         code=loading_code(form, conditional, nfe, model.img_size, arch['class_num'], theirs),

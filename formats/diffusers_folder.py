@@ -116,8 +116,8 @@ def check_pipeline(file):
     index = read_json(file, '') if file.exists() else {}
     more = sorted(key for key in index if key[0] != '_' and key not in ('unet', 'scheduler'))
     if more:
-        raise UserError(f'the pipeline in {file.parent} has {", ".join(more)} besides its U-Net and '
-                        f'scheduler; give one that makes images with a U-Net alone')
+        raise UserError(f'the pipeline in {file.parent} has {", ".join(more)} besides its U-Net '
+                        f'and scheduler; give one that makes images with a U-Net alone')
 
 
 def read_config(folder):

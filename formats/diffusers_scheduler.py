@@ -73,7 +73,8 @@ def betas_of(config, file):
     check_class(config, SCHEDULERS, file)
     check_fields(config, getattr(diffusers, config['_class_name']), file)
     try:
-        betas = diffusers.DDPMScheduler(**{key: config[key] for key in BETAS if key in config}).betas
+        settings = {key: config[key] for key in BETAS if key in config}
+        betas = diffusers.DDPMScheduler(**settings).betas
         alpha_bar = torch.cumprod(1 - betas, 0)
         if len(betas) < 1 or betas.min() < 0 or not alpha_bar.isfinite().all():
             raise ValueError('its betas are not numbers from 0 to 1')

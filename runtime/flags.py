@@ -48,10 +48,10 @@ def resolved():
 
 
 # flags that are not worth a note when they change: places, intervals, and what is checked elsewhere
-FREE = ('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
-        'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
-        'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult', 'attn',
-        'num_res_blocks', 'conditional', 'class_num', 'var_type')
+FREE = ('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'num_workers',
+        'gpu_id', 'num_gpus', 'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step',
+        'keep', 'until', 'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult',
+        'attn', 'num_res_blocks', 'conditional', 'class_num', 'var_type')
 
 
 def parsed(text):

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from pathlib import Path
 
 import torch
 

@@ -13,7 +13,7 @@ from model import UNet
 from runtime import checkpoint, models
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
-from helpers import NETWORK, assert_ran, command, fork_all
+from helpers import assert_ran, command, fork_all
 
 SIZE = 8
 SMALL = dict(sample_size=SIZE, layers_per_block=1, block_out_channels=(32, 64),
