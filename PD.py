@@ -38,7 +38,7 @@ def main():
 
 def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher = load_teacher(base_ckpt, FLAGS, device)
-    student, diffusion = teacher.student()      # a copy, with every second point of the grid
+    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
     run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
     run.compile(teacher.network)
     for step in run:

@@ -15,8 +15,8 @@ from absl import flags
 
 from runtime import cli, distributed, pictures, seeding
 from runtime.cli import UserError
-from runtime.flags import (define_device_flags, define_network_flags, given, require,
-                           without_effect)
+from runtime.flags import (define_device_flags, define_network_flags, define_teacher_steps, given,
+                           require, without_effect)
 from runtime.log import progress
 from runtime.models import check_facts, check_flags, load_model
 from runtime.pictures import to_uint8
@@ -27,6 +27,7 @@ from score import (ActivationStats, check_network, frechet_distance, load_featur
 FLAGS = flags.FLAGS
 define_network_flags()
 define_device_flags()
+define_teacher_steps()
 flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint; results are written there')
 flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride',
                      lower_bound=1)
@@ -85,7 +86,7 @@ def evaluate(device):
 def checked_model():
     """The model in --logdir, if neither --stride nor the flags of the network contradict it."""
     model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
-                       img_size=FLAGS.img_size)
+                       img_size=FLAGS.img_size, steps=FLAGS.teacher_steps)
     check_flags(model.arch, model.file, FLAGS, given)
     check_facts(dict(model.facts, img_size=model.img_size), model.file, FLAGS, given)
     if model.diffusion.T % FLAGS.stride:

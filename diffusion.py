@@ -1,6 +1,7 @@
 """Diffusion in the symbols of the papers: tables and pure functions. Holds no network.
 
-Times t, s are integers on the base grid 0..N. z_t = alpha_t x_0 + sigma_t eps.
+Times t, s are integers on the base grid 0..N. z_t = alpha_t x_0 + sigma_t eps. A network is called
+with these times, and predicts x_0 ('xstart'), eps ('epsilon') or v = alpha_t eps - sigma_t x_0.
 """
 
 import math
@@ -16,7 +17,12 @@ def alpha_bar_table(N, schedule='cosine'):
     0.0063 there for N = 1024, not 0. Published checkpoints were trained on this table.
     'linear' is that of DDPM (Ho et al. 2020), for checkpoints of pytorch-ddpm: beta from 1e-4 to
     0.02 in N + 1 equal steps.
+    dict(name=, betas=): N betas from 1 on, behind a clean end: alpha_bar is 1 at index 0. In
+    float32, as diffusers has trained its networks.
     """
+    if isinstance(schedule, dict):
+        alpha_bar = torch.cumprod(1 - torch.tensor(schedule['betas'], dtype=torch.float32), dim=0)
+        return torch.cat([torch.ones(1), alpha_bar]).double()
     if schedule == 'linear':
         beta = torch.linspace(1e-4, 0.02, N + 1, dtype=torch.float64)
         return torch.cumprod(1 - beta, dim=0)
@@ -26,23 +32,52 @@ def alpha_bar_table(N, schedule='cosine'):
     return torch.cumprod(1 - beta, dim=0)
 
 
+def clean_linear(N=1000):
+    """DDPM's betas from 1e-4 to 0.02 behind a clean end, for times 1..N of a network."""
+    return dict(name='linear', betas=torch.linspace(1e-4, 0.02, N).tolist())
+
+
 class Diffusion:
-    """Schedule of a model with T steps, each `time_scale` points of the base grid apart.
+    """Schedule of a model with T steps on a base grid 0..N; it visits t_k = round(k N / T).
 
     Args:
-        T: sampling steps of the model. time_scale: N / T. mean_type: what the network predicts,
-        'xstart' (x_0) or 'epsilon' (eps). device: where the tables live.
+        T: sampling steps of the model. time_scale: N / T, if no N is given, which T need not
+        divide. mean_type: what the network predicts, 'xstart' (x_0), 'epsilon' (eps) or 'v'.
+        device: where the tables live. schedule: see `alpha_bar_table`.
+    Attributes:
+        visited: (T + 1,) the times of the model from 0 to N. alpha, sigma: (N + 1,) float64.
     """
 
-    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu', schedule='cosine'):
-        self.T, self.time_scale, self.mean_type, self.schedule = T, time_scale, mean_type, schedule
-        alpha_bar = alpha_bar_table(T * time_scale, schedule)
-        self.alpha = alpha_bar.sqrt().to(device)            # (N + 1,) float64
+    def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu', schedule='cosine',
+                 N=None):
+        self.T, self.N, self.mean_type, self.schedule = T, N or T * time_scale, mean_type, schedule
+        alpha_bar = alpha_bar_table(self.N, schedule)
+        self.alpha = alpha_bar.sqrt().to(device)
         self.sigma = (1 - alpha_bar).sqrt().to(device)
+        visited = torch.tensor([round(k * self.N / T) for k in range(T + 1)])
+        index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
+        self.visited = visited.to(device)
+        self._before = visited[index.clamp(min=0)].to(device)
 
     @property
-    def N(self):
-        return self.T * self.time_scale
+    def time_scale(self):
+        """Points of the grid per step, rounded down."""
+        return self.N // self.T
+
+    def arguments(self):
+        """The arguments that rebuild it, of plain types; N only where it is not T time_scale."""
+        found = dict(T=self.T, time_scale=self.time_scale, mean_type=self.mean_type,
+                     schedule=self.schedule)
+        return found if self.T * self.time_scale == self.N else dict(found, N=self.N)
+
+    def with_steps(self, T, mean_type=None):
+        """The same schedule in T steps, for a network that predicts `mean_type` (None: as now)."""
+        return Diffusion(T, 1, mean_type or self.mean_type, self.alpha.device, self.schedule,
+                         self.N)
+
+    def before(self, t):
+        """The times (B,) one step of the model before times t (B,) of the grid."""
+        return self._before[t]
 
     def at(self, t):
         """alpha_t, sigma_t as (B, 1, 1, 1) float64 for times t (B,)."""
@@ -63,8 +98,10 @@ class Diffusion:
         out = model(z_t, t, y).to(z_t.dtype)
         if self.mean_type == 'xstart':
             return out, self.eps_of(z_t, out, t)
-        alpha_t, sigma_t = self.at(t)
-        return (z_t - sigma_t.to(z_t.dtype) * out) / alpha_t.to(z_t.dtype), out
+        alpha_t, sigma_t = (value.to(z_t.dtype) for value in self.at(t))
+        if self.mean_type == 'v':
+            return alpha_t * z_t - sigma_t * out, sigma_t * z_t + alpha_t * out
+        return (z_t - sigma_t * out) / alpha_t, out
 
     def ddim_step(self, model, z_t, t, s, clip=True, y=None):
         """DDIM, eta = 0 (Song et al. 2021, Eq. 12): z_t at times t (B,) -> z_s at s < t.
@@ -85,7 +122,7 @@ class Diffusion:
         """
         if stride < 1 or self.T % stride:
             raise ValueError(f'stride {stride} does not divide the {self.T} steps of the model')
-        return list(range(self.N, -1, -stride * self.time_scale))
+        return self.visited.tolist()[::-stride]
 
     def sample(self, model, x_T, stride=1, clip=True, y=None):
         """Images (B, C, H, W) in [-1, 1] from noise x_T with T / stride evaluations of the model.
@@ -105,7 +142,7 @@ class Diffusion:
         s = t - 2 steps; x_target is the x with which one DDIM step lands on the same z_s:
         x_target = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
         """
-        mid, s = t - self.time_scale, t - 2 * self.time_scale
+        mid, s = self.before(t), self.before(self.before(t))
         z_mid = self.ddim_step(teacher, z_t, t, mid, clip=False, y=y)
         z_s = self.ddim_step(teacher, z_mid, mid, s, clip=False, y=y)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t), self.at(s)

@@ -16,18 +16,17 @@ the model card.
 """
 
 import contextlib
-import importlib
 import shutil
 from pathlib import Path
 
 from absl import flags
 
 from formats import card, diffusers_folder, onnx_graph, safetensors_file
+from formats.packages import check_packages
 from runtime import checkpoint, cli
 from runtime.cli import UserError
-from runtime.flags import require
+from runtime.flags import MEAN_TYPES, define_teacher_steps, require
 from runtime.models import load_model
-from runtime.torchvision_cpu import torchvision
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint')
@@ -39,12 +38,13 @@ flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / s
                      lower_bound=1)
 flags.DEFINE_enum('precision', 'float32', ['float32', 'float16', 'int8'], 'of the weights in an '
                   'ONNX graph; int8 quantises the products as well, dynamically')
+define_teacher_steps()
 flags.DEFINE_string('license', 'mit', 'licence named on the model card')
 flags.DEFINE_string('from_diffusers', None, 'folder of a diffusers pipeline or UNet2DModel to '
                     'convert to <output>/ckpt.pt, instead of exporting')
 flags.DEFINE_integer('img_size', 32, 'height and width of the images, if the checkpoint does not '
                      'record them', lower_bound=1)
-flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts, if the '
+flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts, if the '
                   'checkpoint does not record it')
 
 PACKAGES = dict(diffusers=['diffusers', 'safetensors'], onnx=['onnx', 'onnxruntime'],
@@ -70,7 +70,7 @@ def export_model(output):
         raise UserError(f'--precision {FLAGS.precision} is for --format onnx, found --format '
                         f'{FLAGS.format}; leave --precision out')
     model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
-                       img_size=FLAGS.img_size)
+                       img_size=FLAGS.img_size, steps=FLAGS.teacher_steps)
     if model.diffusion.T % FLAGS.stride:
         raise UserError(f'--stride {FLAGS.stride} does not divide the {model.diffusion.T} steps of '
                         f'the model in {model.file}; choose a divisor')
@@ -92,17 +92,6 @@ def import_model(output):
     state = diffusers_folder.read(FLAGS.from_diffusers)
     with publish(output) as folder:
         checkpoint.save(folder / 'ckpt.pt', state)
-
-
-def check_packages(names):
-    """Refuse to start without these optional packages."""
-    torchvision()       # diffusers imports it if it is installed
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise UserError(f'the package {name} is missing; run pip install -r '
-                            f'requirements-export.txt', code=1)
 
 
 @contextlib.contextmanager

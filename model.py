@@ -181,6 +181,7 @@ class UNet(nn.Module):
         self.tail = nn.Sequential(nn.GroupNorm(32, now), nn.SiLU(),
                                   initialize(nn.Conv2d(now, 3, 3, padding=1), gain=1e-5))
         self.details = dict(norm_eps=1e-5, downsample_padding=1)
+        self.stored = {}        # what its checkpoint says of it besides, and its students keep
 
     def set_details(self, norm_eps, downsample_padding):
         """Settings that the weights do not reveal.

@@ -29,11 +29,12 @@ import torch
 from absl import flags
 from scipy import stats
 
+from formats.diffusers_folder import is_folder
 from runtime import cli, pictures
 from runtime.cli import ROOT, UserError
-from runtime.flags import require
+from runtime.flags import define_teacher_steps, require
 from runtime.log import progress
-from runtime.models import halvings, load_model
+from runtime.models import halvings, load_model, save_as_run
 
 FLAGS = flags.FLAGS
 # name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps
@@ -51,7 +52,8 @@ SCORES = dict(fid='Frechet distance', inception_score='Inception score')
 
 def define_flags():
     flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, for example the '
-                        'student of 8 steps that PD.py made')
+                        'student of 8 steps that PD.py made, or a folder of diffusers')
+    define_teacher_steps()
     flags.DEFINE_string('ddim_ckpt', None, 'model that the method DDIM samples, for example the '
                         'teacher of 64 steps that train_base.py made; none: --base_ckpt')
     flags.DEFINE_string('config', None, 'flagfiles to use: DIGITS means config/DIGITS_PD.txt, '
@@ -77,9 +79,11 @@ def main():
     require(base_ckpt='the folder of the teacher, such as ./logs/digits/8',
             config='the data set whose flagfiles are used, such as DIGITS',
             logdir='the folder of the study, such as ./logs/study')
-    methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt)
+    methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt, steps=FLAGS.teacher_steps)
     steps = halvings(teacher.diffusion.T, FLAGS.until, FLAGS.base_ckpt)
     sampled = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
+    if FLAGS.teacher_steps or is_folder(FLAGS.base_ckpt):
+        teacher.file = save_as_run(teacher, Path(FLAGS.logdir) / 'teacher')
     chains = []
     for seed in range(FLAGS.seeds):
         for name, command in methods.items():
@@ -147,6 +151,8 @@ class Student:
         train = [self.script, f'--flagfile={config("PD" if self.script == "PD.py" else "RDD")}',
                  f'--seed={self.seed}', f'--base_ckpt={before}', f'--logdir={self.folder}',
                  '--until=0', *self.extra, *shlex.split(FLAGS.train_flags)]
+        if '--teacher_steps' in config('PD').read_text():       # a student has its own
+            train.append('--teacher_steps=0')
         if FLAGS.double and self.steps <= 2:
             train.append(f'--total_steps={2 * total_steps(train)}')
         return [train, words]

@@ -1,4 +1,4 @@
-"""Train the diffusion teacher: a network that predicts x_0 (or eps) from z_t.
+"""Train the diffusion teacher: a network that predicts x_0 (or eps, or v) from z_t.
 
 One process, on a GPU or the CPU:
   python train_base.py --flagfile ./config/CIFAR10_BASE.txt --logdir ./logs/CIFAR10/1024
@@ -32,7 +32,7 @@ flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x_0, in e
 def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/1024')
     check_network()
-    loss_type = FLAGS.loss_type if FLAGS.mean_type == 'xstart' else 'eps'   # eps: as in DDPM
+    loss_type = 'eps' if FLAGS.mean_type == 'epsilon' else FLAGS.loss_type      # as in DDPM
     device = distributed.init(FLAGS.gpu_id)
     if loss_type != FLAGS.loss_type and given('loss_type'):
         distributed.print0('note: --loss_type has no effect with --mean_type epsilon: the loss is '

@@ -73,7 +73,7 @@ def main():
 
 def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher, group = load_teacher(base_ckpt, FLAGS, device), relation_group()
-    student, diffusion = teacher.student()      # a copy, with every second point of the grid
+    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
     classifier = load_frozen(FLAGS.classifier, FLAGS.classifier_path, dataset,
                              FLAGS.classifier_normalisation, device)
     use_intra, memory = FLAGS.loss_type in ('mp2p', 'is_p2p'), None

@@ -34,14 +34,22 @@ SAFETENSORS = '''
     import json, torch
     from safetensors.torch import load_file
     from diffusion import Diffusion     # from the repository, which must be on the Python path
-    from model import UNet
-    config = json.load(open('config.json'))
-    network = UNet(**config['unet'])
-    network.set_details(**config['details'])
+    {network}
     network.load_state_dict(load_file('model.safetensors'))
     with torch.no_grad():
         images = Diffusion(**config['diffusion']).sample(
             network.eval(), torch.randn(8, 3, {size}, {size}), config['stride'], y={labels})
+'''
+OUR_NETWORK = '''
+    from model import UNet
+    config = json.load(open('config.json'))
+    network = UNet(**config['unet'])
+    network.set_details(**config['details'])
+'''
+THEIR_NETWORK = '''
+    from formats.diffusers_network import DiffusersUNet
+    config = json.load(open('config.json'))
+    network = DiffusersUNet(config['unet_config'])
 '''
 ONNX = '''
     import numpy as np, onnxruntime
@@ -50,6 +58,11 @@ ONNX = '''
     images = session.run(None, dict(x_T=x_T{y}))[0]
 '''
 
+PREDICTIONS = dict(xstart='the clean image', epsilon='the noise',
+                   v='v, alpha times the noise minus sigma times the clean image')
+TRAILING = '''`use_clipped_model_output=True` recomputes eps from the clipped image, as in
+training and scoring; without it the images differ. The spacing of the scheduler is "trailing": the
+model has {T} steps, and {nfe} of them are meant.'''
 NOTES = dict(
     diffusers='''`use_clipped_model_output=True` recomputes eps from the clipped image, as in
 training and scoring; without it the images differ. The scheduler is set up for {nfe} steps: its
@@ -68,7 +81,7 @@ tags: [diffusion, distillation, unconditional-image-generation]
 ---
 # {nfe}-step diffusion model, {size} x {size} pixels
 
-A DDPM U-Net ({millions:.1f} M parameters, {kind}) that generates an image with DDIM in {nfe}
+A U-Net ({millions:.1f} M parameters, {kind}) that generates an image with DDIM in {nfe}
 network evaluations (NFE). {steps} The network predicts {prediction}; the schedule is {schedule}.
 These are the weights `{weights}` of its checkpoint.
 
@@ -107,29 +120,36 @@ def write(folder, model, stride, form, license, measured=()):
     """
     arch, d, conditional = model.arch, model.diffusion, model.arch['conditional']
     nfe = d.T // stride
-    steps = f'The model has {d.T} steps of {d.time_scale} grid points.'
+    steps = f'The model has {d.T} steps on a grid of {d.N} points.'
+    clean, theirs = isinstance(d.schedule, dict), 'unet_config' in model.facts
+    note = TRAILING if clean and form == 'diffusers' else NOTES[form]
     if stride > 1:
         steps += f' One DDIM step spans {stride} of them.'
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     lines = results(model.file, model.facts.get('step'), model.weights)
     (folder / 'README.md').write_text(CARD.format(
         license=license, library=LIBRARIES[form], nfe=nfe, size=model.img_size, steps=steps,
-        millions=parameters / 1e6, schedule=d.schedule, weights=model.weights,
+        millions=parameters / 1e6, weights=model.weights,
+        schedule=d.schedule['name'] if clean else d.schedule,
         kind=f'class-conditional, {arch["class_num"]} classes' if conditional else 'unconditional',
-        prediction='the clean image' if d.mean_type == 'xstart' else 'the noise',
-        code=loading_code(form, conditional, nfe, model.img_size, arch['class_num']),
-        note=NOTES[form].format(nfe=nfe, N=d.N, T=d.T,
+        prediction=PREDICTIONS[d.mean_type],
+        code=loading_code(form, conditional, nfe, model.img_size, arch['class_num'], theirs),
+        note=note.format(nfe=nfe, N=d.N, T=d.T,
                                 labels=' and labels `y`' if conditional else ''),
         measured=''.join(f'\n- {line}' for line in measured) + '\n' if measured else '',
         training=training(model.facts), scores=scores(lines)))
 
 
-def loading_code(form, conditional, nfe, size, class_num):
-    """Python code that loads an export in the format `form` and samples from it."""
+def loading_code(form, conditional, nfe, size, class_num, theirs=False):
+    """Python code that loads an export in the format `form` and samples from it.
+
+    theirs: the network is one of diffusers that is not of the family of ours.
+    """
     diffusers = DIFFUSERS_LABELS if conditional else DIFFUSERS
     text = dict(diffusers=diffusers, onnx=ONNX, safetensors=SAFETENSORS)[form]
     return dedent(text).strip().format(
         nfe=nfe, size=size, class_num=class_num,
+        network=dedent(THEIR_NETWORK if theirs else OUR_NETWORK).strip(),
         labels=f'torch.arange(8) % {class_num}' if conditional else 'None',
         y=f', y=np.arange(8) % {class_num}' if conditional else '')
 
@@ -154,6 +174,9 @@ def training(facts):
         if method == 'rdd':
             lines.append(f'The classifier that compares their features is '
                          f'{flag(flagfile, "classifier")}.')
+    if 'origin' in facts:
+        lines.append(f'It descends from the diffusion model `{facts["origin"]}`, which others may '
+                     f'have trained: see there for its data and licence.')
     if flagfile:
         lines.append(f'\n<details><summary>All flags</summary>\n\n```\n{flagfile.strip()}\n```\n'
                      '</details>')

@@ -5,6 +5,7 @@ with linear layers instead of 1x1 convolutions; the time embedding has all sines
 instead of alternating; and class labels have one table instead of a weight and a bias.
 """
 
+import itertools
 import math
 
 import torch
@@ -65,9 +66,7 @@ def to_diffusers(state_dict, arch, file='the checkpoint'):
         UserError: the time embedding is not the one that UNet2DModel computes.
     """
     names, theirs = layer_names(len(arch['ch_mult']), arch['num_res_blocks']), {}
-    if (state_dict[TABLE] - sinusoids(arch['T'], arch['ch'])).abs().max() > 1e-3:
-        raise UserError(f'the time embedding in {file} differs from the sinusoids of DDPM, which '
-                        f'diffusers expects and computes itself; export with --format safetensors')
+    time_settings(state_dict[TABLE], file)
     for key, value in state_dict.items():
         layer, _, kind = key.rpartition('.')
         if layer in names:
@@ -78,12 +77,30 @@ def to_diffusers(state_dict, arch, file='the checkpoint'):
     return theirs
 
 
-def from_diffusers(theirs, config, T):
-    """State dict of a UNet2DModel with this `config` -> that of our UNet with T + 1 times."""
+def time_settings(table, file):
+    """`freq_shift` and `flip_sin_to_cos` of the UNet2DModel with the time embedding in `table`.
+
+    With a clean end, row k holds their timestep k - 1, and row 0 is never used.
+    """
+    rows, ch = table.shape
+    for first, shift, flip in itertools.product((0, -1), (0, 1), (False, True)):
+        expected = sinusoids(rows - 1, ch, shift, flip, first)[-first:]
+        if (table[-first:] - expected).abs().max() < 1e-3:
+            return dict(freq_shift=shift, flip_sin_to_cos=flip)
+    raise UserError(f'the time embedding in {file} differs from the sinusoids of DDPM, which '
+                    f'diffusers expects and computes itself; export with --format safetensors')
+
+
+def from_diffusers(theirs, config, T, first=0):
+    """State dict of a UNet2DModel with this `config` -> that of our UNet with T + 1 times.
+
+    Args:
+        first: their timestep at our time 0, -1 where that is the clean end.
+    """
     levels, ours = len(config['block_out_channels']), {}
     names = {b: a for a, b in layer_names(levels, config['layers_per_block']).items()}
     ours[TABLE] = sinusoids(T, config['block_out_channels'][0], config['freq_shift'],
-                            config['flip_sin_to_cos'])
+                            config['flip_sin_to_cos'], first)
     for key, value in theirs.items():
         layer, _, kind = key.rpartition('.')
         if layer != 'class_embedding':
@@ -112,8 +129,8 @@ def _to_our_layout(layer, kind, value):
     return value
 
 
-def sinusoids(T, ch, shift=0, flip=False):
-    """Table of the time embedding (T + 1, ch), sines and cosines alternating.
+def sinusoids(T, ch, shift=0, flip=False, first=0):
+    """Table of the time embedding (T + 1, ch) from time `first` on, sines and cosines alternating.
 
     Args:
         shift, flip: `freq_shift` and `flip_sin_to_cos` of a UNet2DModel.
@@ -122,7 +139,7 @@ def sinusoids(T, ch, shift=0, flip=False):
         frequency = torch.exp(-math.log(10000) * torch.arange(ch // 2) / (ch // 2 - shift))
     else:       # the operations of model.py in their order, so that the bits are equal
         frequency = torch.exp(-torch.arange(0, ch, 2) / ch * math.log(10000))
-    angle = torch.arange(T + 1).float()[:, None] * frequency[None, :]
+    angle = torch.arange(first, first + T + 1).float()[:, None] * frequency[None, :]
     pair = [angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()]
     return torch.stack(pair, dim=-1).view(T + 1, ch)
 
@@ -151,9 +168,28 @@ def unet_config(network, arch, img_size, file='the checkpoint'):
     down, up = block_types([level in arch['attn'] for level in range(len(mult))])
     return dict(FAMILY, sample_size=img_size, block_out_channels=[arch['ch'] * m for m in mult],
                 layers_per_block=arch['num_res_blocks'], down_block_types=down, up_block_types=up,
-                flip_sin_to_cos=False, freq_shift=0, dropout=0.,
+                dropout=0., **time_settings(network.state_dict()[TABLE], file),
                 num_class_embeds=arch['class_num'] if arch['conditional'] else None,
                 **network.details)
+
+
+def difference(config):
+    """(setting, found, expected) where a UNet2DModel is not of the family of our U-Net, or None.
+
+    Args:
+        config: of the UNet2DModel.
+    """
+    widths, padding = config['block_out_channels'], config['downsample_padding']
+    down, up = block_types([name.startswith('Attn') for name in config['down_block_types']])
+    base = widths[0] // 32 * 32 or 32       # group norm has 32 groups
+    expected = dict(FAMILY, block_out_channels=[max(1, width // base) * base for width in widths],
+                    down_block_types=down, up_block_types=up,
+                    downsample_padding=padding if padding in (0, 1) else '0 or 1')
+    for name, value in expected.items():
+        found = list(config[name]) if isinstance(config[name], tuple) else config[name]
+        if found != value:
+            return name, found, value
+    return None
 
 
 def check_family(config, folder):
@@ -164,18 +200,7 @@ def check_family(config, folder):
     Raises:
         UserError: names the setting that differs.
     """
-    widths, size, padding = (config[name] for name in (
-        'block_out_channels', 'sample_size', 'downsample_padding'))
-    down, up = block_types([name.startswith('Attn') for name in config['down_block_types']])
-    expected = dict(FAMILY, block_out_channels=[width // widths[0] * widths[0] for width in widths],
-                    sample_size=size if isinstance(size, int) else 'one number',
-                    down_block_types=down, up_block_types=up,
-                    downsample_padding=padding if padding in (0, 1) else '0 or 1')
-    for name, value in expected.items():
-        found = list(config[name]) if isinstance(config[name], tuple) else config[name]
-        if found != value:
-            raise UserError(f'{name} of the U-Net in {folder} is {found}, expected {value}; give '
-                            f'a network of the DDPM family, others cannot be imported')
-    if widths[0] % 32:
-        raise UserError(f'the U-Net in {folder} has {widths[0]} base channels, expected a multiple '
-                        f'of 32; give another network')
+    found = difference(config)
+    if found:
+        raise UserError(f'{found[0]} of the U-Net in {folder} is {found[1]}, expected {found[2]}; '
+                        f'give a network of the DDPM family')

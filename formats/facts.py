@@ -2,13 +2,7 @@
 
 import json
 
-ORIGIN = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags')
-
-
-def grid(diffusion):
-    """The arguments that rebuild a `Diffusion`."""
-    return dict(T=diffusion.T, time_scale=diffusion.time_scale, mean_type=diffusion.mean_type,
-                schedule=diffusion.schedule)
+ORIGIN = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags', 'origin')
 
 
 def origin(model):

@@ -14,6 +14,7 @@ from absl import flags
 from runtime.cli import UserError, own_flags
 
 FLAGS = flags.FLAGS
+MEAN_TYPES = ['xstart', 'epsilon', 'v']
 
 
 def given(name):
@@ -47,10 +48,10 @@ def resolved():
 
 
 # flags that are not worth a note when they change: places, intervals, and what is checked elsewhere
-FREE = ('logdir', 'base_ckpt', 'classifier_path', 'data_root', 'num_workers', 'gpu_id', 'num_gpus',
-        'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
-        'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult', 'attn',
-        'num_res_blocks', 'conditional', 'class_num', 'var_type')
+FREE = ('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'num_workers',
+        'gpu_id', 'num_gpus', 'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step',
+        'keep', 'until', 'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult',
+        'attn', 'num_res_blocks', 'conditional', 'class_num', 'var_type')
 
 
 def parsed(text):
@@ -90,8 +91,8 @@ def compare_with(text, logdir):
 
 def facts():
     """What a checkpoint says about its run in addition to weights and steps."""
-    return dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size, dataset=FLAGS.dataset,
-                batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
+    return dict(img_size=FLAGS.img_size, dataset=FLAGS.dataset, batch_size=FLAGS.batch_size,
+                seed=FLAGS.seed, flags=resolved())
 
 
 def check_size(dataset):
@@ -164,11 +165,19 @@ def define_network_flags(dropout=0.):
                          upper_bound=4096)
     flags.DEFINE_bool('conditional', False, 'class-conditional network')
     flags.DEFINE_integer('class_num', 10, 'number of classes', lower_bound=1, upper_bound=100000)
-    flags.DEFINE_enum('mean_type', 'xstart', ['xstart', 'epsilon'], 'what the network predicts')
+    flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts: x_0, eps or '
+                      'v = alpha eps - sigma x_0; if it is not given, a student of an eps teacher '
+                      'predicts v, any other student what its teacher does')
     flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
                       'ignored: DDIM sampling is deterministic and has no variance')
     flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start (minutes for '
                       'large networks), then faster steps; needs torch 2.2 and a C++ compiler')
+
+
+def define_teacher_steps():
+    """For scripts that read a model which this project may not have trained."""
+    flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model is taken to have, as '
+                         '128 of 1000; 0: as many as it says', lower_bound=0)
 
 
 def define_data_flags():
@@ -218,7 +227,9 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
 def define_distillation_flags():
     """What PD.py and train_rdd.py share in addition: the teacher, and how far to halve."""
     define_training_flags()
-    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
+    define_teacher_steps()
+    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, or a folder of '
+                        'diffusers')
     flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
                          'a folder --logdir/STEPS; students of 2 steps and 1 train twice as long; '
                          '0: one halving into --logdir', lower_bound=0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from diffusion import Diffusion
+from diffusion import Diffusion, clean_linear
+from formats import diffusers_folder, diffusers_network
 from model import UNet
 from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
@@ -34,15 +35,39 @@ class Model:
     def to(self, device):
         """The model with its network, in channels_last memory, and its schedule on `device`."""
         self.network.to(device, memory_format=torch.channels_last)
-        d = self.diffusion
-        self.diffusion = Diffusion(d.T, d.time_scale, d.mean_type, device, d.schedule)
+        self.diffusion = Diffusion(**self.diffusion.arguments(), device=device)
         return self
 
-    def student(self):
-        """(network, schedule) of a student: a copy to train, with every second grid point."""
+    def student(self, flags):
+        """(network, schedule) of a student: a copy to train, with every second time of the teacher.
+
+        flags.mean_type becomes what the student predicts, see `student_type`.
+        """
         d, network = self.diffusion, copy.deepcopy(self.network).train().requires_grad_(True)
-        network.time_embedding.timembedding[0].requires_grad_(False)    # a table, not a parameter
-        return network, Diffusion(d.T // 2, 2 * d.time_scale, d.mean_type, d.alpha.device)
+        if isinstance(network, UNet):
+            network.time_embedding.timembedding[0].requires_grad_(False)    # no parameter: a table
+        flags.mean_type = student_type(self, flags)
+        if flags.mean_type != d.mean_type:
+            distributed.print0(f'note: the student predicts {flags.mean_type} (--mean_type), its '
+                               f'teacher {d.mean_type}: it learns that in this stage.')
+        return network, d.with_steps(d.T // 2, flags.mean_type)
+
+
+def student_type(teacher, flags):
+    """What a student predicts: --mean_type, if it is given; else v after eps, which diverges.
+
+    A teacher whose checkpoint does not say what it predicts was itself read by --mean_type.
+    Raises:
+        UserError: eps, on a schedule that ends with alpha 0.
+    """
+    d, stated = teacher.diffusion, 'mean_type' in teacher.facts or 'T' not in teacher.facts
+    if not stated:
+        return d.mean_type
+    found = flags.mean_type if given('mean_type') else d.mean_type.replace('epsilon', 'v')
+    if found == 'epsilon' and d.alpha[-1] == 0:
+        raise UserError(f'--mean_type is epsilon and the schedule of {teacher.file} ends with '
+                        f'alpha 0, where eps says nothing about the image; set --mean_type=v')
+    return found
 
 
 def new_unet(flags, N, device):
@@ -74,22 +99,28 @@ def memory_of(device):
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32):
+def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32, steps=0):
     """The frozen model of a checkpoint, on the CPU; the architecture is read off the weights.
 
     Args:
-        path: folder or file. weights: 'net', 'ema', or 'auto': the average of a base model, the
-            raw weights of a student.
+        path: folder or file, or a folder of diffusers. weights: 'net', 'ema', or 'auto': the
+            average of a base model, the raw weights of a student.
         mean_type, img_size: for a checkpoint that does not say.
+        steps: DDIM steps that the model is taken to have; 0: as many as it says.
     Raises:
-        UserError: not a diffusion checkpoint.
+        UserError: not a diffusion checkpoint, or not one of so many steps.
     """
-    file = checkpoint.find(path)
-    state = checkpoint.read(file)
+    file, state = read_model(path)
+    if steps and 'T' not in state:
+        state = with_clean_end(state)
     network, name = build_unet(state, file, dropout, weights)
-    arch = architecture(network.state_dict())
+    arch = (architecture(network.state_dict()) if isinstance(network, UNet)
+            else network.architecture(state['T'] * state['time_scale']))
     T, time_scale, schedule, stored_type = grid(state, arch)
-    diffusion = Diffusion(T, time_scale, stored_type or mean_type, schedule=schedule)
+    diffusion = Diffusion(T, time_scale, stored_type or mean_type, schedule=schedule,
+                          N=state.get('N'))
+    if steps:
+        diffusion = with_steps(diffusion, steps, path)
     # published checkpoints do not say their size, but x_T of their sample grids shows it
     size = state['x_T'].shape[-1] if 'x_T' in state else img_size
     facts = {key: value for key, value in state.items() if key not in LARGE}
@@ -97,30 +128,70 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
                  state.get('img_size', size), facts)
 
 
+def read_model(path):
+    """(file, checkpoint) of a path: of a run, a file, or a folder of diffusers as a checkpoint."""
+    if diffusers_folder.is_folder(path):
+        return diffusers_folder.main_file(path), diffusers_folder.read(path)
+    file = checkpoint.find(path)
+    return file, checkpoint.read(file)
+
+
+def save_as_run(model, folder):
+    """Write a model of any source as a run's checkpoint in a folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / 'ckpt.pt', dict(
+        model.network.stored, net_model=model.network.state_dict(), use='net_model',
+        img_size=model.img_size, **model.diffusion.arguments()))
+    return folder / 'ckpt.pt'
+
+
+def with_clean_end(state):
+    """A checkpoint of pytorch-ddpm with an index 0 where alpha is 1, before its 1000 times."""
+    state, N = dict(state), 0
+    for name in ('net_model', 'ema_model'):
+        network = state[name] = dict(state.get(name) or {})
+        for key in [key for key in network if key.endswith('timembedding.0.weight')]:
+            N = len(network[key])
+            network[key] = torch.cat([network[key][:1], network[key]])
+    return dict(state, T=N, time_scale=1, schedule=clean_linear(N),
+                mean_type=state.get('mean_type', 'epsilon'))
+
+
+def with_steps(diffusion, steps, path):
+    """The schedule in so many steps (--teacher_steps).
+
+    Raises:
+        UserError: the model was not trained at their times.
+    """
+    T, N = diffusion.T, diffusion.N
+    if steps > T:
+        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it')
+    if T < N and T % steps:
+        raise UserError(f'--teacher_steps {steps} does not divide the {T} steps of {path}, which '
+                        f'knows no others; choose a divisor')
+    return diffusion.with_steps(steps)
+
+
 def load_teacher(path, flags, device):
     """The model to halve, on `device`, checked against the flags.
 
     Raises:
         UserError: not a diffusion checkpoint, an odd or single number of steps, a network or
-        output type that the flags contradict.
+        image size that the flags contradict.
     """
+    first = path == flags.base_ckpt         # a later stage of PD.py has students as teachers
     model = load_model(path, dropout=flags.dropout, mean_type=flags.mean_type,
-                       img_size=flags.img_size)
+                       img_size=flags.img_size, steps=flags.teacher_steps if first else 0)
     file, diffusion, levels = model.file, model.diffusion, len(model.arch['ch_mult'])
     check_flags(model.arch, file, flags, given)
-    if diffusion.schedule != 'cosine':
-        raise UserError(f'{file} was trained on the linear schedule of pytorch-ddpm, and students '
-                        f'here use the cosine one; train a teacher with train_base.py')
-    if 'details' in model.facts:
-        raise UserError(f'{file} is a network of diffusers with {model.facts["details"]}, which '
-                        f'students here would not have; train a teacher with train_base.py')
     if diffusion.T % 2:
         raise UserError(f'--base_ckpt {path} has {diffusion.T} sampling steps, which cannot be '
-                        f'halved; an even number is needed')
+                        f'halved; an even number is needed, such as --teacher_steps 128 of a model '
+                        f'of 1000 steps')
     if flags.img_size % 2 ** (levels - 1):
         raise UserError(f'--img_size is {flags.img_size}, expected a multiple of '
                         f'{2 ** (levels - 1)}: the network in {file} halves it {levels - 1} times')
-    check_facts(model.facts, file, flags, lambda name: True)
+    check_facts(model.facts, file, flags, lambda name: name == 'img_size')
     return model.to(device)
 
 
@@ -170,7 +241,10 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
     """
     state_dict, name = weights(state, path, weights_of)
     try:
-        network = UNet(dropout=dropout, **architecture(state_dict))
+        if 'unet_config' in state:
+            network = diffusers_network.build(state['unet_config'], dropout, path)
+        else:
+            network = UNet(dropout=dropout, **architecture(state_dict))
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError, ZeroDivisionError):
         raise UserError(f'the {name} in {path} has names or shapes that fit no U-Net of this '
                         f'project: expected head.weight, downblocks.0.block1.2.weight and so on, '
@@ -183,8 +257,10 @@ def build_unet(state, path='the checkpoint', dropout=0., weights_of='auto'):
             raise UserError(f'{key} of the {name} in {path} holds values that are not finite '
                             f'floating-point numbers; give a checkpoint of a run that went well')
     network.load_state_dict(state_dict)
-    if 'details' in state:      # a network of diffusers, see export.py
+    if 'details' in state:      # a network of diffusers
         network.set_details(**state['details'])
+    network.stored = {key: state[key] for key in ('details', 'unet_config', 'origin')
+                      if key in state}
     return network, name
 
 

@@ -178,8 +178,8 @@ class Run:
         if self.use != 'net_model':
             states['use'] = self.use
         checkpoint.save_run(
-            self.logdir, self.settings.keep, **states, x_T=self.x_T.cpu(), T=self.diffusion.T,
-            time_scale=self.diffusion.time_scale, method=self.method, step=self.step,
+            self.logdir, self.settings.keep, **states, **self.net.module.stored,
+            **self.diffusion.arguments(), x_T=self.x_T.cpu(), method=self.method, step=self.step,
             meter=self.meter.state_dict(), **flags.facts())
 
     # The loop
@@ -222,7 +222,7 @@ class Run:
         for micro in range(s.grad_accum):
             rows = distributed.rows(s.batch_size, micro, s.grad_accum)
             x_0, y = next(self.batches)
-            yield Part(x_0, y, t_all[rows] * d.time_scale, eps_all[rows], rows,
+            yield Part(x_0, y, d.visited[t_all[rows]], eps_all[rows], rows,
                        micro + 1 == s.grad_accum)
 
     @contextlib.contextmanager

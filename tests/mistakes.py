@@ -112,8 +112,12 @@ MODELS = dict(
     other_ch=('--ch is 64 and the network in .*/base/ckpt.pt has 32', NEW_PD, TEACHER, '--ch=64'),
     other_attn=(r'--attn is \[1, 0\] and the network in .*/base/ckpt.pt has \[1\]', NEW_PD,
                 TEACHER, '--attn=0'),
-    other_output=('--mean_type is epsilon and .*/base/ckpt.pt was trained with xstart', NEW_PD,
-                  TEACHER, '--mean_type=epsilon'))
+    other_output=('--mean_type is epsilon and .*/base/ckpt.pt was trained with xstart', EVAL_BASE,
+                  '--mean_type=epsilon'),
+    many_steps=('--teacher_steps 9 is more than the 8 steps of .*/base; lower it', NEW_PD, TEACHER,
+                '--teacher_steps=9'),
+    other_steps=('--teacher_steps 3 does not divide the 4 steps of .*/pd', NEW_PD,
+                 '--base_ckpt=RUNS/pd', '--teacher_steps=3'))
 
 RUN_FOLDERS = dict(
     logdir_is_file=(r'--logdir .*/bad/file cannot be written to \(File exists\)', BASE,

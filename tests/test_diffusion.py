@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion import Diffusion, alpha_bar_table, distillation_loss
+from diffusion import Diffusion, alpha_bar_table, clean_linear, distillation_loss
 
 gen = torch.Generator().manual_seed(0)
 
@@ -87,6 +87,48 @@ def test_long_stride_equals_a_shorter_model():
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize('N, T', [(1000, 128), (1000, 1), (1024, 8), (999, 128), (7, 5)])
+def test_times_are_rounded_and_nested(N, T):
+    diffusion, times = Diffusion(T, N=N), [round(k * N / T) for k in range(T + 1)]
+    assert diffusion.visited.tolist() == times == diffusion.times()[::-1]
+    assert times[0] == 0 and times[-1] == N and len(set(times)) == T + 1
+    assert diffusion.before(torch.tensor(times)).tolist() == [0] + times[:-1]
+    if T % 2 == 0:
+        student = diffusion.with_steps(T // 2)
+        assert student.visited.tolist() == times[::2]
+        assert student.N == N and torch.equal(student.alpha, diffusion.alpha)
+    again = Diffusion(**diffusion.arguments())
+    assert again.times() == diffusion.times() and torch.equal(again.sigma, diffusion.sigma)
+    assert ('N' in diffusion.arguments()) == (N % T > 0)
+
+
+def test_a_clean_end():
+    """Index 0 is the image itself; index k is the k-th beta."""
+    diffusion = Diffusion(4, N=1000, schedule=clean_linear())
+    assert diffusion.alpha[0] == 1 and diffusion.sigma[0] == 0 and len(diffusion.alpha) == 1001
+    assert diffusion.alpha[1].item() ** 2 == pytest.approx(1 - 1e-4, rel=1e-6)
+    assert diffusion.alpha[2].item() ** 2 == pytest.approx(
+        (1 - 1e-4) * (1 - 1e-4 - 0.0199 / 999), rel=1e-6)
+    x_0 = randn(2, 3, 4, 4).clamp(-.9, .9)
+    assert torch.equal(diffusion.sample(lambda *a: x_0, randn(2, 3, 4, 4)), x_0)
+
+
+@pytest.mark.parametrize('to', ['xstart', 'v'])
+def test_a_student_of_another_output_lands_there_too(to):
+    """On rounded times with a clean end, from the noisiest step to the last."""
+    teacher = Diffusion(8, N=1000, mean_type='epsilon', schedule=clean_linear())
+    student, t = teacher.with_steps(4, to), torch.tensor([250, 500, 750, 1000])
+    z_t = randn(4, 3, 4, 4)
+    x_target = teacher.two_step_target(smooth, z_t, t)
+    z_mid = teacher.ddim_step(smooth, z_t, t, t - 125, clip=False)
+    z_s = teacher.ddim_step(smooth, z_mid, t - 125, t - 250, clip=False)
+    alpha_t, sigma_t = student.at(t)
+    v = alpha_t * student.eps_of(z_t, x_target, t) - sigma_t * x_target
+    landed = student.ddim_step(lambda *a: v if to == 'v' else x_target, z_t, t, student.before(t),
+                               clip=False)
+    assert ((landed - z_s).abs().amax((1, 2, 3)) / z_s.abs().amax((1, 2, 3))).max() < 1e-9
+
+
 def test_clipping():
     diffusion, x_T = Diffusion(4, 4), 3 * randn(2, 3, 4, 4)
 
@@ -122,6 +164,16 @@ def test_xstart_and_epsilon_networks_agree():
     assert x_1 is x and eps_2 is eps_1
     assert (x_1 - x_2).abs().max() < 1e-10
     assert (by_x.add_noise(x_1, eps_1, t) - z_t).abs().max() < 1e-12
+
+
+def test_v_is_the_other_direction():
+    """z = alpha x + sigma eps and v = alpha eps - sigma x, the same rotated by a right angle."""
+    diffusion, t, x, eps = Diffusion(8, 1, 'v'), torch.tensor([0, 4, 8]), randn(3, 3, 4, 4), \
+        randn(3, 3, 4, 4)
+    alpha_t, sigma_t = diffusion.at(t)
+    z_t = diffusion.add_noise(x, eps, t)
+    found = diffusion.predict(lambda *a: alpha_t * eps - sigma_t * x, z_t, t)
+    assert max((found[0] - x).abs().max(), (found[1] - eps).abs().max()) < 1e-12
 
 
 def test_predict_leaves_autocast_precision():

@@ -265,17 +265,18 @@ def test_there_and_back_is_equal_bit_by_bit(runs, imported):
 def test_network_of_ddpm_is_imported(imported, tmp_path):
     unet, state = google_kind(tmp_path), imported['ddpm']
     network, name = models.build_unet(state)
-    assert name == 'net_model' and models.grid(state, dict(T=999)) == (
-        999, 1, 'linear', 'epsilon')
+    T_, time_scale, schedule, mean_type = models.grid(state, dict(T=1000))
+    assert (name, T_, time_scale, mean_type) == ('net_model', 1000, 1, 'epsilon')
     x, t = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 500, 999])
-    with torch.no_grad():
-        assert (network.eval()(x, t) - unet(x, t).sample).abs().max() < 1e-4
+    with torch.no_grad():       # index 0 of our grid is the clean end
+        assert (network.eval()(x, t + 1) - unet(x, t).sample).abs().max() < 1e-4
     scheduler = diffusers().DDPMScheduler(num_train_timesteps=1000)
-    torch.testing.assert_close(Diffusion(999, schedule='linear').alpha ** 2,
-                               scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
+    alpha_bar = Diffusion(1000, schedule=schedule).alpha ** 2
+    torch.testing.assert_close(alpha_bar[1:], scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+    assert alpha_bar[0] == 1 and schedule['name'] == 'linear'
 
 
-def test_other_networks_are_refused(imported, tmp_path):
+def test_other_networks_are_told_apart(imported, tmp_path):
     unet = google_kind(tmp_path, attention_head_dim=8)
     with pytest.raises(UserError, match='attention_head_dim .* is 8, expected None'):
         diffusers_unet.check_family(unet.config, tmp_path)

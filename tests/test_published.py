@@ -323,7 +323,7 @@ def test_ddim_eval_samples_the_images_of_the_network(ran, kind):
 
 REFUSALS = dict(
     ddpm_stride=['--stride 100', '999 steps', 'ddpm'],
-    ddpm_pd=['ddpm/ckpt.pt', 'linear schedule', 'cosine', 'train_base.py'],
+    ddpm_pd=['/ddpm has 999 sampling steps', 'cannot be halved', '--teacher_steps 128'],
     other_ch=['--ch is 64', 'student/ckpt.pt has 32'],
     other_blocks=['--num_res_blocks is 3', 'student/ckpt.pt has 1'],
     other_labels=['--conditional is True', 'student/ckpt.pt has False'],

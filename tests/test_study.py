@@ -28,7 +28,7 @@ MISTAKES = dict(
     baseline=(['--methods=RDD'], '--baseline PD is not among --methods RDD'),
     own=(['--method=mine=rm x'], '--method "mine=rm x" is not understood'),
     config=(['--config=NONE'], '--config NONE: there is no .*NONE_PD.txt; write it, or choose of '
-            'CIFAR10, DIGITS, FASHION, IMAGENET64'),
+            'CIFAR10, DIGITS, FASHION, IMAGENET64, TEACHER'),
     until=(['--until=3'], '--until 3 is not reached by halving the steps of .*; it has 8 steps'),
     jobs=(['--jobs=0'], r'--jobs=0: 0 is not an integer in the range \[1, 256\]'),
     logdir=(['--logdir='], '--logdir is missing'))

@@ -32,7 +32,7 @@ file(
     ('the seed of the weights is fixed', 'seeding.mix(FLAGS.seed, seeding.WEIGHTS)',
      'seeding.mix(0, seeding.WEIGHTS)', 'wiring base-seed'),
     ('epsilon networks are trained on both errors',
-     "FLAGS.loss_type if FLAGS.mean_type == 'xstart' else 'eps' ", "FLAGS.loss_type ",
+     "'eps' if FLAGS.mean_type == 'epsilon' else FLAGS.loss_type", "FLAGS.loss_type",
      'wiring base-mean_type'))
 
 file(
@@ -130,7 +130,7 @@ file(
      'sum(value for weight, value in terms.values())', 'wiring rdd-plain'),
     ('parts are added, not averaged', ' / self.settings.grad_accum).backward()', ').backward()',
      'wiring base-grad_accum'),
-    ('times are not scaled to the grid', 't_all[rows] * d.time_scale', 't_all[rows]',
+    ('times are not scaled to the grid', 'd.visited[t_all[rows]]', 't_all[rows]',
      'wiring pd-plain'),
     ('all parts get the first rows', 'distributed.rows(s.batch_size, micro, s.grad_accum)',
      'distributed.rows(s.batch_size, 0, s.grad_accum)', 'wiring base-grad_accum'),
@@ -187,8 +187,12 @@ file(
     ('alpha for sigma in eps', '- alpha_t.to(z_t.dtype) * x) / sigma_t',
      '- alpha_t.to(z_t.dtype) * '
      'x) / alpha_t', 'wiring base-plain'),
-    ('eps networks: no division', '* out) / alpha_t.to(z_t.dtype), out', '* out), out',
-     'wiring pd-mean_type'),
+    ('eps networks: no division', '* out) / alpha_t, out', '* out), out', 'wiring pd-mean_type'),
+    ('v with the wrong sign', 'alpha_t * z_t - sigma_t * out', 'alpha_t * z_t + sigma_t * out',
+     'diffusion'),
+    ('no clean end', 'torch.cat([torch.ones(1), alpha_bar]).double()',
+     'torch.cat([alpha_bar[:1], alpha_bar]).double()', 'diffusion'),
+    ('times are rounded down', 'round(k * self.N / T)', 'k * self.N // T', 'diffusion'),
     ('clipping keeps the old eps', '            eps = self.eps_of(z_t, x, t)\n', '',
      'diffusion + wiring_classifier eval-plain'),
     ('the teacher is clipped', 'z_t, t, mid, clip=False', 'z_t, t, mid, clip=True',
@@ -200,8 +204,7 @@ file(
      'wiring base-plain'),
     ('labels are lost in the sampler', 's, clip=clip, y=y)', 's, clip=clip)',
      'wiring_classifier eval-plain'),
-    ('strides ignore the grid', '-stride * self.time_scale', '-stride',
-     'wiring_classifier eval-student'),
+    ('strides are ignored', 'tolist()[::-stride]', 'tolist()[::-1]', 'diffusion'),
     ('samples are not clipped', 'return z.clamp(-1, 1)', 'return z', 'diffusion'))
 
 file(
