@@ -1,6 +1,7 @@
 """A teacher that somebody else trained, through the README's section and the other commands."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from classifier import build_classifier
+from model import UNet
 from runtime import checkpoint, models
 from score import save_statistics
 from score.reference import Statistics
 from helpers import ROOT, assert_ran, command, fork_all
-from test_teachers import TRAINING, diffusers, noise, our_images, pipeline
+from test_teachers import CELEBAHQ, CIFAR10, TRAINING, diffusers, noise, our_images, pipeline
 from test_export import run_card
 
 SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1] \
@@ -113,8 +115,22 @@ def test_a_study_of_a_teacher(folder):
     assert models.load_model(folder / 'study/PD/seed0/2').diffusion.mean_type == 'v'
 
 
+@pytest.mark.skipif(not os.environ.get('FULL_SIZE'), reason='a minute and 2 GiB: FULL_SIZE=1')
+@pytest.mark.parametrize('config', [
+    dict(CIFAR10, sample_size=32, block_out_channels=(128, 256, 256, 256)),
+    dict(CELEBAHQ, sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512))],
+    ids=['cifar10', 'celebahq'])
+def test_published_configurations_in_full(tmp_path, config):
+    unet, _ = pipeline(tmp_path / 'given', **config)
+    model = models.load_model(tmp_path / 'given', steps=128)
+    x, t = noise(1, config['sample_size']), torch.tensor([500])
+    with torch.no_grad():
+        assert (model.network(x, t + 1) - unet(x, t).sample).abs().max() < 1e-4
+    assert isinstance(model.network, UNet) and model.diffusion.T == 128
+
+
 def test_own_networks_of_every_output(tmp_path):
-    """train_base.py with v, and a student that predicts v of a teacher of eps; without diffusers."""
+    """train_base.py with v, and a student with v of a teacher of eps; without diffusers."""
     tiny = [*TRAINING, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
             '--num_res_blocks=1']
     jobs = {name: [command(['train_base.py'], *tiny, '--T=8', f'--mean_type={name}',
