@@ -206,7 +206,8 @@ file(
     ('r upside down', 'r = sigma_s / sigma_t ', 'r = sigma_t / sigma_s ', 'wiring pd-plain'),
     ('the smaller error', 'torch.maximum(loss_x, loss_eps)', 'torch.minimum(loss_x, loss_eps)',
      'wiring base-plain'),
-    ('labels are lost in the sampler', 'model, z, t, s, clip=clip, y=y)', 'model, z, t, s, clip=clip)',
+    ('labels are lost in the sampler', 'model, z, t, s, clip=clip, y=y)',
+     'model, z, t, s, clip=clip)',
      'wiring_classifier eval-plain'),
     ('strides are ignored', 'tolist()[::-stride]', 'tolist()[::-1]', 'diffusion'),
     ('samples are not clipped', 'return z.clamp(-1, 1)', 'return z', 'diffusion'))
