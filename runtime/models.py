@@ -167,7 +167,8 @@ def with_steps(diffusion, steps, path):
     """
     T, N = diffusion.T, diffusion.N
     if steps > T:
-        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it')
+        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it, '
+                        f'or set 0 for all of them')
     if T < N and T % steps:
         raise UserError(f'--teacher_steps {steps} does not divide the {T} steps of {path}, which '
                         f'knows no others; choose a divisor')
