@@ -141,10 +141,14 @@ class Diffusion:
         Two unclipped DDIM steps of the teacher (this schedule) lead from z_t over z_mid to z_s,
         s = t - 2 steps; x_target is the x with which one DDIM step lands on the same z_s:
         x_target = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
+        The steps of an eps teacher behind a clean end are clipped as in its sampler: where alpha
+        is small, its x = (z_t - sigma_t eps) / alpha_t is off by tens on the linear schedule, by
+        thousands on the cosine one, and the loss would see little else.
         """
+        clip = self.mean_type == 'epsilon' and isinstance(self.schedule, dict)
         mid, s = self.before(t), self.before(self.before(t))
-        z_mid = self.ddim_step(teacher, z_t, t, mid, clip=False, y=y)
-        z_s = self.ddim_step(teacher, z_mid, mid, s, clip=False, y=y)
+        z_mid = self.ddim_step(teacher, z_t, t, mid, clip=clip, y=y)
+        z_s = self.ddim_step(teacher, z_mid, mid, s, clip=clip, y=y)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t), self.at(s)
         r = sigma_s / sigma_t                               # float64: the denominator is small
         return (z_s - r.to(z_t.dtype) * z_t) / (alpha_s - r * alpha_t).to(z_t.dtype)

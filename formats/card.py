@@ -61,8 +61,8 @@ ONNX = '''
 PREDICTIONS = dict(xstart='the clean image', epsilon='the noise',
                    v='v, alpha times the noise minus sigma times the clean image')
 TRAILING = '''`use_clipped_model_output=True` recomputes eps from the clipped image, as in
-training and scoring; without it the images differ. The spacing of the scheduler is "trailing": the
-model has {T} steps, and {nfe} of them are meant.'''
+training and scoring; without it the images differ. The scheduler has the spacing "trailing", whose
+times are those of the training for {nfe} steps.'''
 NOTES = dict(
     diffusers='''`use_clipped_model_output=True` recomputes eps from the clipped image, as in
 training and scoring; without it the images differ. The scheduler is set up for {nfe} steps: its

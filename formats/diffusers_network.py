@@ -30,7 +30,7 @@ class DiffusersUNet(nn.Module):
     def architecture(self, N):
         """What `runtime.models.architecture` says of our U-Net, for times 0..N."""
         config, widths = self.unet.config, self.widths
-        return dict(T=N, ch=widths[0], ch_mult=[width / widths[0] for width in widths],
+        return dict(T=N, ch=widths[0], ch_mult=[width // widths[0] for width in widths],
                     attn=[i for i, name in enumerate(config['down_block_types']) if 'Attn' in name],
                     num_res_blocks=config['layers_per_block'], conditional=self.conditional,
                     class_num=self.class_num)

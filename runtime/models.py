@@ -41,11 +41,14 @@ class Model:
     def student(self, flags):
         """(network, schedule) of a student: a copy to train, with every second time of the teacher.
 
-        flags.mean_type becomes what the student predicts, see `student_type`.
+        The flags, which the run records, become those of the student: its network, and in
+        mean_type what it predicts, see `student_type`.
         """
         d, network = self.diffusion, copy.deepcopy(self.network).train().requires_grad_(True)
         if isinstance(network, UNet):
             network.time_embedding.timembedding[0].requires_grad_(False)    # no parameter: a table
+        for name in ARCHITECTURE:
+            setattr(flags, name, self.arch[name])
         flags.mean_type = student_type(self, flags)
         if flags.mean_type != d.mean_type:
             distributed.print0(f'note: the student predicts {flags.mean_type} (--mean_type), its '
@@ -165,7 +168,8 @@ def with_steps(diffusion, steps, path):
     """
     T, N = diffusion.T, diffusion.N
     if steps > T:
-        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it')
+        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it, '
+                        f'or set 0 for all of them')
     if T < N and T % steps:
         raise UserError(f'--teacher_steps {steps} does not divide the {T} steps of {path}, which '
                         f'knows no others; choose a divisor')

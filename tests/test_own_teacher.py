@@ -1,6 +1,7 @@
 """A teacher that somebody else trained, through the README's section and the other commands."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from classifier import build_classifier
+from model import UNet
 from runtime import checkpoint, models
 from score import save_statistics
 from score.reference import Statistics
 from helpers import ROOT, assert_ran, command, fork_all
-from test_teachers import TRAINING, diffusers, noise, our_images, pipeline
+from test_teachers import CELEBAHQ, CIFAR10, TRAINING, diffusers, noise, our_images, pipeline
 from test_export import run_card
 
 SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1] \
@@ -111,3 +113,62 @@ def test_a_study_of_a_teacher(folder):
     table = (folder / 'study/table.md').read_text()
     assert re.search(r'\| PD \| - \| \d', table) and re.search(r'\| DDIM \| \d.* \| \d', table)
     assert models.load_model(folder / 'study/PD/seed0/2').diffusion.mean_type == 'v'
+
+
+@pytest.mark.skipif(not os.environ.get('FULL_SIZE'), reason='a minute and 2 GiB: FULL_SIZE=1')
+@pytest.mark.parametrize('config', [
+    dict(CIFAR10, sample_size=32, block_out_channels=(128, 256, 256, 256)),
+    dict(CELEBAHQ, sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512))],
+    ids=['cifar10', 'celebahq'])
+def test_published_configurations_in_full(tmp_path, config):
+    unet, _ = pipeline(tmp_path / 'given', **config)
+    model = models.load_model(tmp_path / 'given', steps=128)
+    x, t = noise(1, config['sample_size']), torch.tensor([500])
+    with torch.no_grad():
+        assert (model.network(x, t + 1) - unet(x, t).sample).abs().max() < 1e-4
+    assert isinstance(model.network, UNet) and model.diffusion.T == 128
+
+
+def test_own_networks_of_every_output(tmp_path):
+    """train_base.py with v, and a student with v of a teacher of eps; without diffusers."""
+    tiny = [*TRAINING, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
+            '--num_res_blocks=1']
+    jobs = {name: [command(['train_base.py'], *tiny, '--T=8', f'--mean_type={name}',
+                           f'--logdir={tmp_path}/{name}'),
+                   command(['PD.py'], *tiny, f'--base_ckpt={tmp_path}/{name}',
+                           f'--logdir={tmp_path}/{name}_4')] for name in ('v', 'epsilon')}
+    jobs['v'].append(command(['train_base.py'], *tiny, '--T=8', '--mean_type=v', '--loss_type=eps',
+                             f'--logdir={tmp_path}/eps'))
+    for name, results in fork_all(jobs).items():
+        assert_ran(results)
+        assert ('note: the student predicts v' in results[1][1]) == (name == 'epsilon')
+        teacher, student = (models.load_model(tmp_path / folder).diffusion
+                            for folder in (name, f'{name}_4'))
+        assert (teacher.mean_type, student.mean_type) == (name, 'v')
+        assert student.times() == [8, 6, 4, 2, 0] and student.schedule == 'cosine'
+    losses = [json.loads((tmp_path / name / 'metrics.jsonl').read_text())['loss']
+              for name in ('v', 'eps')]
+    assert losses[0] > losses[1] > 0        # the larger of two errors, and one of them
+
+
+def test_no_student_of_eps_where_alpha_ends_at_0(folder):
+    pipeline(folder / 'zero', dict(prediction_type='v_prediction', rescale_betas_zero_snr=True))
+    words = ['PD.py', *TRAINING, '--img_size=8', f'--base_ckpt={folder}/zero', '--teacher_steps=8',
+             '--mean_type=epsilon', f'--logdir={folder}/none']
+    (code, _, error), = fork_all(dict(it=[command(words)]))['it']
+    assert code == 2 and 'ends with alpha 0' in error and '--mean_type=v' in error, error
+    assert not (folder / 'none').exists()
+
+
+def test_a_run_goes_on_with_what_its_student_predicts(folder):
+    """The flagfile that a run leaves, and the same command, resume it; another output does not."""
+    words = ['PD.py', *TRAINING, '--img_size=8', f'--base_ckpt={folder}/heads',
+             '--teacher_steps=8', f'--logdir={folder}/again']
+    more = ['--total_steps=2']
+    first, second, third, other = fork_all(dict(it=[
+        command(words), command(words, *more),
+        command(['PD.py'], f'--flagfile={folder}/again/flagfile.txt', '--total_steps=3'),
+        command(words, '--total_steps=4', '--mean_type=xstart')]))['it']
+    assert_ran([first, second, third])
+    assert 'resuming at step 1' in second[1] and 'resuming at step 2' in third[1]
+    assert other[0] == 2 and '--mean_type is xstart and the run in' in other[2]
