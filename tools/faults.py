@@ -84,6 +84,8 @@ def fork_all(jobs):
     The modules of the project are those of the copy, as the working directory says.
     """
     from tools import forks
+    if forks.ROOT.resolve() != Path.cwd().resolve():
+        raise RuntimeError(f'tests would run the scripts in {forks.ROOT}, which have no fault')
     with tempfile.TemporaryDirectory() as folder:
         given, told = Path(folder) / 'jobs', Path(folder) / 'results'
         given.write_text(json.dumps(jobs))
@@ -135,6 +137,8 @@ class Workplace:
         os.environ['XDG_CACHE_HOME'] = str(self.folder)
         sys.path[:] = [str(self.root), str(self.root / 'tests')] + [
             path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / 'tools')]
+        for name in [name for name in sys.modules if name.split('.')[0] == 'tools']:
+            del sys.modules[name]       # that of the working tree; tests need that of the copy
         import helpers
         import pytest
         if hasattr(helpers, 'fork_all'):
