@@ -1,5 +1,6 @@
 """What a run reports: means of its losses, metrics.jsonl, TensorBoard and the progress bar."""
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,8 @@ from runtime.cli import UserError
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
 
-    Adds on the device; `mean` and `check` alone wait for it.
+    Adds on the device; `mean` and `check` alone wait for it. Terms that are added together are one
+    tensor, so that a GPU has few small operations to start.
     """
 
     def __init__(self, state=None):
@@ -29,14 +31,15 @@ class Meter:
 
     def add(self, **terms):
         """Add values; those that are not finite count apart, and do not spoil the mean."""
-        for name, value in terms.items():
-            value = torch.as_tensor(value).detach().float()
-            finite = value.isfinite()
-            parts = torch.stack([value.where(finite, value.new_zeros(())), finite.float(),
-                                 (~finite).float()])
-            if name in self.before:
-                parts = parts + torch.tensor(self.before.pop(name), device=parts.device)
-            self.sums[name] = self.sums[name] + parts if name in self.sums else parts
+        names = tuple(terms)
+        values = torch.stack([torch.as_tensor(v).detach().float() for v in terms.values()])
+        finite = values.isfinite()
+        parts = torch.stack([values.where(finite, values.new_zeros(())), finite.float(),
+                             (~finite).float()], 1)
+        if not self.before.keys().isdisjoint(names):
+            before = [self.before.pop(name, [0., 0., 0.]) for name in names]
+            parts = parts + torch.tensor(before, device=parts.device)
+        self.sums[names] = self.sums[names] + parts if names in self.sums else parts
 
     def end_step(self, finite):
         """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
@@ -45,9 +48,12 @@ class Meter:
 
     def _reduce(self):
         """{name: [sum, finite values, others]} over all processes, on the host."""
-        names = sorted(self.sums)
-        sums = distributed.all_reduce_sum(torch.stack([self.sums[name] for name in names]))
-        return dict(zip(names, sums.tolist()))
+        groups = sorted(self.sums)
+        sums = distributed.all_reduce_sum(torch.cat([self.sums[names] for names in groups]))
+        found = {}
+        for name, values in zip(itertools.chain(*groups), sums.tolist()):
+            found[name] = [a + b for a, b in zip(values, found.get(name, [0., 0., 0.]))]
+        return dict(sorted(found.items()))
 
     def state_dict(self):
         """Plain values for a checkpoint; each process then holds an equal share of the sums."""
