@@ -37,8 +37,8 @@ class Diffusion:
     def __init__(self, T, time_scale=1, mean_type='xstart', device='cpu', schedule='cosine'):
         self.T, self.time_scale, self.mean_type, self.schedule = T, time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(T * time_scale, schedule)
-        self.alpha = alpha_bar.sqrt().to(device)            # (N + 1,) float64
-        self.sigma = (1 - alpha_bar).sqrt().to(device)
+        self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1).to(device)
+        self.alpha, self.sigma = self.table.unbind(1)       # (N + 1,) float64
 
     @property
     def N(self):
@@ -46,7 +46,7 @@ class Diffusion:
 
     def at(self, t):
         """alpha_t, sigma_t as (B, 1, 1, 1) float64 for times t (B,)."""
-        return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+        return self.table[t][..., None, None, None].unbind(1)
 
     def add_noise(self, x_0, eps, t):
         """z_t = alpha_t x_0 + sigma_t eps; images (B, C, H, W), t (B,)."""

@@ -16,26 +16,36 @@ from runtime import distributed, pictures
 from runtime.cli import UserError
 
 
+MOST_RECENT = 100       # values of a term that are kept before they are added up
+
+
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
 
-    Adds on the device; `mean` and `check` alone wait for it. Terms that are added together are one
-    tensor, so that a GPU has few small operations to start.
+    Adds on the device; `mean` and `check` alone wait for it. Values are kept as they come and added
+    up now and then, so that a GPU has few small operations to start in a step.
     """
 
     def __init__(self, state=None):
         """state: a `state_dict` to go on from, so that resuming changes no log line."""
         state = state or dict(sums={}, bad=0, streak=0)
-        self.sums, self.before = {}, dict(state['sums'])
+        self.recent, self.sums, self.before = {}, {}, dict(state['sums'])
         self.bad, self.streak = torch.tensor(state['bad']), torch.tensor(state['streak'])
 
     def add(self, **terms):
         """Add values; those that are not finite count apart, and do not spoil the mean."""
-        names = tuple(terms)
         values = torch.stack([torch.as_tensor(v).detach().float() for v in terms.values()])
+        recent = self.recent.setdefault(tuple(terms), [])
+        recent.append(values)
+        if len(recent) == MOST_RECENT:
+            self._add_up(tuple(terms))
+
+    def _add_up(self, names):
+        """Move what was added lately under `names` into `sums`: [sum, finite values, others]."""
+        values = torch.stack(self.recent.pop(names), 1)
         finite = values.isfinite()
-        parts = torch.stack([values.where(finite, values.new_zeros(())), finite.float(),
-                             (~finite).float()], 1)
+        parts = torch.stack([values.where(finite, values.new_zeros(())).sum(1), finite.sum(1),
+                             (~finite).sum(1)], 1)
         if not self.before.keys().isdisjoint(names):
             before = [self.before.pop(name, [0., 0., 0.]) for name in names]
             parts = parts + torch.tensor(before, device=parts.device)
@@ -48,6 +58,8 @@ class Meter:
 
     def _reduce(self):
         """{name: [sum, finite values, others]} over all processes, on the host."""
+        for names in list(self.recent):
+            self._add_up(names)
         groups = sorted(self.sums)
         sums = distributed.all_reduce_sum(torch.cat([self.sums[names] for names in groups]))
         found = {}
@@ -57,7 +69,7 @@ class Meter:
 
     def state_dict(self):
         """Plain values for a checkpoint; each process then holds an equal share of the sums."""
-        sums = self._reduce() if self.sums else {}
+        sums = self._reduce() if self.sums or self.recent else {}
         share = {name: [v / distributed.world_size() for v in values]
                  for name, values in sums.items()}
         self.sums, self.before = {}, dict(share)
