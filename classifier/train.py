@@ -158,7 +158,8 @@ def train(device, folder, state):
             meter.end_step(finite)
             bar.update()
 
-            ends, stopped = step % steps_per_epoch == 0 or step == last, stop.asked()
+            ends = step % steps_per_epoch == 0 or step == last
+            stopped = stop.asked(step, step == last)
             if step % FLAGS.log_step == 0 or ends or stopped:
                 now = time.perf_counter()
                 rate, since = (step - since[1]) * FLAGS.batchsize / (now - since[0]), (now, step)

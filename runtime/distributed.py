@@ -159,13 +159,13 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def largest(number):
-    """The largest of the integers of all processes, without touching a GPU."""
+def largest(*numbers):
+    """The largest of each of the integers over all processes, without touching a GPU."""
     if not dist.is_initialized():
-        return number
-    value = torch.tensor(number)
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
-    return int(value)
+        return numbers
+    values = torch.tensor(numbers)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
+    return tuple(values.tolist())
 
 
 def mean_with_grad(tensor):

@@ -288,7 +288,7 @@ class Run:
             self.meter.check(step, s.max_bad_steps)
             self.log.write(step, lr=self.lr, **self.meter.mean())
         self.log.bar.update()
-        stopping = stop.asked()
+        stopping = stop.asked(step, step == last)
         if due(step, s.sample_step) and not stopping:
             self._sample_grid()
         if due(step, s.save_step, last) or stopping:
