@@ -264,8 +264,8 @@ def random_crop(x_0, pad, total, generator):
     padded = F.pad(x_0, (pad,) * 4, value=-1.).permute(0, 2, 3, 1)      # (B, H + 2p, W + 2p, 3)
     corner = torch.randint(0, 2 * pad + 1, (2, total, 1), generator=generator)
     corner = corner[:, distributed.rows(total)]
-    rows = data.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
-    columns = data.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
+    rows = seeding.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
+    columns = seeding.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
     image = torch.arange(B, device=x_0.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 

@@ -188,11 +188,14 @@ def broadcast_object(value):
 
 
 def gather_main(tensor):
-    """On the first process the tensors of all processes, joined in their order; None elsewhere."""
+    """On the first process the tensors of all processes, joined in their order; None elsewhere.
+
+    The tensors are on the CPU, and travel to the first process alone.
+    """
     if not dist.is_initialized():
         return tensor
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, tensor)
+    parts = [None] * world_size() if is_main() else None
+    dist.gather_object(tensor, parts, group=_hosts)
     return torch.cat(parts) if is_main() else None
 
 

@@ -56,6 +56,17 @@ def hold_bf16_weights(*networks):
                     p.data = p.data.bfloat16()
 
 
+def prepare(amp, compile, device, *networks, graphs=False):
+    """Make frozen networks fast: weights in the precision `amp` ('none', 'bf16'), torch.compile.
+
+    Args:
+        compile, graphs: see `compile_networks`.
+    """
+    if amp == 'bf16':
+        hold_bf16_weights(*networks)
+    compile_networks(compile, device, *networks, graphs=graphs)
+
+
 def compile_networks(enabled, device, *networks, graphs=False):
     """If `enabled`, torch.compile `networks` in place: their parameters keep their names.
 

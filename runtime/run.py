@@ -24,7 +24,7 @@ from runtime.guard import Folder, leave_after, stop
 from runtime.log import Log, Meter
 from runtime.optim import (adam, clip_gradient, ema_update, frozen, nan_gradient_if_not_finite,
                            step_optimizer)
-from runtime.precision import autocast, choose, compile_networks, hold_bf16_weights
+from runtime.precision import autocast, choose, compile_networks, prepare
 
 
 class Settings(NamedTuple):
@@ -317,11 +317,9 @@ class Run:
     def prepare(self, *networks, graphs=False):
         """Make networks that are not trained fast: weights as --amp has them, and --compile.
 
-        graphs: see `compile_networks`.
+        graphs: see `precision.compile_networks`.
         """
-        if self.amp == 'bf16':
-            hold_bf16_weights(*networks)
-        compile_networks(self.settings.compile, self.device, *networks, graphs=graphs)
+        prepare(self.amp, self.settings.compile, self.device, *networks, graphs=graphs)
 
     def generator(self, *key):
         """Random numbers as a function of (seed, *key)."""

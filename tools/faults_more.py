@@ -133,7 +133,7 @@ file(
      'wiring_classifier eval-plain'),
     ('`--stride` is ignored', 'x_T, FLAGS.stride, y=labels)', 'x_T, y=labels)',
      'wiring_classifier eval-plain'),
-    ('`--seed` is ignored', 'noise_of_images(FLAGS.seed, indices,', 'noise_of_images(0, indices,',
+    ('`--seed` is ignored', 'noise_ahead(FLAGS.seed, ', 'noise_ahead(0, ',
      'wiring_classifier eval-seed'),
     ('`--weights` is ignored', 'load_model(FLAGS.logdir, FLAGS.weights, ',
      'load_model(FLAGS.logdir, ',

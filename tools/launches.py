@@ -3,13 +3,15 @@
   python tools/launches.py                base, PD and RDD at CIFAR-10 width, float32 and bfloat16
   python tools/launches.py scale          an RDD step of one process of 1, 8, 64 and 512
   python tools/launches.py rdd --flagfile config/CIFAR10_RDD.txt --amp bf16 [flags]
-                                          a step of one script, by operation; --ranks 4: in a group
+                                          a step of one script, by operation, in a process that
+                                          simulated_gpu.start has started; --ranks 4: in a group
 The scripts' own `train` runs. The loop of `Run`, images, teacher and classifier are stand-ins. See
 simulated_gpu.py for what such a count cannot see.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from absl import flags      # noqa: E402
 import runtime.run      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
 from model import UNet      # noqa: E402
-from runtime import cli, data       # noqa: E402
+from runtime import cli, data, pictures     # noqa: E402
 from runtime.models import Model        # noqa: E402
 from runtime.optim import frozen        # noqa: E402
 from tools import simulated_gpu     # noqa: E402
@@ -77,6 +79,25 @@ def stand_ins(script, counter, steps, found):
             yield script, name, form
 
 
+def sample_and_score(script, counter, found):
+    """The loop of ddim_eval.py, which scores with a small convolutional network."""
+    class Counted(script.ActivationStats):
+        def update(self, *batch):
+            super().update(*batch)
+            found.append(counter.take())
+
+        def reduce(self):
+            return self
+
+    network = random_classifier('convnet_small', None, random_images(), None, GPU)
+    y = torch.zeros(FLAGS.num_images, dtype=torch.int64, device=GPU) if FLAGS.conditional else None
+    clock = itertools.count()
+    forms = dict(ActivationStats=Counted, synchronised_time=lambda device: next(clock))
+    with mock.patch.multiple(script, **forms), mock.patch.object(pictures, 'refuse_unless'), \
+            torch.no_grad():
+        script.sample_and_score(random_teacher(), y, lambda x: network(x.float())[1::-1])
+
+
 def no_checkpoint(run, base_ckpt):
     run.start, run.meter = 0, runtime.run.Meter()
 
@@ -108,15 +129,55 @@ def random_images():
     return data.Images('random', 'train', size, labels, FLAGS.class_num, images)
 
 
-def main(row, script):
-    found = count(row, script, FLAGS.ranks)
-    operations, drawn, sent = found[-1]
-    print(json.dumps(dict(operations=dict(operations.most_common()), drawn=drawn, sent=sent,
-                          total=sum(operations.values()))))
+def one_row(row, script):
+    """Print the last step of a script, as JSON."""
+    operations, drawn, sent = count(row, script, FLAGS.ranks)[-1]
+    print(json.dumps(dict(total=sum(operations.values()), drawn=drawn, sent=sent,
+                          operations=dict(operations.most_common()))))
+
+
+def measured(library, row, *words):
+    """What `one_row` prints, from a process of its own."""
+    done = simulated_gpu.start(library, [__file__, row, *words])
+    if done.returncode:
+        raise cli.UserError(f'the simulation of {row} {" ".join(words)} ended with:\n{done.stderr}',
+                            code=1)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def cifar10(row):
+    return f'--flagfile=config/CIFAR10_{row.upper()}.txt'
+
+
+def print_counts(library):
+    rows = [[row, *(f'{measured(library, row, cifar10(row), f"--amp={amp}")["total"]:,}'
+                    for amp in ('none', 'bf16'))] for row in ('base', 'pd', 'rdd')]
+    print(table(['operations on the device per step', 'float32', 'bfloat16'], rows))
+
+
+def print_scale(library):
+    rows = []
+    for ranks in SCALES:
+        found = measured(library, 'rdd', cifar10('rdd'), '--amp=bf16', '--dropout=0.1',
+                         '--batch_size=512', f'--ranks={ranks}')
+        rows.append([f'{ranks}', *(f'{found[name] / 1e6:.2f}' for name in ('drawn', 'sent')),
+                     f'{found["total"]:,}'])
+    print(table(['processes', 'MB drawn', 'MB sent', 'operations'], rows))
+
+
+def print_tables(words):
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            library = simulated_gpu.build(folder)
+        except simulated_gpu.NotHere as error:
+            raise cli.UserError(f'no GPU can be simulated here: {error}', code=1)
+        (print_scale if words == ['scale'] else print_counts)(library)
 
 
 if __name__ == '__main__':
-    this_row = sys.argv.pop(1)
-    flags.DEFINE_integer('ranks', 1, 'processes in the group, of which the last is simulated')
-    this_script = importlib.import_module(SCRIPTS[this_row])
-    cli.run(lambda: main(this_row, this_script))
+    if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS:
+        this_row = sys.argv.pop(1)
+        flags.DEFINE_integer('ranks', 1, 'processes in the group, of which the last is simulated')
+        this_script = importlib.import_module(SCRIPTS[this_row])
+        cli.run(lambda: one_row(this_row, this_script))
+    cli.run(print_tables, words=True)

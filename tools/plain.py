@@ -85,7 +85,7 @@ def no_compile(*args, **how):
 FORMS = dict(adam=plain_adam, clip_gradient=plain_clip, step_optimizer=plain_step,
              ema_update=plain_ema, intra_sample_p2p=plain_intra, MemoryP2P=PlainMemory,
              frechet=plain_frechet, autocast=no_autocast, compile_networks=no_compile,
-             hold_bf16_weights=no_compile)
+             prepare=no_compile)
 
 
 @contextlib.contextmanager

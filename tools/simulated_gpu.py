@@ -114,7 +114,7 @@ def replacements(FakeTensor):
     supported = torch.utils._foreach_utils._foreach_supported_types
     yield torch.utils._foreach_utils, '_foreach_supported_types', [*supported, FakeTensor]
     yield seeding, 'generator', generator
-    yield data, 'sent', lambda tensor, device: tensor.to(device)
+    yield seeding, 'sent', lambda tensor, device: tensor.to(device)
     yield data.StepOrder, '__iter__', any_order
     yield torch, '_fused_adam_', checked_adam
     yield torch.nn.Module, '_apply', new_parameters
