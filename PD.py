@@ -33,7 +33,7 @@ flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x, in eps
 def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/512',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/1024')
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
     dataset = training_data(FLAGS, teacher.network)
     for base_ckpt, logdir, total_steps in stages(teacher.diffusion.T):

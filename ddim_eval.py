@@ -52,7 +52,7 @@ flags.DEFINE_bool('trajectory', False, 'draw z_t and x_pred of the first 8 image
 
 def main():
     require(logdir='the folder of a trained model, such as ./logs/8to4/rdd')
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     evaluate(device)
     distributed.cleanup()
 

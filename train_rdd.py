@@ -66,7 +66,7 @@ def main():
                             f'--queue_update ({largest}); raise it')
     require(logdir='the folder this run writes to, such as ./logs/8to4/rdd',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/8')
-    train(distributed.init(FLAGS.gpu_id))
+    train(distributed.init(FLAGS.gpu_id, FLAGS.tf32))
     distributed.cleanup()
 
 

@@ -69,7 +69,7 @@ def define_flags():
 
 
 def main():
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     distributed.check_batch(FLAGS.batchsize, flag='--batchsize')
     FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     FLAGS.recipe = FLAGS.recipe or (

@@ -106,9 +106,9 @@ class Stop:
     def asked(self, step=0, last=True):
         """The signal on which all processes end after `step`, or 0.
 
-        Several processes agree about four times a second, and in the `last` step: a collective operation
-        of the hosts in every step would take longer the more there are. They measure the time of a
-        step together, and so leave out the same steps.
+        Several processes agree about four times a second, and in the `last` step: a collective
+        operation of the hosts in every step would take longer the more there are. They measure the
+        time of a step together, and so leave out the same steps.
         """
         if distributed.world_size() == 1:
             return self.received

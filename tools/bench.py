@@ -68,7 +68,7 @@ def main():
     check_rows()
     if FLAGS.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     if FLAGS.device == 'cuda' and device.type != 'cuda':
         raise UserError('--device cuda: torch finds no GPU; leave it out to measure the CPU')
     FLAGS.batch_size = FLAGS.batch_size or (128 if device.type == 'cuda' else 16)

@@ -129,7 +129,7 @@ file(
     'ddim_eval.py',
     ('every label is 0', "y = torch.randint(model.arch['class_num'], (",
      "y = 0 * torch.randint(model.arch['class_num'], (", 'wiring_classifier eval-plain'),
-    ('labels of the first images', 'y[indices.to(device)]', 'y[:len(indices)]',
+    ('labels of the first images', 'y[indices.start:indices.stop]', 'y[:len(indices)]',
      'wiring_classifier eval-plain'),
     ('`--stride` is ignored', 'x_T, FLAGS.stride, y=labels)', 'x_T, y=labels)',
      'wiring_classifier eval-plain'),
