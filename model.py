@@ -1,5 +1,6 @@
 """The U-Net of DDPM in the published parameter names. Knows nothing of diffusion."""
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -222,7 +223,9 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), *next(inputs))
             else:
                 h = block(h)
-        with torch.autocast(h.device.type, enabled=False):
+        precise = contextlib.nullcontext() if h.is_meta else torch.autocast(h.device.type,
+                                                                            enabled=False)
+        with precise:
             return self.tail(h.to(self.tail[-1].weight.dtype))
 
     def _inputs_of_blocks(self, temb, noise):
