@@ -61,7 +61,7 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher = load_teacher(base_ckpt, FLAGS, device)
     student, diffusion = teacher.student()      # a copy, with every second point of the grid
     run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
-    run.prepare(teacher.network, graphs=True)
+    run.prepare(teacher.network)
     for step in run:
         for part in run.parts():
             x_0, y, t, eps = part

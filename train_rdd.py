@@ -84,8 +84,7 @@ def train(device):
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
     run = Run(FLAGS, 'rdd', student, diffusion, dataset, FLAGS.logdir, FLAGS.base_ckpt,
               memory=memory, relation_group=group)
-    run.prepare(teacher.network, graphs=True)
-    run.prepare(classifier)
+    run.prepare(teacher.network, classifier)
     for step in run:
         # Teacher: two DDIM steps from z_t give x_target; what the classifier sees in it
         parts = list(run.parts())

@@ -314,12 +314,13 @@ class Run:
         """The precision of --amp, for networks that are not trained."""
         return autocast(self.amp, self.device)
 
-    def prepare(self, *networks, graphs=False):
+    def prepare(self, teacher, *others):
         """Make networks that are not trained fast: weights as --amp has them, and --compile.
 
-        graphs: see `precision.compile_networks`.
+        On a GPU, --compile makes one CUDA graph of the teacher, which is called without gradients.
         """
-        prepare(self.amp, self.settings.compile, self.device, *networks, graphs=graphs)
+        prepare(self.amp, self.settings.compile, self.device, teacher, graphs=True)
+        prepare(self.amp, self.settings.compile, self.device, *others)
 
     def generator(self, *key):
         """Random numbers as a function of (seed, *key)."""
