@@ -12,7 +12,7 @@ from classifier import build_classifier
 from classifier.networks import DenseBlock
 from losses import MemoryP2P, intra_sample_p2p
 from model import UNet, draw_dropout_noise, dropout
-from runtime import data, precision, seeding
+from runtime import data, distributed, precision, seeding
 from runtime.cli import UserError
 from runtime.log import Meter
 from runtime.optim import frozen
@@ -262,6 +262,53 @@ def test_noise_ahead():
         assert torch.equal(x_T, seeding.noise_of_images(5, indices, (3, 4, 4), CPU))
     assert len(list(seeding.noise_ahead(5, batches, (3, 4, 4), CPU))) == 3
     assert not list(seeding.noise_ahead(5, [], (3, 4, 4), CPU))
+
+
+@pytest.mark.parametrize('device, graphs, mode', [
+    ('cuda', True, dict(mode='reduce-overhead')), ('cuda', False, {}), ('cpu', True, {})])
+def test_graphs_on_a_gpu_alone(device, graphs, mode, monkeypatch):
+    seen, layer = [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(precision, 'TORCH', (2, 13))
+    monkeypatch.setattr(torch, 'compile', lambda function, **how: function)
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device: torch.ones(*size))
+    monkeypatch.setattr(layer, 'compile', lambda **how: seen.append(how))
+    precision.compile_networks(True, torch.device(device), layer, graphs=graphs)
+    assert seen == [dict(mode, dynamic=False)]
+
+
+def test_set_up_gpu(monkeypatch):
+    """What --tf32 allows; by default what torch allows."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    try:
+        for tf32, allowed in (('none', (False, False)), ('all', (True, True)),
+                              ('conv', (True, False))):
+            distributed.set_up_gpu(tf32)
+            assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (*allowed, True)
+        assert allowed == before[:2]
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+
+
+@pytest.mark.parametrize('device, how', [
+    ('cuda:1', dict(timeout=distributed.PATIENCE_OF_GPUS, device_id=torch.device('cuda:1'))),
+    ('cpu', dict(timeout=distributed.PATIENCE))])
+def test_group_knows_its_device(device, how, monkeypatch):
+    """Time-outs by device; the hosts have a group of their own beside NCCL."""
+    seen, groups = [], []
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, '_hosts', None)
+    monkeypatch.setattr(distributed.dist, 'rendezvous', lambda url: iter([(store, 1, 2)]))
+    monkeypatch.setattr(distributed.dist, 'new_group', lambda **more: groups.append(more))
+
+    def init_process_group(backend, store, rank, world_size, timeout, device_id=None):
+        seen.append(dict(backend=backend, timeout=timeout,
+                         **({} if device_id is None else dict(device_id=device_id))))
+
+    monkeypatch.setattr(distributed.dist, 'init_process_group', init_process_group)
+    distributed.join(torch.device(device), 2)
+    gpu = device != 'cpu'
+    assert seen == [dict(how, backend='nccl' if gpu else 'gloo')] and len(groups) == gpu
 
 
 @pytest.mark.parametrize('fast', [True, False])
