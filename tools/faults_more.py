@@ -32,7 +32,9 @@ file(
     ('keys are added', 'np.random.SeedSequence(key)', 'np.random.SeedSequence(sum(key))',
      'wiring streams'),
     ('all images from one noise', 'seed, SAMPLES, int(i)', 'seed, SAMPLES',
-     'wiring_classifier eval-plain'))
+     'wiring_classifier eval-plain'),
+    ('every batch but the first comes twice', 'thread.submit(draw, following)',
+     'thread.submit(draw, indices)', 'fast'))
 
 file(
     'runtime/checkpoint.py',
@@ -95,12 +97,19 @@ file(
     'runtime/guard.py',
     ('no lock', 'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB', 'guard'),
     ('handlers stay', 'signal.signal(number, handler)\n\n', 'pass\n\n', 'guard'),
-    ('a second signal is ignored', 'elif now - self.since > 2:', 'elif False:', 'guard'))
+    ('a second signal is ignored', 'elif now - self.since > 2:', 'elif False:', 'guard'),
+    ('signals are lost in the last step', 'if not last and step < self.next', 'if step < self.next',
+     'guard'),
+    ('every process has its own interval', 'distributed.largest(self.received, nanoseconds)',
+     'distributed.largest(self.received, nanoseconds)[0], nanoseconds', 'guard'))
 
 file(
     'runtime/precision.py',
     ('bf16 is ignored', "enabled = amp == 'bf16' or", "enabled = False or", 'wiring bf16'),
-    ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'))
+    ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'),
+    ('weights are rounded in float32', "if amp == 'bf16':\n        hold", 'if True:\n        hold',
+     'fast'),
+    ('fine grids in bfloat16', ' and steps <= FINE', '', 'fast'))
 
 file(
     'runtime/pictures.py',
