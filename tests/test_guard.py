@@ -77,8 +77,8 @@ def test_processes_agree_now_and_then(monkeypatch):
     monkeypatch.setattr(guard.distributed, 'largest', largest)
     monkeypatch.setattr(guard.time, 'monotonic', lambda: clock[0])
     with Stop() as stop:
-        for step in range(1, 81):           # 10 ms each, from step 41 on 1 s
-            clock[0] += .01 if step <= 40 else 1.
+        for step in range(1, 81):           # 1 ms here and 10 there, from step 41 on 1 s
+            clock[0] += .001 if step <= 40 else 1.
             theirs[0] = signal.SIGTERM if step >= 78 else 0
             if stop.asked(step, step == 80):
                 break
