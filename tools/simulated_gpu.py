@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import cli, data, distributed, seeding
+from runtime import cli, data, distributed, precision, seeding
 
 GPU = torch.device('cuda', 0)
 FREE = ('aten.empty', 'aten.new_empty', 'aten.detach', 'aten._unsafe_view', 'aten.lift_fresh',
@@ -38,8 +38,12 @@ def build(folder):
     """Compile the guard into `folder`; returns the library.
 
     Raises:
-        NotHere: there is no compiler, or it does not build against this torch.
+        NotHere: there is no compiler, or this torch is too old or has CUDA.
     """
+    if torch.version.cuda or torch.version.hip:
+        raise NotHere('this build of torch has real GPUs, whose guard cannot be replaced')
+    if precision.TORCH < (2, 10):
+        raise NotHere(f'it was written for torch 2.13, this is {torch.__version__}')
     compiler = shutil.which('g++') or shutil.which('c++')
     if not compiler:
         raise NotHere('there is no C++ compiler')
