@@ -34,7 +34,7 @@ file(
     ('all images from one noise', 'seed, SAMPLES, int(i)', 'seed, SAMPLES',
      'wiring_classifier eval-plain'),
     ('every batch but the first comes twice', 'thread.submit(draw, following)',
-     'thread.submit(draw, indices)', 'fast'))
+     'thread.submit(draw, indices)', 'few_operations'))
 
 file(
     'runtime/checkpoint.py',
@@ -108,8 +108,8 @@ file(
     ('bf16 is ignored', "enabled = amp == 'bf16' or", "enabled = False or", 'wiring bf16'),
     ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'),
     ('weights are rounded in float32', "if amp == 'bf16':\n        hold", 'if True:\n        hold',
-     'fast'),
-    ('fine grids in bfloat16', ' and steps <= FINE', '', 'fast'))
+     'few_operations'),
+    ('fine grids in bfloat16', ' and steps <= FINE', '', 'few_operations'))
 
 file(
     'runtime/pictures.py',

@@ -237,7 +237,8 @@ file(
 file(
     'model.py',
     ('one block without time', '+ shift[:, :, None, None]', '', 'parity + fast'),
-    ('the last layers in bfloat16', 'with precise:', 'with contextlib.nullcontext():', 'fast'),
+    ('the last layers in bfloat16', 'with precise:', 'with contextlib.nullcontext():',
+     'few_operations'),
     ('labels without bias', ' + self.y_embedding.bias', '', 'parity'),
     ('dropout without scale', '* (1 / (1 - p))', '', 'dropout'),
     ('all images share a mask', 'keys[:, rows].contiguous()',
