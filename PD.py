@@ -28,7 +28,7 @@ flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x, in eps
 def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/512',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/1024')
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
     dataset = training_data(FLAGS, teacher.network)
     for stage in stages(teacher.diffusion.T, FLAGS):
@@ -40,7 +40,7 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
     teacher = load_teacher(base_ckpt, FLAGS, device)
     student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
     run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
-    run.compile(teacher.network)
+    run.prepare(teacher.network)
     for step in run:
         for part in run.parts():
             x_0, y, t, eps = part

@@ -20,7 +20,7 @@ from runtime.flags import (define_device_flags, define_network_flags, define_tea
 from runtime.log import progress
 from runtime.models import check_facts, check_flags, load_model
 from runtime.pictures import to_uint8
-from runtime.precision import autocast, compile_networks
+from runtime.precision import autocast, choose, prepare
 from score import (ActivationStats, check_network, frechet_distance, load_feature_network,
                    load_statistics)
 
@@ -53,7 +53,7 @@ flags.DEFINE_bool('trajectory', False, 'draw z_t and x_pred of the first 8 image
 
 def main():
     require(logdir='the folder of a trained model, such as ./logs/8to4/rdd')
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     evaluate(device)
     distributed.cleanup()
 
@@ -67,7 +67,7 @@ def evaluate(device):
     feature_network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
     check_network(reference, feature_network)
     model.to(device)
-    compile_networks(FLAGS.compile, device, model.network)
+    prepare(choose(FLAGS.amp, device), FLAGS.compile, device, model.network, graphs=True)
     rng = seeding.generator('cpu', FLAGS.seed, seeding.LABELS)
     y = torch.randint(model.arch['class_num'], (FLAGS.num_images,), generator=rng).to(device)
     y = y if model.arch['conditional'] else None
@@ -112,27 +112,37 @@ def sample_and_score(model, y, feature_network):
     """(statistics of all processes, uint8 images to keep, images/s of the sampler).
 
     Image i starts from noise that depends on (--seed, i) alone. The first process alone gets the
-    images: all of them for --save_images, else at least as many as the grid shows.
+    images: all of them for --save_images, else those that the grid shows.
     """
     device, processes = model.diffusion.alpha.device, distributed.world_size()
     stats, kept, seconds = ActivationStats(FLAGS.num_images), [], 0.
-    mine = torch.arange(FLAGS.num_images).tensor_split(processes)[distributed.rank()]
+    first, last = (FLAGS.num_images * (distributed.rank() + i) // processes for i in (0, 1))
+    batches = [range(first, last)[i:i + FLAGS.batch_size]
+               for i in range(0, last - first, FLAGS.batch_size)]
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    wanted = FLAGS.num_images if FLAGS.save_images else FLAGS.sample_size
     nfe, shape = model.diffusion.T // FLAGS.stride, (3, model.img_size, model.img_size)
-    with progress(len(mine), f'sample {nfe} steps', unit='img') as bar:
-        for indices in mine.split(FLAGS.batch_size):
-            x_T = seeding.noise_of_images(FLAGS.seed, indices, shape, device)
-            labels = None if y is None else y[indices.to(device)]
+    with progress(last - first, f'sample {nfe} steps', unit='img') as bar:
+        for indices, x_T in seeding.noise_ahead(FLAGS.seed, batches, shape, device):
+            labels = None if y is None else y[indices.start:indices.stop]
             since = synchronised_time(device)
             with autocast(FLAGS.amp, device):
                 x_0 = model.diffusion.sample(model.network, x_T, FLAGS.stride, y=labels)
             seconds += synchronised_time(device) - since
-            images = to_uint8(x_0)
-            stats.update(*feature_network(x_0 if FLAGS.fid_float else images), indices)
-            if FLAGS.save_images or len(kept) * FLAGS.batch_size < FLAGS.sample_size:
-                kept.append(images.cpu())
+            finite &= torch.isfinite(x_0).all()
+            if device.type == 'cpu':        # a GPU is not kept waiting: see below
+                pictures.refuse_unless(finite)
+            images = to_uint8(x_0, finite=True)
+            stats.update(*feature_network(x_0 if FLAGS.fid_float else images),
+                         torch.arange(indices.start, indices.stop, device=device))
+            images = images[:max(0, wanted - indices.start)]
+            kept.append(images.cpu() if FLAGS.save_images else images)
             bar.update(len(indices))
-    rate = len(mine) / seconds * processes
-    return stats.reduce(), distributed.gather_main(torch.cat(kept)), rate
+    pictures.refuse_unless(finite)
+    kept = torch.cat(kept).cpu()
+    if wanted > FLAGS.num_images // processes:      # others have some of them
+        kept = distributed.gather_main(kept)
+    return stats.reduce(), kept, (last - first) / seconds * processes
 
 
 def protocol(model, reference, feature_network, scores, rate):

@@ -52,8 +52,8 @@ class Diffusion:
                  N=None):
         self.T, self.N, self.mean_type, self.schedule = T, N or T * time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(self.N, schedule)
-        self.alpha = alpha_bar.sqrt().to(device)
-        self.sigma = (1 - alpha_bar).sqrt().to(device)
+        self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1).to(device)
+        self.alpha, self.sigma = self.table.unbind(1)
         visited = torch.tensor([round(k * self.N / T) for k in range(T + 1)])
         index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
         self.visited = visited.to(device)
@@ -81,7 +81,7 @@ class Diffusion:
 
     def at(self, t):
         """alpha_t, sigma_t as (B, 1, 1, 1) float64 for times t (B,)."""
-        return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+        return self.table[t][..., None, None, None].unbind(1)
 
     def add_noise(self, x_0, eps, t):
         """z_t = alpha_t x_0 + sigma_t eps; images (B, C, H, W), t (B,)."""

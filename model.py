@@ -1,5 +1,6 @@
 """The U-Net of DDPM in the published parameter names. Knows nothing of diffusion."""
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class DownSample(nn.Module):
         super().__init__()
         self.main = initialize(nn.Conv2d(in_ch, in_ch, 3, stride=2, padding=1))
 
-    def forward(self, x, temb):
+    def forward(self, x):
         return self.main(x if self.main.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -47,7 +48,7 @@ class UpSample(nn.Module):
         super().__init__()
         self.main = initialize(nn.Conv2d(in_ch, in_ch, 3, padding=1))
 
-    def forward(self, x, temb):
+    def forward(self, x):
         return self.main(F.interpolate(x, scale_factor=2, mode='nearest'))
 
 
@@ -88,12 +89,12 @@ def draw_dropout_noise(network, img_size, total, rows, generator):
     A mask depends on the seed, layer, row and position alone. Only the small keys are drawn for
     the total batch, so that the cost does not grow with the number of processes.
     """
-    blocks = [m for m in network.modules() if isinstance(m, ResBlock)]
+    layers = len(network.res_blocks())
     largest = max(width * (img_size >> level) ** 2 for level, width in enumerate(network.widths))
     low, high = -2 ** 31, 2 ** 31
     draw = functools.partial(torch.randint, low, high, dtype=torch.int32, generator=generator,
                              device=generator.device)
-    positions, keys = draw((2, largest)), draw((len(blocks), total))
+    positions, keys = draw((2, largest)), draw((layers, total))
     return DropoutNoise(keys[:, rows].contiguous(), positions)
 
 
@@ -127,9 +128,10 @@ class ResBlock(nn.Module):
                          else nn.Identity())
         self.attn = AttnBlock(out_ch) if attn else nn.Identity()
 
-    def forward(self, x, temb, keys=None, positions=None):
+    def forward(self, x, shift, keys=None, positions=None):
+        """x (B, in_ch, H, W), shift (B, out_ch) = temb_proj(temb) -> (B, out_ch, H, W)."""
         norm, act, drop, conv = self.block2
-        h = self.block1(x) + self.temb_proj(temb)[:, :, None, None]
+        h = self.block1(x) + shift[:, :, None, None]
         h = act(norm(h))
         hashed = keys is not None and self.training
         h = dropout(h, drop.p, keys, positions) if hashed else drop(h)
@@ -145,7 +147,12 @@ class UNet(nn.Module):
         attn: resolutions (0 = full size) with attention. num_res_blocks: blocks per resolution.
         dropout: rate in the second half of every block.
         conditional: whether the network takes class labels, of `class_num` classes.
+
+    The last normalisation and convolution are computed in float32 whatever the precision of the
+    rest: their rounding errors would be multiplied by alpha / sigma in eps_pred.
     """
+
+    in_float32 = ('tail', 'y_embedding')    # parts that autocast does not reach
 
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout=0., conditional=False,
                  class_num=10):
@@ -200,28 +207,42 @@ class UNet(nn.Module):
 
         noise: the `DropoutNoise` of these images; None: dropout as torch has it.
         """
-        noise = noise if noise is None else (iter(noise.keys), noise.positions)
         temb = self.time_embedding(t)
         if self.y_embedding is not None:
             # the published network multiplies a one-hot vector: the same numbers, without it
             temb = temb + F.embedding(y, self.y_embedding.weight.t()) + self.y_embedding.bias
+        inputs = self._inputs_of_blocks(temb, noise)
         h = self.head(x)
         skips = [h]
         for block in self.downblocks:
-            h = self._apply_block(block, h, temb, noise)
+            h = block(h, *next(inputs)) if isinstance(block, ResBlock) else block(h)
             skips.append(h)
         for block in self.middleblocks:
-            h = self._apply_block(block, h, temb, noise)
+            h = block(h, *next(inputs))
         for block in self.upblocks:
             if isinstance(block, ResBlock):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = self._apply_block(block, h, temb, noise)
-        return self.tail(h)
+                h = block(torch.cat([h, skips.pop()], dim=1), *next(inputs))
+            else:
+                h = block(h)
+        precise = contextlib.nullcontext() if h.is_meta else torch.autocast(h.device.type,
+                                                                            enabled=False)
+        with precise:
+            return self.tail(h.to(self.tail[-1].weight.dtype))
 
-    @staticmethod
-    def _apply_block(block, h, temb, noise):
-        """A block, with the dropout keys of the next layer if it has dropout."""
-        if noise is None or not isinstance(block, ResBlock):
-            return block(h, temb)
-        keys, positions = noise
-        return block(h, temb, next(keys), positions)
+    def _inputs_of_blocks(self, temb, noise):
+        """Yield (shift, dropout keys, positions) of the residual blocks, in order.
+
+        The projections of the time embedding are one matrix product: on a GPU, one per block takes
+        longer to start than to compute.
+        """
+        linears = [block.temb_proj[1] for block in self.res_blocks()]
+        weight = torch.cat([m.weight for m in linears])
+        bias = torch.cat([m.bias for m in linears])
+        shifts = F.linear(F.silu(temb), weight, bias).split([m.out_features for m in linears], 1)
+        for i, shift in enumerate(shifts):
+            yield (shift,) if noise is None else (shift, noise.keys[i], noise.positions)
+
+    def res_blocks(self):
+        """The residual blocks in the order in which they compute."""
+        blocks = (*self.downblocks, *self.middleblocks, *self.upblocks)
+        return [block for block in blocks if isinstance(block, ResBlock)]

@@ -33,7 +33,7 @@ def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/1024')
     check_network()
     loss_type = 'eps' if FLAGS.mean_type == 'epsilon' else FLAGS.loss_type      # as in DDPM
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     if loss_type != FLAGS.loss_type and given('loss_type'):
         distributed.print0('note: --loss_type has no effect with --mean_type epsilon: the loss is '
                            'the error in eps.')

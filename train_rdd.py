@@ -63,7 +63,7 @@ def main():
         raise cli.UserError(f'--queue_size {FLAGS.queue_size} is smaller than --contrast_size or '
                             f'--queue_update ({largest}); raise it')
     require(logdir='where results go, such as ./logs/8to4/rdd', base_ckpt='folder of the teacher')
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
     dataset = training_data(FLAGS, teacher.network)
     for stage in stages(teacher.diffusion.T, FLAGS):
@@ -84,7 +84,7 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
     run = Run(FLAGS, 'rdd', student, diffusion, dataset, logdir, base_ckpt, memory=memory,
               total_steps=total_steps, relation_group=group)
-    run.compile(teacher.network, classifier)
+    run.prepare(teacher.network, classifier)
     for step in run:
         # Teacher: two DDIM steps from z_t give x_target; what the classifier sees in it
         parts = list(run.parts())

@@ -72,6 +72,20 @@ class Classifier(nn.Module):
         return self.fc(feature), feature, feature_map
 
 
+class DenseBlock(nn.ModuleDict):
+    """The layers of a dense block: each adds its channels to all that it gets.
+
+    The channels so far are kept as one tensor. torchvision passes a list of tensors, each of which
+    gets a gradient from every later layer: thousands of small additions.
+    """
+
+    def forward(self, x):
+        for layer in self.values():
+            h = layer.conv1(layer.relu1(layer.norm1(x)))
+            x = torch.cat([x, layer.conv2(layer.relu2(layer.norm2(h)))], 1)
+        return x
+
+
 def conv3x3(channels, stride=1):
     """A 3x3 convolution from images, initialised as torchvision does."""
     conv = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
@@ -87,7 +101,7 @@ def densenet_parts(name):
     parts = OrderedDict(features=nn.Sequential(OrderedDict(
         conv0=conv3x3(stem), norm0=network.norm0, relu0=network.relu0)))
     for i in range(1, len(layers) + 1):
-        parts[f'block{i}'] = getattr(network, f'denseblock{i}')
+        parts[f'block{i}'] = DenseBlock(getattr(network, f'denseblock{i}'))
         if i < len(layers):
             parts[f'trans{i}'] = getattr(network, f'transition{i}')
     parts['final_norm'] = network.norm5

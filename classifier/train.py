@@ -70,7 +70,7 @@ def define_flags():
 
 
 def main():
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     distributed.check_batch(FLAGS.batchsize, flag='--batchsize')
     FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     FLAGS.recipe = FLAGS.recipe or (
@@ -159,7 +159,8 @@ def train(device, folder, state):
             meter.end_step(finite)
             bar.update()
 
-            ends, stopped = step % steps_per_epoch == 0 or step == last, stop.asked()
+            ends = step % steps_per_epoch == 0 or step == last
+            stopped = stop.asked(step, step == last)
             if step % FLAGS.log_step == 0 or ends or stopped:
                 now = time.perf_counter()
                 rate, since = (step - since[1]) * FLAGS.batchsize / (now - since[0]), (now, step)
@@ -264,8 +265,8 @@ def random_crop(x_0, pad, total, generator):
     padded = F.pad(x_0, (pad,) * 4, value=-1.).permute(0, 2, 3, 1)      # (B, H + 2p, W + 2p, 3)
     corner = torch.randint(0, 2 * pad + 1, (2, total, 1), generator=generator)
     corner = corner[:, distributed.rows(total)]
-    rows = data.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
-    columns = data.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
+    rows = seeding.sent(corner[0] + torch.arange(H), x_0.device)       # (B, H)
+    columns = seeding.sent(corner[1] + torch.arange(W), x_0.device)    # (B, W)
     image = torch.arange(B, device=x_0.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 

@@ -293,12 +293,5 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, flip=None,
 def _from_memory(dataset, order, device):
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     for chosen in order:
-        chosen = sent(torch.tensor(chosen), device)
+        chosen = seeding.sent(torch.tensor(chosen), device)
         yield images[chosen], labels[chosen]
-
-
-def sent(tensor, device):
-    """`tensor` on `device`; from pinned memory, so that the host does not wait for a GPU."""
-    if torch.device(device).type == 'cuda':
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -5,6 +5,7 @@ NCCL on GPUs and gloo on CPUs. The environment set by the launcher is the truth,
 """
 
 import contextlib
+import inspect
 import os
 import warnings
 from datetime import timedelta
@@ -17,11 +18,12 @@ from torch import nn
 from runtime.cli import UserError
 
 
-def init(gpu_id=None):
+def init(gpu_id=None, tf32='conv'):
     """Join the process group if a launcher made one; return this process's `torch.device`.
 
     Args:
         gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
+        tf32: see `set_up_gpu`.
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
@@ -39,17 +41,35 @@ def init(gpu_id=None):
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
+        set_up_gpu(tf32)
     if processes > 1 and not dist.is_initialized():
-        join('nccl' if cuda else 'gloo', processes)
+        join(device, processes)
     if not cuda:
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
     return device
 
 
-def join(backend, processes):
+def set_up_gpu(tf32):
+    """How float32 is computed on GPUs since Ampere, and how convolutions are chosen.
+
+    Args:
+        tf32: 'none'; 'conv': inputs of convolutions are rounded to TF32 (10 bits after the point),
+            those of matrix products are not, as torch has it; 'all': of both.
+    """
+    torch.backends.cudnn.allow_tf32 = tf32 != 'none'
+    torch.backends.cuda.matmul.allow_tf32 = tf32 == 'all'
+    torch.backends.cudnn.benchmark = True       # the fastest one, tried in the first step
+
+
+def join(device, processes):
     """Meet the other processes where the launcher says."""
     global _hosts
+    backend, patience, how = 'gloo', PATIENCE, {}
+    if device.type == 'cuda':
+        backend, patience = 'nccl', PATIENCE_OF_GPUS
+        if 'device_id' in inspect.signature(dist.init_process_group).parameters:
+            how['device_id'] = device       # no barrier has to guess the GPU of a process
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     try:
         store, number, processes = next(dist.rendezvous('env://'))
@@ -58,17 +78,20 @@ def join(backend, processes):
             # torchrun restarts workers on the same store, where the dead have left addresses
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=processes,
-                                timeout=PATIENCE)
+                                timeout=patience, **how)
         _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split('\n')[0]
         raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
                         f'MASTER_PORT): {reason}; use a free port '
-                        f'(--master_port) and an address all machines reach', code=1)
+                        f'(--master_port) and an address all machines reach; if a host takes its '
+                        f'own name for 127.0.0.1, set GLOO_SOCKET_IFNAME to its network interface, '
+                        f'as "ip address" shows it', code=1)
 
 
-# the others wait while the first process draws a grid or rewrites a data set
+# the others wait while the first process rewrites a data set or, on CPUs, draws a grid
 PATIENCE = timedelta(hours=6)
+PATIENCE_OF_GPUS = timedelta(minutes=30)        # one that hangs shows sooner; a grid takes seconds
 _hosts = None       # group for numbers that live on the host; None: the default group
 
 
@@ -91,14 +114,15 @@ def print0(*args, **kwargs):
 
 
 def barrier():
+    """Wait until all processes have come this far, on the hosts."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_hosts)
 
 
 def cleanup():
     """Leave the process group when all have come this far; safe without one."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 
@@ -159,13 +183,13 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def largest(number):
-    """The largest of the integers of all processes, without touching a GPU."""
+def largest(*numbers):
+    """The largest of each of the integers over all processes, without touching a GPU."""
     if not dist.is_initialized():
-        return number
-    value = torch.tensor(number)
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
-    return int(value)
+        return numbers
+    values = torch.tensor(numbers)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
+    return tuple(values.tolist())
 
 
 def mean_with_grad(tensor):
@@ -183,16 +207,19 @@ def broadcast_object(value):
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_hosts)
     return box[0]
 
 
 def gather_main(tensor):
-    """On the first process the tensors of all processes, joined in their order; None elsewhere."""
+    """On the first process the tensors of all processes, joined in their order; None elsewhere.
+
+    The tensors are on the CPU, and travel to the first process alone.
+    """
     if not dist.is_initialized():
         return tensor
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, tensor)
+    parts = [None] * world_size() if is_main() else None
+    dist.gather_object(tensor, parts, group=_hosts)
     return torch.cat(parts) if is_main() else None
 
 

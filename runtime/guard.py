@@ -12,6 +12,10 @@ from runtime import cli, distributed
 from runtime.cli import UserError
 
 
+AGREE_EVERY = 10 ** 9 // 4          # nanoseconds
+MOST_STEPS = 50         # between two looks at the signals of other processes
+
+
 class Folder:
     """The folder of a run, held by this process until `close`, or until the process ends."""
 
@@ -68,14 +72,18 @@ class Folder:
 class Stop:
     """SIGTERM or SIGINT, sent to any process, asks the run to end after the current step.
 
+    Of several processes, all end after the same step, within about a quarter of a second.
+
     Active inside `with stop:`; the handlers from before are restored on leaving. What was received
     is remembered, so that the next stage of a chain stops as well.
     """
 
     def __init__(self):
         self.received, self.since, self.before = 0, 0., {}
+        self.next, self.agreed = 0, (time.monotonic(), 0)       # step; time and step of the last
 
     def __enter__(self):
+        self.next, self.agreed = 0, (time.monotonic(), 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._receive)
         return self
@@ -95,9 +103,23 @@ class Stop:
         elif now - self.since > 2:      # not the same request, passed on by a launcher
             os._exit(128 + number)
 
-    def asked(self):
-        """The signal that any process has received, or 0; a collective operation of the hosts."""
-        return distributed.largest(self.received)
+    def asked(self, step=0, last=True):
+        """The signal on which all processes end after `step`, or 0.
+
+        Several processes agree about four times a second, and in the `last` step: a collective
+        operation of the hosts in every step would take longer the more there are. They measure the
+        time of a step together, and so leave out the same steps.
+        """
+        if distributed.world_size() == 1:
+            return self.received
+        if not last and step < self.next:
+            return 0
+        then, before = self.agreed
+        self.agreed = time.monotonic(), step
+        nanoseconds = round(1e9 * (self.agreed[0] - then) / max(1, step - before))
+        received, slowest = distributed.largest(self.received, nanoseconds)
+        self.next = step + min(MOST_STEPS, max(1, AGREE_EVERY // max(1, slowest)))
+        return received
 
 
 stop = Stop()       # one for the process, as signal handlers are

@@ -1,5 +1,6 @@
 """What a run reports: means of its losses, metrics.jsonl, TensorBoard and the progress bar."""
 
+import itertools
 import json
 import math
 import os
@@ -15,28 +16,40 @@ from runtime import distributed, pictures
 from runtime.cli import UserError
 
 
+MOST_RECENT = 100       # values of a term that are kept before they are added up
+
+
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
 
-    Adds on the device; `mean` and `check` alone wait for it.
+    Adds on the device; `mean` and `check` alone wait for it. Values are kept as they come and added
+    up now and then, so that a GPU has few small operations to start in a step.
     """
 
     def __init__(self, state=None):
         """state: a `state_dict` to go on from, so that resuming changes no log line."""
         state = state or dict(sums={}, bad=0, streak=0)
-        self.sums, self.before = {}, dict(state['sums'])
+        self.recent, self.sums, self.before = {}, {}, dict(state['sums'])
         self.bad, self.streak = torch.tensor(state['bad']), torch.tensor(state['streak'])
 
     def add(self, **terms):
         """Add values; those that are not finite count apart, and do not spoil the mean."""
-        for name, value in terms.items():
-            value = torch.as_tensor(value).detach().float()
-            finite = value.isfinite()
-            parts = torch.stack([value.where(finite, value.new_zeros(())), finite.float(),
-                                 (~finite).float()])
-            if name in self.before:
-                parts = parts + torch.tensor(self.before.pop(name), device=parts.device)
-            self.sums[name] = self.sums[name] + parts if name in self.sums else parts
+        values = torch.stack([torch.as_tensor(v).detach().float() for v in terms.values()])
+        recent = self.recent.setdefault(tuple(terms), [])
+        recent.append(values)
+        if len(recent) == MOST_RECENT:
+            self._add_up(tuple(terms))
+
+    def _add_up(self, names):
+        """Move what was added lately under `names` into `sums`: [sum, finite values, others]."""
+        values = torch.stack(self.recent.pop(names), 1)
+        finite = values.isfinite()
+        parts = torch.stack([values.where(finite, values.new_zeros(())).sum(1), finite.sum(1),
+                             (~finite).sum(1)], 1)
+        if not self.before.keys().isdisjoint(names):
+            before = [self.before.pop(name, [0., 0., 0.]) for name in names]
+            parts = parts + torch.tensor(before, device=parts.device)
+        self.sums[names] = self.sums[names] + parts if names in self.sums else parts
 
     def end_step(self, finite):
         """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
@@ -45,13 +58,18 @@ class Meter:
 
     def _reduce(self):
         """{name: [sum, finite values, others]} over all processes, on the host."""
-        names = sorted(self.sums)
-        sums = distributed.all_reduce_sum(torch.stack([self.sums[name] for name in names]))
-        return dict(zip(names, sums.tolist()))
+        for names in list(self.recent):
+            self._add_up(names)
+        groups = sorted(self.sums)
+        sums = distributed.all_reduce_sum(torch.cat([self.sums[names] for names in groups]))
+        found = {}
+        for name, values in zip(itertools.chain(*groups), sums.tolist()):
+            found[name] = [a + b for a, b in zip(values, found.get(name, [0., 0., 0.]))]
+        return dict(sorted(found.items()))
 
     def state_dict(self):
         """Plain values for a checkpoint; each process then holds an equal share of the sums."""
-        sums = self._reduce() if self.sums else {}
+        sums = self._reduce() if self.sums or self.recent else {}
         share = {name: [v / distributed.world_size() for v in values]
                  for name, values in sums.items()}
         self.sums, self.before = {}, dict(share)

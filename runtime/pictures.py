@@ -14,16 +14,24 @@ MOST_CLASSES = 32           # rows of a grid
 MOST_COLUMNS = 17           # of a trajectory: at 16 of many steps and at the end
 
 
-def to_uint8(x):
+def to_uint8(x, finite=False):
     """Float images in [-1, 1] rounded to the 8 bits of image files; values outside are clamped.
 
+    Args:
+        finite: whether they are known to be, or will be looked at later (`refuse_unless`).
     Raises:
         UserError: values that are not finite, which 8 bits would hide.
     """
-    if not torch.isfinite(x).all():
+    if not finite:
+        refuse_unless(torch.isfinite(x).all())
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def refuse_unless(finite):
+    """Raise a UserError unless `finite`, a bool tensor; waits for its device."""
+    if not finite:
         raise UserError('the images to be rounded to 8 bits hold values that are not finite; the '
                         'network that made them has diverged', code=1)
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(images, path, nrow=8, scale=1):

@@ -24,7 +24,7 @@ from runtime.guard import Folder, leave_after, stop
 from runtime.log import Log, Meter
 from runtime.optim import (adam, clip_gradient, ema_update, frozen, nan_gradient_if_not_finite,
                            step_optimizer)
-from runtime.precision import autocast, compile_networks
+from runtime.precision import autocast, choose, compile_networks, prepare
 
 
 class Settings(NamedTuple):
@@ -138,11 +138,16 @@ class Run:
             self.name = f'{method.upper()} {2 * diffusion.T}->{diffusion.T}'
             self.facts.update(teacher_steps=2 * diffusion.T, student_steps=diffusion.T)
         self.device = diffusion.alpha.device
+        self.amp = choose(s.amp, self.device, diffusion.T if base_ckpt else 0)
+        if self.amp == 'none' and choose(s.amp, self.device) == 'bf16':
+            distributed.print0(f'note: --amp auto means float32 here: a student with {diffusion.T} '
+                               f'steps needs its precision.')
         averaged = use == 'ema_model' or s.ema_decay
         self.ema = frozen(copy.deepcopy(net)) if averaged else None
         self.net = Trained(net, s.lr, s.wd)
         self.memory = Trained(memory, s.lr, s.wd) if memory else None
-        self.compile(self.net.ddp, *([self.ema] if use == 'ema_model' else []))
+        compile_networks(s.compile, self.device, self.net.ddp,
+                         *([self.ema] if use == 'ema_model' else []))
         self.x_T = seeding.noise_of_images(s.seed, range(s.sample_size),
                                            (3, s.img_size, s.img_size), self.device)
         labels = torch.arange(s.sample_size, device=self.device) % net.class_num
@@ -283,7 +288,7 @@ class Run:
             self.meter.check(step, s.max_bad_steps)
             self.log.write(step, lr=self.lr, **self.meter.mean())
         self.log.bar.update()
-        stopping = stop.asked()
+        stopping = stop.asked(step, step == last)
         if due(step, s.sample_step) and not stopping:
             self._sample_grid()
         if due(step, s.save_step, last) or stopping:
@@ -307,11 +312,15 @@ class Run:
 
     def autocast(self):
         """The precision of --amp, for networks that are not trained."""
-        return autocast(self.settings.amp, self.device)
+        return autocast(self.amp, self.device)
 
-    def compile(self, *networks):
-        """Compile networks that are not trained, with --compile."""
-        compile_networks(self.settings.compile, self.device, *networks)
+    def prepare(self, teacher, *others):
+        """Make networks that are not trained fast: weights as --amp has them, and --compile.
+
+        On a GPU, --compile makes one CUDA graph of the teacher, which is called without gradients.
+        """
+        prepare(self.amp, self.settings.compile, self.device, teacher, graphs=True)
+        prepare(self.amp, self.settings.compile, self.device, *others)
 
     def generator(self, *key):
         """Random numbers as a function of (seed, *key)."""

@@ -1,5 +1,8 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, exact to resume."""
 
+import concurrent.futures
+import itertools
+
 import numpy as np
 import torch
 
@@ -20,6 +23,30 @@ def mix(*key):
 def generator(device, *key):
     """A fresh generator on `device` whose numbers depend on `key` alone."""
     return torch.Generator(device=device).manual_seed(mix(*key))
+
+
+def noise_ahead(seed, batches, shape, device):
+    """(indices, x_T on `device`) of every batch of `noise_of_images`.
+
+    A thread draws the next batch while this one is used: on the CPU, so that the numbers are those
+    of every machine, and without keeping a GPU waiting.
+    """
+    def draw(indices):
+        return noise_of_images(seed, indices, shape, 'cpu')
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for indices, following in itertools.zip_longest(batches, batches[1:]):
+            x_T = (ahead or thread.submit(draw, indices)).result()
+            ahead = None if following is None else thread.submit(draw, following)
+            yield indices, sent(x_T, device)
+
+
+def sent(tensor, device):
+    """`tensor` on `device`; from pinned memory, so that the host does not wait for a GPU."""
+    if torch.device(device).type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def noise_of_images(seed, indices, shape, device):

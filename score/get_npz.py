@@ -52,7 +52,7 @@ def define_flags():
 
 
 def main():
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     for line in without_effect(amp='features are computed in float32'):
         distributed.print0(line)
     network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)

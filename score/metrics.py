@@ -121,7 +121,7 @@ class ActivationStats:
             indices: (B,) of these images among all, 0..total - 1; they decide the splits.
         """
         features, probs = features.double(), probs.double()
-        count = features.new_tensor(float(len(features)))
+        count = features.new_full((), float(len(features)))
         parts = (count, features.sum(0), features.T @ features,
                  *split_sums(probs, indices.to(probs.device), self.total, self.splits))
         if self.sums is None:

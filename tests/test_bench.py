@@ -28,6 +28,8 @@ def test_rows_sides_and_parts(tmp_path):
             assert len(side['seconds']) == 2 and min(side['seconds']) > 0 < side['peak_mib']
             shares = dict(side['operators'])
             assert len(shares) == 6 and 0 < sum(shares.values()) <= 1
+        assert len(rows[name]['convolution_share']) == 2 and rows[name]['convolution_share'][0] > 0
+    assert '% of convolutions alone' in done.stdout
     for _, fast, plain, value, gradient in rows['memory']['mib']:
         assert float(fast) >= 0 and float(plain) >= 0
         assert float(value) < 1e-5 and float(gradient) < 1e-5

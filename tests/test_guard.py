@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from helpers import is_locked, launch
+from runtime import guard
 from runtime.cli import UserError
 from runtime.guard import Folder, Stop, leave_after
 
@@ -62,6 +63,31 @@ def test_stop(capsys):
         leave_after(stop.asked(), 'folder', 3)
     assert leaving.value.code == 143
     assert 'SIGTERM: stopped after step 3, saved in folder' in capsys.readouterr().out
+
+
+def test_processes_agree_now_and_then(monkeypatch):
+    """In the first step, a quarter of a second later, and in the last; the slowest one counts."""
+    asked, clock, slowest, theirs = [], [0.], [10 ** 7], [0]
+
+    def largest(received, nanoseconds):
+        asked.append(step)
+        return max(received, theirs[0]), max(nanoseconds, slowest[0])
+
+    monkeypatch.setattr(guard.distributed, 'world_size', lambda: 2)
+    monkeypatch.setattr(guard.distributed, 'largest', largest)
+    monkeypatch.setattr(guard.time, 'monotonic', lambda: clock[0])
+    with Stop() as stop:
+        for step in range(1, 81):           # 1 ms here and 10 there, from step 41 on 1 s
+            clock[0] += .001 if step <= 40 else 1.
+            theirs[0] = signal.SIGTERM if step >= 78 else 0
+            if stop.asked(step, step == 80):
+                break
+    assert asked == [1, 26, 51, *range(52, 79)] and step == 78
+    with Stop() as stop:
+        asked.clear()
+        for step in (1, 2):
+            stop.asked(step, last=step == 2)
+    assert asked == [1, 2]
 
 
 def test_second_signal_ends_the_process(monkeypatch):

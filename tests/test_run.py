@@ -11,7 +11,7 @@ from absl import flags
 from diffusion import Diffusion, distillation_loss
 from helpers import FINISHED, is_locked
 from model import UNet
-from runtime import checkpoint, data
+from runtime import checkpoint, data, precision
 from runtime.flags import define_training_flags
 from runtime.run import Run
 
@@ -199,6 +199,17 @@ def test_signal_ends_the_run(make, capsys, monkeypatch):
     assert leaving.value.code == 143 and handlers() == before and not is_locked(run.logdir)
     assert 'SIGTERM: stopped after step 2, saved in' in capsys.readouterr().out
     assert checkpoint.read(run.logdir)['step'] == 2 and steps_in_log(run) == [1, 2]
+
+
+@pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])
+def test_fine_grids_are_distilled_in_float32(make, monkeypatch, capsys, tmp_path, T, found):
+    """Under --amp auto, where bfloat16 is fast; a line says so. Base models are not concerned."""
+    monkeypatch.setattr(precision, 'has_fast_bf16', lambda device: True)
+    base = make('--amp=auto')
+    run = Run(FLAGS, 'pd', base.net.module, Diffusion(T), base.dataset, str(tmp_path / 'student'),
+              str(tmp_path / 'teacher'))
+    assert (base.amp, run.amp) == ('bf16', found)
+    assert ('--amp auto means float32' in capsys.readouterr().out) == (found == 'none')
 
 
 # What a step does

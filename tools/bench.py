@@ -31,7 +31,7 @@ from classifier import build_classifier     # noqa: E402
 from runtime import checkpoint, cli, distributed    # noqa: E402
 from runtime.cli import UserError       # noqa: E402
 from runtime.flags import check_network, define_device_flags, define_network_flags  # noqa: E402
-from tools import bench_rows        # noqa: E402
+from tools import bench_rows, convolutions      # noqa: E402
 from tools.bench_rows import CHANNELS, N    # noqa: E402
 from tools.measure import Peak, compare, device_name, free_bytes, spread, table     # noqa: E402
 from tools.plain import plain       # noqa: E402
@@ -68,7 +68,7 @@ def main():
     check_rows()
     if FLAGS.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    device = distributed.init(FLAGS.gpu_id)
+    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     if FLAGS.device == 'cuda' and device.type != 'cuda':
         raise UserError('--device cuda: torch finds no GPU; leave it out to measure the CPU')
     FLAGS.batch_size = FLAGS.batch_size or (128 if device.type == 'cuda' else 16)
@@ -83,6 +83,7 @@ def main():
         print(f'{row}: done', file=sys.stderr, flush=True)
     if results:
         report(results)
+        report_shares(results, device)
     if 'memory' in FLAGS.rows:
         results += memory(device)
     if 'growth' in FLAGS.rows:
@@ -199,6 +200,21 @@ def report(results):
         print('\n' + table(['ms', *PARTS], parts), flush=True)
     if slowest:
         print('\n' + table(['row', 'slowest operators'], slowest), flush=True)
+
+
+def report_shares(results, device):
+    """How near training steps come to the rate of the convolutions that they are made of."""
+    results, rows = [result for result in results if result['row'] in STEPS], []
+    reached = convolutions.rate(FLAGS, device) if results else 0
+    for result in results:
+        work = convolutions.operations(result['row'], FLAGS)
+        rates = [work / s for s in result['sides']['fast']['seconds']]
+        result['convolution_share'] = [value / reached for value in rates]
+        rows.append([result['row'], spread([r / 1e12 for r in rates]),
+                     spread([100 * share for share in result['convolution_share']])])
+    if rows:
+        print(f'\n3x3 convolutions alone, forward and backward: {reached / 1e12:.3g} TFLOP/s\n\n'
+              + table(['row', 'TFLOP/s', '% of convolutions alone'], rows), flush=True)
 
 
 # Memory

@@ -10,7 +10,7 @@ from losses import MemoryP2P, intra_sample_p2p
 from model import UNet
 from runtime import data
 from runtime.optim import frozen
-from runtime.precision import autocast, compile_networks
+from runtime.precision import autocast, choose, prepare
 from runtime.torchvision_cpu import torchvision
 from score import ActivationStats, frechet_distance
 
@@ -34,7 +34,7 @@ def sampling(turn, steps):
     """A batch of images in `steps` steps of a model with 8."""
     diffusion = Diffusion(8, N // 8, device=turn.device)
     network = frozen(random_unet().to(turn.device, memory_format=torch.channels_last))
-    compile_networks(FLAGS.compile, turn.device, network)
+    prepare(choose(FLAGS.amp, turn.device), FLAGS.compile, turn.device, network, graphs=True)
     x_T = torch.randn(FLAGS.batch_size, 3, FLAGS.img_size, FLAGS.img_size, device=turn.device)
     y = torch.zeros(len(x_T), dtype=torch.int64, device=turn.device) if FLAGS.conditional else None
     for _ in turn:

@@ -42,7 +42,7 @@ def define_flags():
 
 
 def main(row, script):
-    device, dataset = distributed.init(FLAGS.gpu_id), random_images()
+    device, dataset = distributed.init(FLAGS.gpu_id, FLAGS.tf32), random_images()
 
     def work(turn):
         if FLAGS.compile:

@@ -62,12 +62,19 @@ def operations(data_set, stage):
         x, t = torch.empty(1, 3, *[int(words['img_size'])] * 2), torch.zeros(1, dtype=torch.int64)
         network = UNet(N, int(words['ch']), words['ch_mult'], words['attn'],
                        int(words['num_res_blocks']))
+    classifier = 0
+    if stage == 'RDD':
+        network_C = build_classifier(words.get('classifier', 'densenet201'), 10)
+        classifier = counted(network_C.eval().to('meta'), x)
+    return of_step(stage.lower(), counted(network, x, t), classifier)
+
+
+def of_step(row, unet, classifier):
+    """Operations per image of a step, from those of a forward pass of the networks."""
     # a backward pass costs two forward passes, and PD and RDD have two of the teacher as well
-    found = (3 if stage == 'BASE' else 5) * counted(network, x, t)
-    if stage == 'RDD':      # images of teacher and student; weights that are frozen: one backward
-        classifier = build_classifier(words.get('classifier', 'densenet201'), 10)
-        found += 3 * counted(classifier.eval().to('meta'), x)
-    return found
+    found = (3 if row == 'base' else 5) * unet
+    # images of teacher and student; weights that are frozen: one backward
+    return found + (3 * classifier if row == 'rdd' else 0)
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ file(
     ('keys are added', 'np.random.SeedSequence(key)', 'np.random.SeedSequence(sum(key))',
      'wiring streams'),
     ('all images from one noise', 'seed, SAMPLES, int(i)', 'seed, SAMPLES',
-     'wiring_classifier eval-plain'))
+     'wiring_classifier eval-plain'),
+    ('every batch but the first comes twice', 'thread.submit(draw, following)',
+     'thread.submit(draw, indices)', 'few_operations'))
 
 file(
     'runtime/checkpoint.py',
@@ -106,12 +108,19 @@ file(
     'runtime/guard.py',
     ('no lock', 'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB', 'guard'),
     ('handlers stay', 'signal.signal(number, handler)\n\n', 'pass\n\n', 'guard'),
-    ('a second signal is ignored', 'elif now - self.since > 2:', 'elif False:', 'guard'))
+    ('a second signal is ignored', 'elif now - self.since > 2:', 'elif False:', 'guard'),
+    ('signals are lost in the last step', 'if not last and step < self.next', 'if step < self.next',
+     'guard'),
+    ('every process has its own interval', 'distributed.largest(self.received, nanoseconds)',
+     'distributed.largest(self.received, nanoseconds)[0], nanoseconds', 'guard'))
 
 file(
     'runtime/precision.py',
     ('bf16 is ignored', "enabled = amp == 'bf16' or", "enabled = False or", 'wiring bf16'),
-    ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'))
+    ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'),
+    ('weights are rounded in float32', "if amp == 'bf16':\n        hold", 'if True:\n        hold',
+     'few_operations'),
+    ('fine grids in bfloat16', ' and steps <= FINE', '', 'few_operations'))
 
 file(
     'runtime/pictures.py',
@@ -140,11 +149,11 @@ file(
     'ddim_eval.py',
     ('every label is 0', "y = torch.randint(model.arch['class_num'], (",
      "y = 0 * torch.randint(model.arch['class_num'], (", 'wiring_classifier eval-plain'),
-    ('labels of the first images', 'y[indices.to(device)]', 'y[:len(indices)]',
+    ('labels of the first images', 'y[indices.start:indices.stop]', 'y[:len(indices)]',
      'wiring_classifier eval-plain'),
     ('`--stride` is ignored', 'x_T, FLAGS.stride, y=labels)', 'x_T, y=labels)',
      'wiring_classifier eval-plain'),
-    ('`--seed` is ignored', 'noise_of_images(FLAGS.seed, indices,', 'noise_of_images(0, indices,',
+    ('`--seed` is ignored', 'noise_ahead(FLAGS.seed, ', 'noise_ahead(0, ',
      'wiring_classifier eval-seed'),
     ('`--weights` is ignored', 'load_model(FLAGS.logdir, FLAGS.weights, ',
      'load_model(FLAGS.logdir, ',

@@ -48,8 +48,8 @@ file(
      'x_target = diffusion.two', 'wiring pd-plain'),
     ('the teacher gets no labels', 'teacher.network, z_t, t, y)', 'teacher.network, z_t, t, y * 0)',
      'wiring pd-conditional'),
-    ('the teacher is in training mode', 'run.compile(teacher.network)',
-     'run.compile(teacher.network.train())', 'wiring pd-dropout'),
+    ('the teacher is in training mode', 'run.prepare(teacher.network)',
+     'run.prepare(teacher.network.train())', 'wiring pd-dropout'),
     ('eps_target at the noise of the image', 'eps_target = diffusion.eps_of(z_t, x_target, t)',
      'eps_target = eps', 'wiring pd-plain'))
 
@@ -240,7 +240,9 @@ file(
 
 file(
     'model.py',
-    ('one block without time', '+ self.temb_proj(temb)[:, :, None, None]', '', 'parity + fast'),
+    ('one block without time', '+ shift[:, :, None, None]', '', 'parity + fast'),
+    ('the last layers in bfloat16', 'with precise:', 'with contextlib.nullcontext():',
+     'few_operations'),
     ('labels without bias', ' + self.y_embedding.bias', '', 'parity'),
     ('dropout without scale', '* (1 / (1 - p))', '', 'dropout'),
     ('all images share a mask', 'keys[:, rows].contiguous()',

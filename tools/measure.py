@@ -74,7 +74,7 @@ class Turn:
         for _ in range(steps):
             yield
         taken = now(self.device) - since
-        return distributed.largest(round(1e9 * taken)) / 1e9 / steps
+        return distributed.largest(round(1e9 * taken))[0] / 1e9 / steps
 
 
 class Clock:

@@ -77,14 +77,15 @@ def no_autocast(amp, device):
     return contextlib.nullcontext()
 
 
-def no_compile(enabled, device, *networks):
+def no_compile(*args, **how):
     pass
 
 
 # name of a fast form, wherever it is imported: its plain form
 FORMS = dict(adam=plain_adam, clip_gradient=plain_clip, step_optimizer=plain_step,
              ema_update=plain_ema, intra_sample_p2p=plain_intra, MemoryP2P=PlainMemory,
-             frechet=plain_frechet, autocast=no_autocast, compile_networks=no_compile)
+             frechet=plain_frechet, autocast=no_autocast, compile_networks=no_compile,
+             prepare=no_compile)
 
 
 @contextlib.contextmanager
