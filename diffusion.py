@@ -54,7 +54,8 @@ class Diffusion:
         alpha_bar = alpha_bar_table(self.N, schedule)
         self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1).to(device)
         self.alpha, self.sigma = self.table.unbind(1)
-        visited = torch.tensor([round(k * self.N / T) for k in range(T + 1)])
+        self._times = [round(k * self.N / T) for k in range(T + 1)]     # on the host
+        visited = torch.tensor(self._times)
         index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
         self.visited = visited.to(device)
         self._before = visited[index.clamp(min=0)].to(device)
@@ -122,7 +123,7 @@ class Diffusion:
         """
         if stride < 1 or self.T % stride:
             raise ValueError(f'stride {stride} does not divide the {self.T} steps of the model')
-        return self.visited.tolist()[::-stride]
+        return self._times[::-stride]
 
     def sample(self, model, x_T, stride=1, clip=True, y=None):
         """Images (B, C, H, W) in [-1, 1] from noise x_T with T / stride evaluations of the model.

@@ -72,7 +72,8 @@ FLAGS = dict(
     port=('processes could not meet at 127.0.0.1:.* address already in use', NEW_BASE))
 
 DATA = dict(
-    dataset=('--dataset dogs is unknown; choose one of digits, cifar10, imagenet64, folder',
+    dataset=('--dataset dogs is unknown; choose one of digits, fashion_mnist, cifar10, imagenet64, '
+             'folder',
              NEW_BASE, '--dataset=dogs'),
     no_images=(r'bad/empty holds no images that can be used \(the class folders dog are empty\)',
                NEW_BASE, FOLDER, '--data_root=RUNS/bad/empty'),

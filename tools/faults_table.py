@@ -207,7 +207,7 @@ file(
     ('labels are lost in the sampler', 'model, z, t, s, clip=clip, y=y)',
      'model, z, t, s, clip=clip)',
      'wiring_classifier eval-plain'),
-    ('strides are ignored', 'tolist()[::-stride]', 'tolist()[::-1]', 'diffusion'),
+    ('strides are ignored', '_times[::-stride]', '_times[::-1]', 'diffusion'),
     ('samples are not clipped', 'return z.clamp(-1, 1)', 'return z', 'diffusion'))
 
 file(

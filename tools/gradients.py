@@ -16,15 +16,15 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
 import torch    # noqa: E402
+from absl import flags      # noqa: E402
 
-import train_rdd    # noqa: E402
 from runtime import cli, distributed    # noqa: E402
 from runtime.run import Run     # noqa: E402
 
-FLAGS = train_rdd.FLAGS
+FLAGS = flags.FLAGS
 
 
-def main():
+def main(script):
     found, backward = defaultdict(list), Run.backward
 
     def measured_backward(run, **terms):
@@ -35,7 +35,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, \
             mock.patch.object(Run, 'backward', measured_backward):
         FLAGS.logdir, FLAGS.sample_step, FLAGS.save_step = folder, 0, 0
-        train_rdd.main()
+        script.main()
     if distributed.is_main():
         print_table(found)
 
@@ -65,4 +65,5 @@ def print_table(found):
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    import train_rdd    # defines the flags
+    cli.run(lambda: main(train_rdd))

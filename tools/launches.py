@@ -27,7 +27,7 @@ import runtime.run      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
 from model import UNet      # noqa: E402
 from runtime import cli, data, pictures     # noqa: E402
-from runtime.models import Model        # noqa: E402
+from runtime.models import ARCHITECTURE, Model        # noqa: E402
 from runtime.optim import frozen        # noqa: E402
 from tools import simulated_gpu     # noqa: E402
 from tools.measure import table     # noqa: E402
@@ -110,7 +110,8 @@ def random_unet():
 
 def random_teacher():
     network = frozen(random_unet())
-    return Model(network, Diffusion(T, 1024 // T), 'teacher', 'net_model', {}, FLAGS.img_size,
+    arch = {name: getattr(FLAGS, name) for name in ARCHITECTURE}
+    return Model(network, Diffusion(T, 1024 // T), 'teacher', 'net_model', arch, FLAGS.img_size,
                  {}).to(GPU)
 
 
