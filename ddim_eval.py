@@ -135,7 +135,7 @@ def sample_and_score(model, y, feature_network):
             images = to_uint8(x_0, finite=True)
             stats.update(*feature_network(x_0 if FLAGS.fid_float else images),
                          torch.arange(indices.start, indices.stop, device=device))
-            images = images[:max(0, wanted - indices.start)]
+            images = images[:max(0, wanted - indices.start)].clone()    # no view of the batch
             kept.append(images.cpu() if FLAGS.save_images else images)
             bar.update(len(indices))
     pictures.refuse_unless(finite)

@@ -16,11 +16,13 @@ samples_<steps>.png (all methods from the same noise). The same command run agai
 students are skipped. Students that failed are named in the table, and the exit code is then 1.
 """
 
+import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,15 +83,18 @@ def main():
             logdir='the folder of the study, such as ./logs/study')
     methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt, steps=FLAGS.teacher_steps)
     steps = halvings(teacher.diffusion.T, FLAGS.until, FLAGS.base_ckpt)
-    sampled = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
-    if FLAGS.teacher_steps or is_folder(FLAGS.base_ckpt):
-        teacher.file = save_as_run(teacher, Path(FLAGS.logdir) / 'teacher')
+    source = f'{Path(FLAGS.base_ckpt).resolve()}, {FLAGS.teacher_steps} steps'
+    sampled = load_sampled(steps) if FLAGS.ddim_ckpt else teacher
     chains = []
     for seed in range(FLAGS.seeds):
         for name, command in methods.items():
-            chains.append([Student(name, command, seed, T, teacher) for T in steps] if command else
-                          [Student(name, '', seed, T, sampled) for T in [2 * steps[0], *steps]])
+            model, counts = (teacher, steps) if command else (sampled, [2 * steps[0], *steps])
+            given = source if command or sampled is teacher else str(sampled.file)
+            chains.append([Student(name, command, seed, T, model, given) for T in counts])
     if not FLAGS.report:
+        if FLAGS.teacher_steps or is_folder(FLAGS.base_ckpt):
+            name = f'teacher-{zlib.crc32(source.encode()):08x}'     # another one, another folder
+            teacher.file = save_as_run(teacher, Path(FLAGS.logdir) / name)
         run_all(chains)
     students = [student for chain in chains for student in chain]
     failed = [student for student in students if student.problem or not student.result()]
@@ -102,6 +107,11 @@ def main():
 def chosen_methods():
     """{name: (script or None, its flags)} of --methods, own ones included."""
     known = dict(METHODS)
+    for text in [*FLAGS.method, FLAGS.train_flags, FLAGS.eval_flags]:
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise UserError(f'"{text}" is not understood ({error}); mind the quotes')
     for text in FLAGS.method:
         name, _, command = text.partition('=')
         if not command.startswith(('PD.py', 'train_rdd.py')) or not name.isprintable():
@@ -129,14 +139,29 @@ def config(stage):
     return file
 
 
-class Student:
-    """One method, one seed, one number of steps: its folder and the commands that fill it."""
+def load_sampled(steps):
+    """The model of --ddim_ckpt, which must have steps to leave out."""
+    if is_folder(FLAGS.ddim_ckpt):
+        raise UserError(f'--ddim_ckpt {FLAGS.ddim_ckpt} is a folder of diffusers; leave the flag '
+                        f'out, and give the folder as --base_ckpt with --teacher_steps')
+    model = load_model(FLAGS.ddim_ckpt)
+    if model.diffusion.T % (2 * steps[0]):
+        raise UserError(f'--ddim_ckpt {FLAGS.ddim_ckpt} has {model.diffusion.T} steps, expected a '
+                        f'multiple of the {2 * steps[0]} of --base_ckpt; give another model')
+    return model
 
-    def __init__(self, method, command, seed, steps, teacher):
-        self.method, self.seed, self.steps, self.teacher = method, seed, steps, teacher
+
+class Student:
+    """One method, seed and number of steps: its folder, and the commands that fill it.
+
+    teacher: the `Model` to distil or to sample. source: what the user gave for it.
+    """
+
+    def __init__(self, method, command, seed, steps, teacher, source):
+        self.method, self.seed, self.steps = method, seed, steps
+        self.teacher, self.source, self.problem = teacher, source, ''
         self.script, *self.extra = shlex.split(command) or [None]
         self.folder = Path(FLAGS.logdir) / method / f'seed{seed}' / str(steps)
-        self.problem = ''
 
     def commands(self):
         """[words]: training, unless the teacher itself is sampled, and evaluation."""
@@ -166,12 +191,15 @@ class Student:
     def make(self, env):
         """Run what is not finished; remember the problem if a command fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        plan, file = json.dumps(self.commands()), self.folder / 'commands.json'
+        file = self.folder / 'commands.json'
+        plan = json.dumps(dict(commands=self.commands(), teacher=self.source))
         if file.is_file() and file.read_text() != plan:
             self.problem = f'{self.folder} was made by other commands; choose another --logdir'
         elif not self.result():
             file.write_text(plan)
-            if self.script is None and not (self.folder / 'ckpt.pt').exists():
+            if self.script is None:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / 'ckpt.pt').unlink()      # a link of an earlier start
                 (self.folder / 'ckpt.pt').symlink_to(Path(self.teacher.file).resolve())
             for words in self.commands():
                 self.problem = self.problem or self.run(words, env)
@@ -194,6 +222,8 @@ def total_steps(words):
     values = [line.split('=', 1)[1] if '=' in line else following
               for line, following in zip(lines, lines[1:] + [''])
               if line.split('=')[0] == '--total_steps']
+    if not values:
+        raise UserError(f'{words[1]} lacks --total_steps; add it, or give --nodouble')
     return int(values[-1])
 
 
@@ -224,10 +254,9 @@ def run_all(chains):
         list(pool.map(run_chain, chains))
 
 
-# Report
-
 def report(students, failed):
     folder, steps = Path(FLAGS.logdir), sorted({s.steps for s in students}, reverse=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = {(s.method, s.steps, s.seed): s.result() for s in students if s not in failed}
     text = '\n\n'.join(table(found, steps, score) for score in SCORES)
     if failed:

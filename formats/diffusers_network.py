@@ -13,11 +13,13 @@ class DiffusersUNet(nn.Module):
         config: arguments of the UNet2DModel, as plain types.
     """
 
+    in_float32 = ('unet',)      # weights stay as they are: diffusers takes its precision from them
+
     def __init__(self, config):
         super().__init__()
         check_packages(['diffusers'])
         from diffusers import UNet2DModel
-        self.unet = UNet2DModel(**config)
+        self.unet = UNet2DModel(**dict(config, dropout=0.))     # see `build`
         self.conditional = config['num_class_embeds'] is not None
         self.class_num = config['num_class_embeds'] or 10
         self.widths = list(config['block_out_channels'])

@@ -16,5 +16,9 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in a file, or an empty dict if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The dictionary in a file, or an empty one if there is no such file, or only a part of it."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}

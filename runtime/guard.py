@@ -80,10 +80,10 @@ class Stop:
 
     def __init__(self):
         self.received, self.since, self.before = 0, 0., {}
-        self.next, self.agreed = 0, (time.monotonic(), 0)       # step; time and step of the last
+        self.next, self.agreed = 0, (time.monotonic(), None)    # step; time and step of the last
 
     def __enter__(self):
-        self.next, self.agreed = 0, (time.monotonic(), 0)
+        self.next, self.agreed = 0, (time.monotonic(), None)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._receive)
         return self
@@ -116,7 +116,8 @@ class Stop:
             return 0
         then, before = self.agreed
         self.agreed = time.monotonic(), step
-        nanoseconds = round(1e9 * (self.agreed[0] - then) / max(1, step - before))
+        steps = 1 if before is None else max(1, step - before)      # a resumed run starts anywhere
+        nanoseconds = round(1e9 * (self.agreed[0] - then) / steps)
         received, slowest = distributed.largest(self.received, nanoseconds)
         self.next = step + min(MOST_STEPS, max(1, AGREE_EVERY // max(1, slowest)))
         return received

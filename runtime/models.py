@@ -118,7 +118,7 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
         state = with_clean_end(state)
     network, name = build_unet(state, file, dropout, weights)
     arch = (architecture(network.state_dict()) if isinstance(network, UNet)
-            else network.architecture(state['T'] * state['time_scale']))
+            else network.architecture(state.get('N', state['T'] * state['time_scale'])))
     T, time_scale, schedule, stored_type = grid(state, arch)
     diffusion = Diffusion(T, time_scale, stored_type or mean_type, schedule=schedule,
                           N=state.get('N'))
@@ -152,7 +152,9 @@ def with_clean_end(state):
     """A checkpoint of pytorch-ddpm with an index 0 where alpha is 1, before its 1000 times."""
     state, N = dict(state), 0
     for name in ('net_model', 'ema_model'):
-        network = state[name] = dict(state.get(name) or {})
+        if not isinstance(state.get(name), dict):
+            continue
+        network = state[name] = dict(state[name])
         for key in [key for key in network if key.endswith('timembedding.0.weight')]:
             N = len(network[key])
             network[key] = torch.cat([network[key][:1], network[key]])
@@ -323,7 +325,8 @@ def halvings(T, until, base_ckpt):
         steps.append(steps[-1] // 2)
     if steps[-1] != until or T == until:
         raise UserError(f'--until {until} is not reached by halving the steps of {base_ckpt}; it '
-                        f'has {T} steps')
+                        f'has {T} steps (a model of diffusers can count as one of fewer, with '
+                        f'--teacher_steps 128)')
     return steps[1:]
 
 

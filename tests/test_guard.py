@@ -88,6 +88,12 @@ def test_processes_agree_now_and_then(monkeypatch):
         for step in (1, 2):
             stop.asked(step, last=step == 2)
     assert asked == [1, 2]
+    with Stop() as stop:
+        asked.clear()
+        for step in range(5001, 5004):      # of a resumed run, 10 s each
+            clock[0] += 10.
+            stop.asked(step, last=False)
+    assert asked == [5001, 5002, 5003]
 
 
 def test_second_signal_ends_the_process(monkeypatch):

@@ -7,6 +7,7 @@ term before it is weighted, norm of its gradient with respect to the student's w
 times its weight, and the cosine of the angle to the gradient of the first term.
 """
 
+import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -18,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
-from runtime import cli, distributed    # noqa: E402
+from runtime import cli     # noqa: E402
 from runtime.run import Run     # noqa: E402
 
 FLAGS = flags.FLAGS
 
 
 def main(script):
+    if 'RANK' in os.environ:
+        raise cli.UserError('this tool measures in one process; start it without torchrun')
     found, backward = defaultdict(list), Run.backward
 
     def measured_backward(run, **terms):
@@ -34,10 +37,9 @@ def main(script):
 
     with tempfile.TemporaryDirectory() as folder, \
             mock.patch.object(Run, 'backward', measured_backward):
-        FLAGS.logdir, FLAGS.sample_step, FLAGS.save_step = folder, 0, 0
+        FLAGS.logdir, FLAGS.until, FLAGS.sample_step, FLAGS.save_step = folder, 0, 0, 0
         script.main()
-    if distributed.is_main():
-        print_table(found)
+    print_table(found)
 
 
 def measure(params, terms, found):

@@ -16,6 +16,7 @@ import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
 from diffusion import distillation_loss     # noqa: E402
+from model import UNet      # noqa: E402
 from runtime import cli, data, distributed      # noqa: E402
 from runtime.flags import require       # noqa: E402
 from runtime.models import load_model       # noqa: E402
@@ -28,7 +29,7 @@ RANGES = 8
 
 def define_flags():
     flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher')
-    flags.DEFINE_string('dataset', 'digits', 'digits, cifar10, imagenet64 or folder')
+    flags.DEFINE_string('dataset', 'digits', 'digits, fashion_mnist, cifar10, imagenet64 or folder')
     flags.DEFINE_string('data_root', './data', 'folder of the data set')
     flags.DEFINE_integer('images', 32, 'images per time', lower_bound=1)
     flags.DEFINE_integer('times', 16, 'times of the student that are looked at', lower_bound=1)
@@ -40,6 +41,10 @@ def main():
     require(base_ckpt='the folder of a teacher, such as ./logs/digits/64')
     device = distributed.init(FLAGS.gpu_id)
     teacher = load_model(FLAGS.base_ckpt).to(device)
+    if teacher.diffusion.T % 2 or not isinstance(teacher.network, UNet):
+        raise cli.UserError(f'--base_ckpt {FLAGS.base_ckpt} has {teacher.diffusion.T} steps, or a '
+                            f'network that runs through diffusers; give a U-Net of this project '
+                            f'with an even number of steps')
     x_0, y = images(teacher, device)
     d, T = teacher.diffusion, teacher.diffusion.T // 2
     student = d.with_steps(T)
