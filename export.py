@@ -8,7 +8,7 @@
 diffusers: a UNet2DModel and a DDIMScheduler, which load without this repository. onnx: one graph
 from noise (and labels) to images, with all steps inside. safetensors: the weights and a
 config.json. The model card (README.md in the folder) says how the model was trained and how to load
-it. --from_diffusers works in the other direction: it converts a UNet2DModel of the DDPM family to
+it. --from_diffusers works in the other direction: it converts a UNet2DModel of RGB images to
 <output>/ckpt.pt, which ddim_eval.py can score. See docs/export.md.
 
 To read the code, start with `main`; formats/ has one module per format, and formats/card.py writes
