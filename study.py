@@ -327,8 +327,8 @@ def draw(found, steps, path):
         axis.set_xscale('log', base=2)
         axis.set_xticks(steps, [str(T) for T in steps])
         axis.minorticks_off()
-        axis.set_xlabel('network evaluations per image (NFE)')
-        axis.set_ylabel(SCORES[score])
+        axis.set(xlabel='network evaluations per image (NFE)', ylabel=SCORES[score],
+                 yscale='log' if score == 'fid' else 'linear')
         axis.grid(alpha=.3)
     axis.legend()
     figure.savefig(path, dpi=150)
@@ -341,7 +341,7 @@ def draw_samples(students, path, columns=16):
         with np.load(student.folder / 'samples.npz') as file:
             rows.append(torch.from_numpy(file['arr_0'][:columns]).permute(0, 3, 1, 2))
     if rows:
-        pictures.save_labelled(path, f'{students[0].steps} network evaluations, seed 0', rows,
+        pictures.save_labelled(path, f'network evaluations: {students[0].steps}; seed 0', rows,
                                [student.method for student in students])
 
 
