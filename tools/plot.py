@@ -126,6 +126,7 @@ def draw_panel(axis, results):
     axis.minorticks_off()
     axis.set_xlabel('network evaluations per image (NFE)')
     axis.set_ylabel(SCORES[FLAGS.score])
+    axis.set_yscale('log' if FLAGS.score == 'fid' else 'linear')
     axis.grid(alpha=0.3)
     axis.legend()
 
