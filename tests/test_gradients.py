@@ -5,7 +5,9 @@ from collections import defaultdict
 import pytest
 import torch
 
+from helpers import command, fork_all
 from tools import gradients
+from wiring import make_inputs
 
 
 def test_known_gradients():
@@ -23,3 +25,18 @@ def test_known_gradients():
 def test_table(capsys):
     gradients.print_table(dict(loss_feature=[[1., 2, 3, 1], [3., 4, 5, 1]]))
     assert '| loss_feature | 2 | 3 | 4 | 1.00 |' in capsys.readouterr().out
+
+
+def test_terms_of_a_run(tmp_path):
+    """Every term of the objective has a row; --until of a flagfile does not add further stages."""
+    make_inputs(tmp_path)
+    words = ('--dataset=digits --img_size=8 --batch_size=8 --num_workers=0 --total_steps=2 '
+             '--log_step=1 --queue_size=64 --queue_update=10 --contrast_size=16 '
+             '--classifier=convnet_small --logits --until=1').split()
+    (code, said, error), = fork_all(dict(it=[command([
+        'tools/gradients.py', *words, f'--base_ckpt={tmp_path}/teacher',
+        f'--classifier_path={tmp_path}/classifier'])]))['it']
+    assert code == 0, error
+    rows = [line.split('|')[1].strip() for line in said.splitlines() if line.startswith('| loss')]
+    assert rows == ['loss_feature', 'loss_intra', 'loss_memory', 'loss_pd']
+    assert said.count('finished: ') == 1
