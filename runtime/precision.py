@@ -26,7 +26,7 @@ def choose(amp, device, steps=0):
 
 def autocast(amp, device):
     """Autocast context for the networks: 'none', 'bf16', or 'auto': bf16 where it is fast."""
-    enabled = amp == 'bf16' or (amp == 'auto' and has_fast_bf16(device))
+    enabled = choose(amp, device) == 'bf16'
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

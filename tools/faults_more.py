@@ -116,8 +116,8 @@ file(
 
 file(
     'runtime/precision.py',
-    ('bf16 is ignored', "enabled = amp == 'bf16' or", "enabled = False or", 'wiring bf16'),
-    ('always bf16', "amp == 'bf16' or (", "amp != 'bf1' or (", 'wiring base-plain'),
+    ('bf16 is ignored', "choose(amp, device) == 'bf16'", 'False', 'wiring bf16'),
+    ('always bf16', "choose(amp, device) == 'bf16'", 'True', 'wiring base-plain'),
     ('weights are rounded in float32', "if amp == 'bf16':\n        hold", 'if True:\n        hold',
      'few_operations'),
     ('fine grids in bfloat16', ' and steps <= FINE', '', 'few_operations'))
