@@ -30,8 +30,8 @@ def decoded(dataset, num_workers):
     paths, shape = dataset.decode.paths, (len(dataset), 3, dataset.img_size, dataset.img_size)
     name = hashlib.sha256(f'{os.path.commonpath(paths)} {shape}'.encode()).hexdigest()[:16]
     file = cache_folder() / f'{name}.pixels'
+    key = fingerprint(paths, dataset.img_size)
     with distributed.main_of_machine_first():
-        key = fingerprint(paths, dataset.img_size)
         try:
             if not is_current(file, key):
                 write(file, key, dataset, shape, num_workers)
