@@ -283,5 +283,8 @@ def test_evaluation(folder, case):
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
     assert (result['weights'], result['seed'], result['num_images'], result['stride']) == (
         name, flags['seed'], number, flags['stride'])
+    if flags['seed'] != CASES['eval-plain']['seed']:
+        others = oracle.double(torch.cat(load(folder / 'eval-plain.record')['x_T']))
+        assert not (x_T[:, None] == others).flatten(2).all(2).any()     # no noise in common
     if case not in ('eval-plain', 'eval-ema'):      # auto means the average of a base model
         assert result['fid'] != scores_of(folder, 'eval-plain')['fid']
