@@ -1,6 +1,7 @@
 """Count what a step starts on a GPU, without one: operations on a simulated device.
 
   python tools/launches.py                base, PD and RDD at CIFAR-10 width, float32 and bfloat16
+  python tools/launches.py compiled       the same with --compile: kernels of Inductor (inductor.py)
   python tools/launches.py scale          an RDD step of one process of 1, 8, 64 and 512
   python tools/launches.py rdd --flagfile config/CIFAR10_RDD.txt --amp bf16 [flags]
                                           a step of one script, by operation, in a process that
@@ -26,10 +27,10 @@ from absl import flags      # noqa: E402
 import runtime.run      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
 from model import UNet      # noqa: E402
-from runtime import cli, data, pictures     # noqa: E402
+from runtime import cli, data, pictures, precision     # noqa: E402
 from runtime.models import ARCHITECTURE, Model        # noqa: E402
 from runtime.optim import frozen        # noqa: E402
-from tools import simulated_gpu     # noqa: E402
+from tools import inductor, simulated_gpu     # noqa: E402
 from tools.measure import table     # noqa: E402
 from tools.simulated_gpu import GPU     # noqa: E402
 
@@ -46,6 +47,10 @@ def count(row, script, ranks, steps=STEPS):
     with simulated_gpu.simulated_gpu(ranks, ranks - 1) as counter, contextlib.ExitStack() as stack:
         for owner, name, form in stand_ins(script, counter, steps, found):
             stack.enter_context(mock.patch.object(owner, name, form))
+        if 'compile' in FLAGS and FLAGS.compile:
+            form = stack.enter_context(inductor.lowering(counter))
+            for owner in (runtime.run, precision):
+                stack.enter_context(mock.patch.object(owner, 'compile_networks', form))
         if row == 'eval':
             sample_and_score(script, counter, found)
         elif row == 'base':
@@ -154,6 +159,19 @@ def print_counts(library):
     print(table(['operations on the device per step', 'float32', 'bfloat16'], rows))
 
 
+def print_compiled(library):
+    if not torch.utils._triton.has_triton_package():
+        raise cli.UserError('Inductor writes code for GPUs with Triton; run pip install triton')
+    rows = []
+    for row, amp in itertools.product(('base', 'pd', 'rdd'), ('none', 'bf16')):
+        found = measured(library, row, cifar10(row), f'--amp={amp}', '--compile')
+        inside = [found['operations'].get(name, 0) for name in inductor.KINDS]
+        rows.append([f'{row} {amp}', *(f'{n:,}' for n in (*inside, found['total'] - sum(inside),
+                                                         found['total']))])
+    print(table(['with --compile', 'Triton kernels', 'library calls', 'other operations', 'all'],
+                rows))
+
+
 def print_scale(library):
     rows = []
     for ranks in SCALES:
@@ -170,7 +188,8 @@ def print_tables(words):
             library = simulated_gpu.build(folder)
         except simulated_gpu.NotHere as error:
             raise cli.UserError(f'no GPU can be simulated here: {error}', code=1)
-        (print_scale if words == ['scale'] else print_counts)(library)
+        tables = dict(compiled=print_compiled, scale=print_scale)
+        tables.get(words[0] if words else '', print_counts)(library)
 
 
 if __name__ == '__main__':

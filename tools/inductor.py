@@ -1,0 +1,135 @@
+"""What torch.compile makes of a step on a GPU, counted without one: Inductor's generated code.
+
+Networks that --compile would compile run as AOT autograd splits them into a forward and a backward
+graph. Inductor lowers both for a GPU of compute capability 9.0, and the calls in its code are
+counted: Triton kernels, and operations of libraries (convolutions, matrix products, attention).
+Nothing is compiled further or run. It needs Triton (`pip install triton`) and `simulated_gpu`.
+
+Not seen: what Dynamo would do before (graph breaks), tuning, and CUDA graphs, which start all
+kernels of a call at once.
+"""
+
+import collections
+import contextlib
+import functools
+import re
+import types
+from unittest import mock
+
+import torch
+
+H100 = types.SimpleNamespace(
+    name='H100', major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName='',
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+    total_memory=80 << 30)
+KINDS = 'Triton kernel', 'library call'
+
+
+@contextlib.contextmanager
+def lowering(counter):
+    """Inside, `compile_networks` counts the kernels of its networks with `counter`."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import config
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton import runtime
+    from triton.backends.compiler import GPUTarget
+    runtime.driver.set_active(types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget('cuda', 90, 32), get_current_device=lambda: 0,
+        get_device_interface=lambda: torch.cuda))
+
+    def on_gpu(*_, **__):
+        return H100
+
+    answers = {torch.cuda: dict(is_available=True, device_count=1, current_device=0,
+                                get_device_capability=(9, 0), _lazy_init=None,
+                                get_rng_state=torch.zeros(16), set_rng_state=None),
+               CudaInterface: dict(is_available=True, current_device=0, get_compute_capability=90),
+               CudaInterface.Worker: dict(current_device=0, get_device_properties=H100),
+               torch.utils._triton: dict(triton_hash_with_backend='none')}
+    with contextlib.ExitStack() as stack:
+        for owner, values in answers.items():
+            for name, value in values.items():
+                stack.enter_context(mock.patch.object(
+                    owner, name, staticmethod(lambda *_, value=value, **__: value)))
+        for name in ('_get_device_properties', 'get_device_properties'):
+            stack.enter_context(mock.patch.object(torch.cuda, name, on_gpu, create=True))
+        for name in ('fuse_attention._sfdp_init', 'pad_mm._pad_mm_init'):   # they run examples
+            stack.enter_context(mock.patch(f'torch._inductor.fx_passes.{name}', on_gpu))
+        stack.enter_context(mock.patch.object(      # a copied network stays in the simulation
+            FakeTensorMode, '__deepcopy__', lambda mode, memo: mode, create=True))
+        stack.enter_context(mock.patch.object(FakeTensorMode, 'avoid_device_init', True))
+        stack.enter_context(config.patch(joint_graph_constant_folding=False))   # as it does
+        yield lambda enabled, device, *networks, graphs=False: [
+            network.__setattr__('_compiled_call_impl', Lowered(network, counter))
+            for network in networks if enabled]
+
+
+class Lowered:
+    """The compiled call of a network: counts kernels in the place of its operations."""
+
+    def __init__(self, network, counter):
+        self.network, self.counter, self.graphs = network, counter, {}
+
+    def __call__(self, *inputs, **context):
+        from torch._functorch.aot_autograd import aot_function
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from torch._inductor.decomposition import select_decomp_table
+        tensors = [v for v in inputs if torch.is_tensor(v)]
+        key = (torch.is_grad_enabled(), *((v.shape, v.dtype, v.requires_grad) for v in tensors))
+        if key not in self.graphs:
+            self.graphs[key] = aot_function(
+                functools.partial(torch.func.functional_call, self.network),
+                fw_compiler=self.compile, bw_compiler=self.compile,
+                partition_fn=min_cut_rematerialization_partition,
+                decompositions=select_decomp_table())
+        weights = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        self.network._compiled_call_impl = None     # the graph is traced from the network itself
+        try:
+            with self.uncounted():
+                return self.graphs[key](weights, inputs, context)
+        finally:
+            self.network._compiled_call_impl = self
+
+    def compile(self, graph, inputs):
+        """A callable that runs `graph` and counts the kernels that Inductor has for it."""
+        from torch._functorch.aot_autograd import make_boxed_func
+        kernels = kernels_of(graph, inputs)
+
+        def run(*inputs):
+            with self.uncounted():
+                outputs = graph(*inputs)
+            self.counter.operations.update(kernels)
+            return outputs
+        return make_boxed_func(run)
+
+    @contextlib.contextmanager
+    def uncounted(self):
+        """Operations inside are not counted, kernels are."""
+        before = self.counter.operations.copy()
+        yield
+        kernels = collections.Counter({k: v for k, v in self.counter.operations.items()
+                                       if k in KINDS})
+        others = collections.Counter({k: v for k, v in before.items() if k not in kernels})
+        self.counter.operations = others + kernels
+
+
+def kernels_of(graph, inputs):
+    """{what: calls} in the code that Inductor generates for a graph of torch.fx."""
+    from torch._inductor import compile_fx, debug, graph as lowered
+    from torch._inductor.virtualized import V
+    from torch.utils._python_dispatch import _disable_current_modes
+    mode = torch._guards.detect_fake_mode(inputs)
+    with _disable_current_modes():
+        graph = compile_fx._recursive_joint_graph_passes(graph) or graph
+    compile_fx.view_to_reshape(graph)
+    with V.set_fake_mode(mode), V.set_debug_handler(debug.DebugContext()):
+        compile_fx._recursive_post_grad_passes(graph, is_inference=not torch.is_grad_enabled())
+        lowering = lowered.GraphLowering(graph, example_inputs=inputs, shape_env=mode.shape_env)
+        with V.set_graph_handler(lowering):
+            lowering.run(*inputs)
+            code = lowering.codegen()[0].value
+    body = code[code.index('def call('):] if 'def call(' in code else code
+    return collections.Counter(
+        dict(zip(KINDS, (len(re.findall(pattern, body)) for pattern in (
+            r'\w+\.run\(', r'(?:extern_kernels\.\w+|torch\.ops\.[\w.]+)\(')))))
