@@ -9,8 +9,9 @@ waits for the GPU twice per batch, to time the sampler.
 """
 
 import pytest
+from torch.utils._triton import has_triton_package
 
-from tools import launches, simulated_gpu
+from tools import inductor, launches, simulated_gpu
 
 # operations on the device in a step, as counted, rounded up; before: 1,403 2,153 3,533 6,143 8,068
 CIFAR10 = [
@@ -49,6 +50,19 @@ def test_digits(library, row, words, most):
 def test_evaluation(library, words, most):
     found = launches.measured(library, 'eval', *f'--flagfile=config/{words}'.split())
     assert 0.9 * most < found['total'] <= most
+
+
+def test_compiled(library):
+    """The networks of a step become kernels of Inductor; what is around them stays."""
+    if not has_triton_package():
+        pytest.skip('Triton is not installed, which Inductor needs for the code of a GPU')
+    words = '--flagfile=config/DIGITS_PD.txt --amp=none --until=0'.split()
+    eager = launches.measured(library, 'pd', *words)
+    compiled = launches.measured(library, 'pd', *words, '--compile')
+    kernels, calls = (compiled['operations'][kind] for kind in inductor.KINDS)
+    assert 0 < compiled['total'] - kernels - calls < 0.2 * eager['total'] and kernels < 700
+    convolutions = eager['operations']['aten.convolution.default']
+    assert calls >= convolutions + eager['operations']['aten.convolution_backward.default']
 
 
 def test_nothing_grows_with_the_processes(library):

@@ -17,6 +17,7 @@ import types
 from unittest import mock
 
 import torch
+import torch.utils._triton
 
 H100 = types.SimpleNamespace(
     name='H100', major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName='',
@@ -28,41 +29,58 @@ KINDS = 'Triton kernel', 'library call'
 
 @contextlib.contextmanager
 def lowering(counter):
-    """Inside, `compile_networks` counts the kernels of its networks with `counter`."""
-    from torch._dynamo.device_interface import CudaInterface
+    """Inside, Inductor believes in a GPU; yields a `compile_networks` that tells `counter`."""
     from torch._inductor import config
+
+    def compile_networks(enabled, device, *networks, graphs=False):
+        for network in networks if enabled else ():
+            network._compiled_call_impl = Lowered(network, counter)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, form in replacements():
+            stack.enter_context(mock.patch.object(owner, name, form, create=True))
+        # folding constants runs them; nothing is compiled
+        stack.enter_context(config.patch(joint_graph_constant_folding=False, compile_threads=1))
+        yield compile_networks
+
+
+def replacements():
+    """What Inductor would ask a GPU or its driver, and what would run an example on it."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.fx_passes import fuse_attention, pad_mm
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton import runtime
     from triton.backends.compiler import GPUTarget
-    runtime.driver.set_active(types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget('cuda', 90, 32), get_current_device=lambda: 0,
-        get_device_interface=lambda: torch.cuda))
 
-    def on_gpu(*_, **__):
-        return H100
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget('cuda', 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_device_interface = staticmethod(lambda: torch.cuda)
 
-    answers = {torch.cuda: dict(is_available=True, device_count=1, current_device=0,
-                                get_device_capability=(9, 0), _lazy_init=None,
-                                get_rng_state=torch.zeros(16), set_rng_state=None),
-               CudaInterface: dict(is_available=True, current_device=0, get_compute_capability=90),
-               CudaInterface.Worker: dict(current_device=0, get_device_properties=H100),
-               torch.utils._triton: dict(triton_hash_with_backend='none')}
-    with contextlib.ExitStack() as stack:
-        for owner, values in answers.items():
-            for name, value in values.items():
-                stack.enter_context(mock.patch.object(
-                    owner, name, staticmethod(lambda *_, value=value, **__: value)))
-        for name in ('_get_device_properties', 'get_device_properties'):
-            stack.enter_context(mock.patch.object(torch.cuda, name, on_gpu, create=True))
-        for name in ('fuse_attention._sfdp_init', 'pad_mm._pad_mm_init'):   # they run examples
-            stack.enter_context(mock.patch(f'torch._inductor.fx_passes.{name}', on_gpu))
-        stack.enter_context(mock.patch.object(      # a copied network stays in the simulation
-            FakeTensorMode, '__deepcopy__', lambda mode, memo: mode, create=True))
-        stack.enter_context(mock.patch.object(FakeTensorMode, 'avoid_device_init', True))
-        stack.enter_context(config.patch(joint_graph_constant_folding=False))   # as it does
-        yield lambda enabled, device, *networks, graphs=False: [
-            network.__setattr__('_compiled_call_impl', Lowered(network, counter))
-            for network in networks if enabled]
+    runtime.driver.set_active(Driver)
+    answers = {
+        torch.cuda: dict(is_available=True, device_count=1, current_device=0, _lazy_init=None,
+                         get_device_capability=(9, 0), get_device_properties=H100,
+                         _get_device_properties=H100, get_rng_state=torch.zeros(16),
+                         set_rng_state=None),
+        CudaInterface: dict(is_available=True, current_device=0, get_compute_capability=90),
+        CudaInterface.Worker: dict(current_device=0, get_device_properties=H100),
+        torch.utils._triton: dict(triton_hash_with_backend='none'),
+        fuse_attention: dict(_sfdp_init=None), pad_mm: dict(_pad_mm_init=None)}
+    for owner, values in answers.items():
+        for name, value in values.items():
+            yield owner, name, staticmethod(lambda *_, value=value, **__: value)
+    yield FakeTensorMode, '__deepcopy__', lambda mode, memo: mode   # copies stay in the simulation
+    yield FakeTensorMode, 'avoid_device_init', True
+    yield torch._C, '_conv_determine_backend_memory_format', format_of_cudnn
+
+
+def format_of_cudnn(x, weight, *_):
+    """channels_last, if one of both is; without CUDA, torch says contiguous."""
+    if any(v.is_contiguous(memory_format=torch.channels_last) and not v.is_contiguous()
+           for v in (x, weight)):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 class Lowered:

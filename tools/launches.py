@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
+from torch.utils._triton import has_triton_package     # noqa: E402
 
 import runtime.run      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
@@ -110,7 +111,7 @@ def random_unet():
     with GPU:
         network = UNet(base_grid, FLAGS.ch, FLAGS.ch_mult, FLAGS.attn, FLAGS.num_res_blocks,
                        FLAGS.dropout, FLAGS.conditional, FLAGS.class_num)
-    return network
+    return network.to(memory_format=torch.channels_last)
 
 
 def random_teacher():
@@ -160,7 +161,7 @@ def print_counts(library):
 
 
 def print_compiled(library):
-    if not torch.utils._triton.has_triton_package():
+    if not has_triton_package():
         raise cli.UserError('Inductor writes code for GPUs with Triton; run pip install triton')
     rows = []
     for row, amp in itertools.product(('base', 'pd', 'rdd'), ('none', 'bf16')):
