@@ -7,7 +7,7 @@ that is built from simulated_gpu.cpp with the C++ compiler of this machine.
 
 Not simulated: values, memory, time, streams, pinned memory, the random numbers of CUDA, what DDP
 and NCCL do, and the kernels behind an operation, which may be several or none. A `_foreach_`
-operation counts as one. torch.compile is not simulated either.
+operation counts as one. For torch.compile see inductor.py.
 """
 
 import collections
