@@ -308,7 +308,7 @@ def table(found, steps, score):
 
 
 def draw(found, steps, path):
-    """Both scores over NFE with error bars, a curve per method; colours repeat, markers do not."""
+    """Both scores over NFE with error bars, a colour and marker per method, side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -323,10 +323,10 @@ def draw(found, steps, path):
             points = [(T, *interval(values)) for T, values in seeds.items() if values]
             if points:
                 T, mean, half = zip(*points)
-                axis.errorbar(np.multiply(T, 1.015 ** number), mean, np.nan_to_num(half), capsize=2,
-                              label=method, marker='os^v'[number // 10 % 4])    # side by side
-        axis.set_xscale('log', base=2)
-        axis.minorticks_off()
+                axis.errorbar(np.multiply(T, 1.015 ** (number - len(FLAGS.methods) // 2)), mean,
+                              np.nan_to_num(half), marker='os^v'[number // 10 % 4],
+                              capsize=2, label=method)
+        axis.set_xscale('log', base=2, subs=[])
         axis.set(xlabel='network evaluations per image (NFE)', ylabel=SCORES[score],
                  xticks=steps, xticklabels=steps, yscale='log' if score == 'fid' else 'linear')
         axis.grid(alpha=.3)

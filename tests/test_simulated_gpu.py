@@ -9,13 +9,12 @@ waits for the GPU twice per batch, to time the sampler.
 """
 
 import pytest
-from torch.utils._triton import has_triton_package
 
 from tools import inductor, launches, simulated_gpu
 
 # operations on the device in a step, as counted, rounded up; before: 1,403 2,153 3,533 6,143 8,068
 CIFAR10 = [
-    ('base', 'none', 1130), ('base', 'bf16', 1800),
+    ('base', 'none', 1180), ('base', 'bf16', 1840),
     ('pd', 'bf16', 2640), ('rdd', 'none', 4050), ('rdd', 'bf16', 5000)]
 DIGITS = [      # one process of four, parts, dropout, every loss
     ('base', '--amp=bf16 --dropout=0.1 --ranks=4', 1060),
@@ -54,7 +53,7 @@ def test_evaluation(library, words, most):
 
 def test_compiled(library):
     """The networks of a step become kernels of Inductor; what is around them stays."""
-    if not has_triton_package():
+    if not inductor.has_triton():
         pytest.skip('Triton is not installed, which Inductor needs for the code of a GPU')
     words = '--flagfile=config/DIGITS_PD.txt --amp=none --until=0'.split()
     eager = launches.measured(library, 'pd', *words)

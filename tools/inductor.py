@@ -5,19 +5,19 @@ graph. Inductor lowers both for a GPU of compute capability 9.0, and the calls i
 counted: Triton kernels, and operations of libraries (convolutions, matrix products, attention).
 Nothing is compiled further or run. It needs Triton (`pip install triton`) and `simulated_gpu`.
 
-Not seen: what Dynamo would do before (graph breaks), tuning, and CUDA graphs, which start all
-kernels of a call at once.
+Not seen: what Dynamo would do before (graph breaks), tuning, fused attention, and CUDA graphs,
+which start all kernels of a call at once.
 """
 
 import collections
 import contextlib
 import functools
+import importlib.util
 import re
 import types
 from unittest import mock
 
 import torch
-import torch.utils._triton
 
 H100 = types.SimpleNamespace(
     name='H100', major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName='',
@@ -25,6 +25,10 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     total_memory=80 << 30)
 KINDS = 'Triton kernel', 'library call'
+
+
+def has_triton():
+    return importlib.util.find_spec('triton') is not None
 
 
 @contextlib.contextmanager
@@ -49,6 +53,7 @@ def replacements():
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.fx_passes import fuse_attention, pad_mm
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils import _triton
     from triton import runtime
     from triton.backends.compiler import GPUTarget
 
@@ -65,7 +70,7 @@ def replacements():
                          set_rng_state=None),
         CudaInterface: dict(is_available=True, current_device=0, get_compute_capability=90),
         CudaInterface.Worker: dict(current_device=0, get_device_properties=H100),
-        torch.utils._triton: dict(triton_hash_with_backend='none'),
+        _triton: dict(triton_hash_with_backend='none'),
         fuse_attention: dict(_sfdp_init=None), pad_mm: dict(_pad_mm_init=None)}
     for owner, values in answers.items():
         for name, value in values.items():

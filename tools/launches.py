@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
-from torch.utils._triton import has_triton_package     # noqa: E402
 
 import runtime.run      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
@@ -161,7 +160,7 @@ def print_counts(library):
 
 
 def print_compiled(library):
-    if not has_triton_package():
+    if not inductor.has_triton():
         raise cli.UserError('Inductor writes code for GPUs with Triton; run pip install triton')
     rows = []
     for row, amp in itertools.product(('base', 'pd', 'rdd'), ('none', 'bf16')):
