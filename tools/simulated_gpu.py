@@ -74,9 +74,12 @@ class Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations, self.drawn, self.sent = collections.Counter(), 0, 0
+        self.paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         name = str(func)
         tensors = [v for v in torch.utils._pytree.tree_leaves((args, kwargs, out))
                    if isinstance(v, torch.Tensor)]
