@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import flags
-from scipy import stats
+from scipy.special import stdtrit
 
 from formats.diffusers_folder import is_folder
 from runtime import cli, pictures
@@ -277,7 +277,7 @@ def interval(values):
     if len(values) < 2:
         return values.mean(), np.nan
     error = values.std(ddof=1) / len(values) ** .5
-    return values.mean(), stats.t.ppf(.975, len(values) - 1) * error
+    return values.mean(), stdtrit(len(values) - 1, .975) * error
 
 
 def words(mean, half, sign=''):

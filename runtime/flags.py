@@ -148,9 +148,9 @@ def define_device_flags():
     flags.DEFINE_integer('local_rank', 0, 'set by torch.distributed.launch; the environment counts')
     flags.DEFINE_alias('local-rank', 'local_rank')
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16', 'auto'], 'precision of the networks: float32,'
-                      ' bfloat16 autocast, or bfloat16 where the hardware has units for it; losses '
-                      'and schedules stay in float32; auto distils students with more than 64 '
-                      'steps in float32')
+                      ' bfloat16 autocast, or bfloat16 where the hardware has units for it (GPUs '
+                      'since Ampere, CPUs with AMX or AVX512-BF16); losses and schedules stay in '
+                      'float32; auto distils students with more than 64 steps in float32')
     flags.DEFINE_enum('tf32', 'conv', ['none', 'conv', 'all'], 'GPUs since Ampere: what of float32 '
                       'is computed with inputs rounded to TF32, nothing, convolutions, or matrix '
                       'products as well; the networks that score never are')

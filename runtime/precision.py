@@ -31,13 +31,14 @@ def autocast(amp, device):
 
 
 def has_fast_bf16(device):
-    """Whether the hardware multiplies bfloat16 matrices: tensor cores, or AMX on a CPU."""
+    """Whether the hardware multiplies in bfloat16: tensor cores; AMX or AVX512-BF16 of a CPU."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
     try:
-        return 'amx_bf16' in Path('/proc/cpuinfo').read_text()
+        found = Path('/proc/cpuinfo').read_text()
     except OSError:
         return False
+    return 'amx_bf16' in found or 'avx512_bf16' in found
 
 
 def hold_bf16_weights(*networks):

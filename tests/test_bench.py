@@ -48,6 +48,19 @@ def test_estimate_is_marked_and_follows_the_rate(tmp_path):
         assert float(time) == pytest.approx(float(operations) * 1e18 / 50e12 / 3600, rel=.02)
 
 
+def test_against_another_checkout(tmp_path):
+    done = bench(*TINY, '--rows=base,score', f'--against={ROOT}', '--repeats=1',
+                 f'--json={tmp_path}/b.json')
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / 'b.json').read_text())['rows']
+    assert row['row'] == 'base' and set(row['sides']) == {'fast', 'against'}
+    assert all(len(side['seconds']) == 1 and side['seconds'][0] > 0
+               for side in row['sides'].values())
+    assert 'against / fast' in done.stdout
+    done = bench(*TINY, f'--against={tmp_path}')
+    assert done.returncode == 2 and 'has no tools/bench_steps.py' in done.stderr
+
+
 def test_unknown_row(tmp_path):
     done = bench('--rows=bass', cwd=tmp_path)       # works from any folder
     assert done.returncode == 2 and '--rows bass is unknown' in done.stderr

@@ -8,7 +8,7 @@ import torch
 
 from classifier import build_classifier
 from classifier.networks import DenseBlock
-from model import UNet
+from model import GroupNorm, UNet
 from runtime import distributed, precision, seeding
 from runtime.log import Meter
 from runtime.optim import frozen
@@ -49,6 +49,15 @@ def test_prepare_leaves_the_rest_alone():
     assert all(p.dtype == torch.float32 for p in net.parameters())
     with pytest.raises(ValueError, match='is trained'):
         precision.prepare('bf16', False, CPU, net)
+
+
+def test_group_norm_in_float32():
+    """On a CPU as on a GPU: bfloat16 goes in, and nothing is rounded inside."""
+    norm, x = GroupNorm(64), randn(2, 64, 4, 4).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.nn.GroupNorm(32, 64)(x.float()))
 
 
 def test_last_layers_in_float32():

@@ -5,6 +5,8 @@
   python tools/bench.py --rows growth           step time over batch, width, size and processes
   python tools/bench.py --rows estimate         hours the full chains would take here; --tflops
                                                 50: on a device that sustains 50 TFLOP/s
+  git worktree add ../before COMMIT
+  python tools/bench.py --against ../before     training steps here and in another checkout
 The rows base, pd and rdd are steps of train_base.py, PD.py and train_rdd.py as they are. Weights
 and images are random, the width is that of CIFAR-10. Fast and plain (tools/plain.py) take turns in
 one process; ratios are those of one turn, as median (smallest .. largest).
@@ -57,6 +59,8 @@ def define_flags():
     flags.DEFINE_integer('processes', 1, 'processes that share a training step', lower_bound=1)
     flags.DEFINE_string('classifier', 'densenet201', 'classifier of the RDD row')
     flags.DEFINE_bool('plain', True, 'measure the plain side as well')
+    flags.DEFINE_string('against', None, 'another checkout of this repository, whose training '
+                        'steps are measured in place of the plain side')
     flags.DEFINE_bool('profile', False, 'print the slowest operators of every row as well')
     flags.DEFINE_integer('group', 256, 'images of --rows memory, 8x8 maps', lower_bound=1)
     flags.DEFINE_float('tflops', None, 'sustained 1e12 operations per second that --rows estimate '
@@ -107,6 +111,11 @@ def check_rows():
     if 'WORLD_SIZE' in os.environ:
         raise UserError('the bench starts processes itself, and was started by a launcher; use '
                         'plain python, and --processes for training steps on several')
+    if FLAGS.against:
+        if not Path(FLAGS.against, 'tools/bench_steps.py').is_file():
+            raise UserError(f'--against {FLAGS.against} has no tools/bench_steps.py; expected the '
+                            f'folder of another checkout of this repository')
+        FLAGS.rows = [row for row in FLAGS.rows if row in STEPS] or list(STEPS)
     if FLAGS.processes > 1 and not set(STEPS).issuperset(FLAGS.rows):
         raise UserError(f'--rows {",".join(FLAGS.rows)} with --processes {FLAGS.processes}: only '
                         f'{", ".join(STEPS)} share their work; leave --processes out')
@@ -123,7 +132,9 @@ def environment(device):
 def measure(row, device, plain_too=None):
     """dict(row, images, sides={name: dict(seconds=[one per turn], parts, peak_mib)})."""
     plain_too = FLAGS.plain if plain_too is None else plain_too
-    if row in STEPS:
+    if FLAGS.against:
+        found = two_checkouts(row)
+    elif row in STEPS:
         found = training_steps(row, FLAGS.processes, plain=plain_too)
     else:
         found = compare(functools.partial(bench_rows.work_on, row), sides(plain_too), device,
@@ -139,9 +150,20 @@ def sides(plain_too):
     return found
 
 
-def training_steps(row, processes, **changes):
+def two_checkouts(row):
+    """What `training_steps` finds, with this checkout and --against taking turns."""
+    found = {}
+    for _ in range(FLAGS.repeats):
+        for side, root in (('fast', cli.ROOT), ('against', FLAGS.against)):
+            turn = training_steps(row, FLAGS.processes, root, plain=False, repeats=1)['fast']
+            before = found.get(side, dict(seconds=[]))['seconds']
+            found[side] = dict(turn, seconds=before + turn['seconds'])
+    return found
+
+
+def training_steps(row, processes, root=cli.ROOT, **changes):
     """Measure a row in processes of its own: see `bench_steps.py`. changes: flags for it."""
-    script = str(Path(__file__).with_name('bench_steps.py'))
+    script = str(Path(root, 'tools/bench_steps.py'))
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     threads = max(1, torch.get_num_threads() // processes)
     with tempfile.TemporaryDirectory() as folder:
@@ -179,10 +201,10 @@ def stand_ins(row, folder):
 
 def report(results):
     """Tables of speed, of the parts of a training step and of operators."""
-    speed, parts, slowest = [], [], []
+    speed, parts, slowest, other_side = [], [], [], 'against' if FLAGS.against else 'plain'
     for result in results:
         row, found = result['row'], result['sides']
-        fast, other = (found.get(name, dict(seconds=[], parts={})) for name in ('fast', 'plain'))
+        fast, other = (found.get(name, dict(seconds=[], parts={})) for name in ('fast', other_side))
         ratios = [p / f for p, f in zip(other['seconds'], fast['seconds'])]
         rates = [[result['images'] / s for s in side['seconds']] for side in (fast, other)]
         speed.append([row, *map(spread, rates), spread(ratios),
@@ -194,8 +216,8 @@ def report(results):
         slowest += [[f'{row}, {name}', ', '.join(f'{key} {100 * share:.0f} %'
                                                  for key, share in side['operators'])]
                     for name, side in found.items() if 'operators' in side]
-    print('\n' + table(['row', 'images/s fast', 'images/s plain', 'plain / fast', 'MiB fast',
-                        'MiB plain'], speed), flush=True)
+    print('\n' + table(['row', 'images/s fast', f'images/s {other_side}', f'{other_side} / fast',
+                        'MiB fast', f'MiB {other_side}'], speed), flush=True)
     if parts:
         print('\n' + table(['ms', *PARTS], parts), flush=True)
     if slowest:
