@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,14 @@ def test_group_knows_its_device(device, how, monkeypatch):
     distributed.join(torch.device(device), 2)
     gpu = device != 'cpu'
     assert seen == [dict(how, backend='nccl' if gpu else 'gloo')] and len(groups) == gpu
+
+
+@pytest.mark.parametrize('line, fast', [
+    ('flags : fpu avx512f avx512_bf16', True), ('flags : fpu amx_bf16', True),
+    ('flags : fpu avx512f avx_vnni', False)])
+def test_cpus_with_fast_bf16(line, fast, monkeypatch):
+    monkeypatch.setattr(Path, 'read_text', lambda file: line)
+    assert precision.has_fast_bf16(CPU) == fast
 
 
 @pytest.mark.parametrize('fast', [True, False])

@@ -120,6 +120,7 @@ file(
     ('always bf16', "choose(amp, device) == 'bf16'", 'True', 'wiring base-plain'),
     ('weights are rounded in float32', "if amp == 'bf16':\n        hold", 'if True:\n        hold',
      'few_operations'),
+    ('AMX alone counts as fast', " or 'avx512_bf16' in found", '', 'few_operations'),
     ('fine grids in bfloat16', ' and steps <= FINE', '', 'few_operations'))
 
 file(

@@ -243,6 +243,7 @@ file(
     ('one block without time', '+ shift[:, :, None, None]', '', 'parity + fast'),
     ('the last layers in bfloat16', 'with precise:', 'with contextlib.nullcontext():',
      'few_operations'),
+    ('group norm in bfloat16', 'x.to(self.weight.dtype)', 'x', 'few_operations'),
     ('labels without bias', ' + self.y_embedding.bias', '', 'parity'),
     ('dropout without scale', '* (1 / (1 - p))', '', 'dropout'),
     ('all images share a mask', 'keys[:, rows].contiguous()',
