@@ -3,8 +3,8 @@
   python tools/samples.py teacher=./logs/digits/64/samples.npz \\
       "PD, 1 step=./logs/digits/pd/1/samples.npz" --output ./samples.png
 Words are NAME=FILE, files as `ddim_eval.py --save_images FILE` or study.py writes them. Samples of
-one seed start from the same noise and label, so that a column shows what each model makes of it. With
-labels in the files, the columns go through the classes in turn.
+one seed start from the same noise and label, so that a column shows what each model makes of it.
+With labels in the files, the columns go through the classes in turn.
 """
 
 import sys
