@@ -155,7 +155,7 @@ def protocol(model, reference, feature_network, scores, rate):
         **{name: round(value, 4) for name, value in scores.items()}, images_per_s=round(rate, 1),
         reference=FLAGS.fid_cache, reference_images=reference.num_images,
         feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
-        amp=FLAGS.amp)
+        amp=choose(FLAGS.amp, d.alpha.device))
 
 
 def synchronised_time(device):

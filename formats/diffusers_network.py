@@ -20,6 +20,9 @@ class DiffusersUNet(nn.Module):
         check_packages(['diffusers'])
         from diffusers import UNet2DModel
         self.unet = UNet2DModel(**dict(config, dropout=0.))     # see `build`
+        for module in self.unet.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(in_precision_of_weights)
         self.conditional = config['num_class_embeds'] is not None
         self.class_num = config['num_class_embeds'] or 10
         self.widths = list(config['block_out_channels'])
@@ -36,6 +39,11 @@ class DiffusersUNet(nn.Module):
                     attn=[i for i, name in enumerate(config['down_block_types']) if 'Attn' in name],
                     num_res_blocks=config['layers_per_block'], conditional=self.conditional,
                     class_num=self.class_num)
+
+
+def in_precision_of_weights(norm, inputs):
+    """A hook that gives group norm float32 under autocast, as in `model.GroupNorm`."""
+    return tuple(x.to(norm.weight.dtype) for x in inputs)
 
 
 def build(config, dropout, file):

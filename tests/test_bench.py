@@ -49,16 +49,28 @@ def test_estimate_is_marked_and_follows_the_rate(tmp_path):
 
 
 def test_against_another_checkout(tmp_path):
-    done = bench(*TINY, '--rows=base,score', f'--against={ROOT}', '--repeats=1',
-                 f'--json={tmp_path}/b.json')
+    """The other folder's own bench_steps.py runs, in turn with ours."""
+    other = tmp_path / 'other/tools/bench_steps.py'
+    other.parent.mkdir(parents=True)
+    other.write_text(
+        'import json, sys\n'
+        'file = [word[7:] for word in sys.argv if word.startswith("--json=")][0]\n'
+        'json.dump(dict(fast=dict(seconds=[123.], parts={}, peak_mib=1.)), open(file, "w"))\n')
+    done = bench(*TINY, '--rows=base', f'--against={tmp_path}/other', f'--json={tmp_path}/b.json')
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / 'b.json').read_text())['rows']
-    assert row['row'] == 'base' and set(row['sides']) == {'fast', 'against'}
-    assert all(len(side['seconds']) == 1 and side['seconds'][0] > 0
-               for side in row['sides'].values())
-    assert 'against / fast' in done.stdout
-    done = bench(*TINY, f'--against={tmp_path}')
-    assert done.returncode == 2 and 'has no tools/bench_steps.py' in done.stderr
+    assert row['row'] == 'base' and list(row['sides']) == ['here', 'against']
+    assert row['sides']['against']['seconds'] == [123., 123.]
+    assert len(row['sides']['here']['seconds']) == 2 and 0 < row['sides']['here']['seconds'][0] < 99
+    assert 'images/s here | images/s against | against / here' in done.stdout
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--against=nowhere'], '--against nowhere has no tools/bench_steps.py'),
+    ([f'--against={ROOT}', '--rows=base,score'], '--rows base,score with --against')])
+def test_against_mistakes(words, sentence):
+    done = bench(*TINY, *words)
+    assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_unknown_row(tmp_path):

@@ -1,5 +1,6 @@
 """Teachers of diffusers and pytorch-ddpm: the same images, students, exports; odd folders."""
 
+import copy
 import json
 import shutil
 
@@ -147,6 +148,19 @@ def test_a_network_is_loaded_trained_and_exported(tmp_path, name, conditional, o
     assert (again.diffusion.T, again.diffusion.mean_type) == (2, 'v')
     difference = (our_images(again, x_T, y=y) - wanted).abs().max()
     assert difference == 0 or conditional and difference < 1e-5     # biases of labels are merged
+
+
+def test_group_norms_in_float32(tmp_path):
+    """Under bfloat16 autocast on a CPU, in copies too, as in our U-Net; convolutions are not."""
+    pipeline(tmp_path, **HEADS)
+    network, seen = copy.deepcopy(models.load_model(tmp_path, steps=4).network), {}
+    for module in network.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.Conv2d)):
+            module.register_forward_hook(
+                lambda module, _, out: seen.setdefault(type(module), set()).add(out.dtype))
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        network(noise(2, 16), torch.tensor([1, 1000]))
+    assert seen == {torch.nn.GroupNorm: {torch.float32}, torch.nn.Conv2d: {torch.bfloat16}}
 
 
 def test_students_of_every_output(tmp_path):

@@ -9,7 +9,8 @@
   python tools/bench.py --against ../before     training steps here and in another checkout
 The rows base, pd and rdd are steps of train_base.py, PD.py and train_rdd.py as they are. Weights
 and images are random, the width is that of CIFAR-10. Fast and plain (tools/plain.py) take turns in
-one process; ratios are those of one turn, as median (smallest .. largest).
+one process, two checkouts in a process per turn; ratios are those of one turn, as median
+(smallest .. largest).
 """
 
 import contextlib
@@ -115,7 +116,11 @@ def check_rows():
         if not Path(FLAGS.against, 'tools/bench_steps.py').is_file():
             raise UserError(f'--against {FLAGS.against} has no tools/bench_steps.py; expected the '
                             f'folder of another checkout of this repository')
-        FLAGS.rows = [row for row in FLAGS.rows if row in STEPS] or list(STEPS)
+        if not FLAGS['rows'].present:
+            FLAGS.rows = list(STEPS)
+        if not set(STEPS).issuperset(FLAGS.rows):
+            raise UserError(f'--rows {",".join(FLAGS.rows)} with --against: only '
+                            f'{", ".join(STEPS)} are compared with another checkout')
     if FLAGS.processes > 1 and not set(STEPS).issuperset(FLAGS.rows):
         raise UserError(f'--rows {",".join(FLAGS.rows)} with --processes {FLAGS.processes}: only '
                         f'{", ".join(STEPS)} share their work; leave --processes out')
@@ -124,7 +129,8 @@ def check_rows():
 def environment(device):
     return (f'{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
             f'batch {FLAGS.batch_size}, ch {FLAGS.ch}, {FLAGS.img_size} px, amp {FLAGS.amp}, '
-            f'compile {FLAGS.compile}, {FLAGS.repeats} turns, {FLAGS.processes} processes')
+            f'compile {FLAGS.compile}, {FLAGS.repeats} turns, {FLAGS.processes} processes'
+            + (f', against {Path(FLAGS.against).resolve()}' if FLAGS.against else ''))
 
 
 # Speed
@@ -154,7 +160,7 @@ def two_checkouts(row):
     """What `training_steps` finds, with this checkout and --against taking turns."""
     found = {}
     for _ in range(FLAGS.repeats):
-        for side, root in (('fast', cli.ROOT), ('against', FLAGS.against)):
+        for side, root in (('here', cli.ROOT), ('against', FLAGS.against)):
             turn = training_steps(row, FLAGS.processes, root, plain=False, repeats=1)['fast']
             before = found.get(side, dict(seconds=[]))['seconds']
             found[side] = dict(turn, seconds=before + turn['seconds'])
@@ -179,7 +185,8 @@ def training_steps(row, processes, root=cli.ROOT, **changes):
             stderr=subprocess.PIPE, universal_newlines=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ['nothing'])[-1]
-            raise UserError(f'the measurement of {row} with {values} ended with: {said}', code=1)
+            raise UserError(f'the measurement of {row} by {script} with {values} ended with: '
+                            f'{said}', code=1)
         return json.loads(Path(folder, 'found.json').read_text())
 
 
@@ -201,10 +208,11 @@ def stand_ins(row, folder):
 
 def report(results):
     """Tables of speed, of the parts of a training step and of operators."""
-    speed, parts, slowest, other_side = [], [], [], 'against' if FLAGS.against else 'plain'
+    speed, parts, slowest = [], [], []
+    this, other_side = ('here', 'against') if FLAGS.against else ('fast', 'plain')
     for result in results:
         row, found = result['row'], result['sides']
-        fast, other = (found.get(name, dict(seconds=[], parts={})) for name in ('fast', other_side))
+        fast, other = (found.get(name, dict(seconds=[], parts={})) for name in (this, other_side))
         ratios = [p / f for p, f in zip(other['seconds'], fast['seconds'])]
         rates = [[result['images'] / s for s in side['seconds']] for side in (fast, other)]
         speed.append([row, *map(spread, rates), spread(ratios),
@@ -216,8 +224,9 @@ def report(results):
         slowest += [[f'{row}, {name}', ', '.join(f'{key} {100 * share:.0f} %'
                                                  for key, share in side['operators'])]
                     for name, side in found.items() if 'operators' in side]
-    print('\n' + table(['row', 'images/s fast', f'images/s {other_side}', f'{other_side} / fast',
-                        'MiB fast', f'MiB {other_side}'], speed), flush=True)
+    head = ['row', f'images/s {this}', f'images/s {other_side}', f'{other_side} / {this}',
+            f'MiB {this}', f'MiB {other_side}']
+    print('\n' + table(head, speed), flush=True)
     if parts:
         print('\n' + table(['ms', *PARTS], parts), flush=True)
     if slowest:
@@ -229,8 +238,8 @@ def report_shares(results, device):
     results, rows = [result for result in results if result['row'] in STEPS], []
     reached = convolutions.rate(FLAGS, device) if results else 0
     for result in results:
-        work = convolutions.operations(result['row'], FLAGS)
-        rates = [work / s for s in result['sides']['fast']['seconds']]
+        work, (ours, *_) = convolutions.operations(result['row'], FLAGS), result['sides'].values()
+        rates = [work / s for s in ours['seconds']]
         result['convolution_share'] = [value / reached for value in rates]
         rows.append([result['row'], spread([r / 1e12 for r in rates]),
                      spread([100 * share for share in result['convolution_share']])])

@@ -2,7 +2,7 @@
 
   python tools/rounding.py --base_ckpt logs/digits/64 [--dataset digits] [--images 32]
 The student is the teacher itself, as at the first step of PD. Both are computed in float32, in
-bfloat16 as a run does it, and in bfloat16 with the last layers as well, as autocast alone would.
+bfloat16 as a run does it, and in bfloat16 with the last convolution as well.
 Loss as in PD.py (--loss_type both), a line per range of times and one for all.
 """
 
@@ -53,7 +53,7 @@ def main():
     rows = [row(f'{part[0]} to {part[-1]}', values) for part, values in
             zip(split(steps), split(losses))]
     print(f'{FLAGS.base_ckpt}: PD from {teacher.diffusion.T} to {T} steps, on {device}\n')
-    print(table(['step of the student', 'float32', 'bf16', 'more', 'bf16, last layers too', 'more'],
+    print(table(['step of the student', 'float32', 'bf16', 'more', 'bf16, last convolution too', 'more'],
                 rows + [row('all', losses)]))
 
 
@@ -65,7 +65,7 @@ def images(teacher, device):
 
 
 def losses_at(teacher, diffusion, x_0, y, step):
-    """(3,) mean losses at a step of the student: float32, bf16, bf16 with the last layers."""
+    """(3,) mean losses at a step of the student: float32, bf16, bf16 with the last convolution."""
     network, rng = teacher.network, torch.Generator().manual_seed(step)
     eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
     t = diffusion.visited[step].repeat(len(x_0))
