@@ -53,7 +53,8 @@ def main():
     rows = [row(f'{part[0]} to {part[-1]}', values) for part, values in
             zip(split(steps), split(losses))]
     print(f'{FLAGS.base_ckpt}: PD from {teacher.diffusion.T} to {T} steps, on {device}\n')
-    print(table(['step of the student', 'float32', 'bf16', 'more', 'bf16, last convolution too', 'more'],
+    print(table(['step of the student', 'float32', 'bf16', 'more', 'bf16, last convolution too',
+                 'more'],
                 rows + [row('all', losses)]))
 
 
