@@ -20,7 +20,7 @@ def files(tmp_path):
     images, labels = np.zeros((40, 8, 8, 3), np.uint8) + grey[:, None, None, None], [0, 1]
     np.savez(tmp_path / 'one.npz', images, np.repeat(labels, 20))
     np.savez(tmp_path / 'other.npz', 255 - images)
-    np.savez(tmp_path / 'seed1.npz', images, np.repeat(labels[::-1], 20))
+    np.savez(tmp_path / 'seed1.npz', images[:30], np.repeat(labels[::-1], 15))
     np.savez(tmp_path / 'large.npz', np.zeros((40, 16, 16, 3), np.uint8))
     np.savez(tmp_path / 'few.npz', images[:3])
     np.savez(tmp_path / 'float.npz', images / 255)

@@ -42,7 +42,8 @@ def main(words):
         elif images.shape[1:] != shape or len(images) <= max(chosen):
             raise UserError(f'{path} has samples of shape {images.shape}, expected more than '
                             f'{max(chosen)} of shape {shape} as in the first file')
-        elif labels is not None and first is not None and (labels != first)[chosen].any():
+        given = labels is not None and first is not None
+        if given and (labels[chosen] != first[chosen]).any():
             raise UserError(f'{path} has other labels than the first file; give samples of the '
                             f'same --seed')
         names.append(name or path)
