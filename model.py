@@ -55,8 +55,8 @@ class UpSample(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """32 groups, in the precision of its weights.
 
-    Autocast does so on GPUs. On CPUs it would leave bfloat16 as it is, where the kernel for
-    channels_last takes five times as long as in float32.
+    Autocast does so on GPUs. On CPUs it would leave bfloat16 as it is, whose kernel is slow in
+    channels_last (docs/speed.md).
     """
 
     def __init__(self, channels):
