@@ -132,12 +132,11 @@ def picture(table, path, columns=16, size=60):
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
     from runtime.data import make_dataset
+    from runtime.pictures import classes_in_turn
     real = make_dataset('digits', None, 8, train=True)
     files = [np.load(LOGS / folder / f'samples_{stride}.npz') for _, folder, stride in SAMPLERS]
-    labels = files[0]['arr_1'] if 'arr_1' in files[0] else np.arange(columns)
-    wanted = np.arange(columns) % 10
-    chosen = [np.flatnonzero(labels == c)[i // 10] for i, c in enumerate(wanted)]
-    real_rows = [np.flatnonzero(real.labels.numpy() == c)[i // 10] for i, c in enumerate(wanted)]
+    chosen = classes_in_turn(files[0]['arr_1'])[:columns]
+    real_rows = classes_in_turn(real.labels.numpy())[:columns]
     images = [real.images[real_rows].permute(0, 2, 3, 1).numpy()]
     images += [file['arr_0'][chosen] for file in files]
     left, right, pad = 250, 270, 4

@@ -10,6 +10,8 @@ from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
 
 MARGIN, PAD = 24, 2         # pixels: around a labelled grid, between its tiles
+# what numpy.load raises for files that are not what they should be
+UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
 MOST_CLASSES = 32           # rows of a grid
 MOST_COLUMNS = 17           # of a trajectory: at 16 of many steps and at the end
 
@@ -67,7 +69,7 @@ def holds_samples(path):
     try:
         with np.load(str(path)) as file:
             return 'arr_0' in file.files
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+    except UNREADABLE:
         return False
 
 
@@ -90,6 +92,14 @@ def save_images(path, images, y=None):
         Image.fromarray(image).save(path / f'{i:06d}.png', compress_level=1)
     if y is not None:
         (path / 'labels.txt').write_text(''.join(f'{label}\n' for label in y.tolist()))
+
+
+def classes_in_turn(labels):
+    """Indices of images with these labels (N,): the first of every class, the second, and so on."""
+    turn = np.zeros(len(labels), dtype=int)     # how many images of the same class come before
+    for c in np.unique(labels):
+        turn[labels == c] = np.arange((labels == c).sum())
+    return np.lexsort((labels, turn))
 
 
 def rows_by_class(images, y, class_num):

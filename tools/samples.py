@@ -8,7 +8,6 @@ With labels in the files, the columns go through the classes in turn.
 """
 
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
@@ -64,8 +63,7 @@ def read(path):
         if (images.dtype, images.shape[3:]) == (np.uint8, (3,)) and len(images):
             if labels is None or labels.shape == (len(images),):
                 return images, labels
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError,
-            zipfile.BadZipFile):
+    except (KeyError, *pictures.UNREADABLE):
         pass
     raise UserError(f'{path} is not an npz of samples; give a file that ddim_eval.py --save_images '
                     f'wrote')
@@ -73,12 +71,8 @@ def read(path):
 
 def columns(count, labels):
     """Indices of the images to show: the first ones, or those of class 0, 1, .. in turn."""
-    if labels is None:
-        return np.arange(min(count, FLAGS.columns))
-    turn = np.zeros(count, dtype=int)       # how many images of the same class come before
-    for c in np.unique(labels):
-        turn[labels == c] = np.arange((labels == c).sum())
-    return np.lexsort((labels, turn))[:FLAGS.columns]
+    order = np.arange(count) if labels is None else pictures.classes_in_turn(labels)
+    return order[:FLAGS.columns]
 
 
 if __name__ == '__main__':
