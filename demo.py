@@ -33,8 +33,9 @@ SAMPLERS = [('Teacher, 64 steps', '64', 1),
 def stages():
     """[(foreground, background)]: two lists of (what, command) that run side by side.
 
-    Networks this small keep one thread busy and gain little from a second, so that the two
-    halves of the machine work on two things; the next stage starts when both are done.
+    Networks this small gain less from a second thread than from work of their own for the other
+    half of the machine; the teacher, which all wait for, has both. The next stage starts when both
+    lists are done.
     """
     classifier = 'classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1'
     half = f'score/get_npz.py --dataset digits --num_workers 0 --feature_network {SCORER} --half'
@@ -43,14 +44,14 @@ def stages():
               f'--logdir ./{LOGS}/{folder} --stride {stride} --save_images '
               f'./{LOGS}/{folder}/samples_{stride}.npz') for label, folder, stride in SAMPLERS]
     return [
-        ([('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt')],
+        ([('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt')], []),
+        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)],
          [('classifier whose features RDD compares', classifier + ' --model densenet_small '
            '--epoch 8 --seed 0'),
           ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
            '--seed 1'),
           ('reference: one half of the real digits', f'{half} 1'),
-          ('floor: the other half', f'{half} 2')]),
-        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)], score[:5]),
+          ('floor: the other half', f'{half} 2')] + score[:5]),
         ([('8 -> 4 -> 2 -> 1 steps by our recipe',
            'train_rdd.py --flagfile ./config/DIGITS_BEST.txt')],
          [('8 -> 4 -> 2 -> 1 steps by PD', pd + f' --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/pd '
@@ -65,17 +66,20 @@ def fingerprint(command):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_chain(chain, done, log=None):
+def run_chain(chain, done, threads, log=None):
     """Run commands one after another, those that are finished left out; stop at a failure.
 
-    Returns the sentence to end with, or None. `log`: file for the output of a background chain.
+    Returns the sentence to end with, or None. `threads`: of each command, unless OMP_NUM_THREADS
+    says so. `log`: file for the output of a background chain.
     """
+    environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
     for what, command in chain:
         key = fingerprint(command)
         if key in done:
             continue
         print(f'\n{"in the background: " if log else ""}{what}\n  python {command}', flush=True)
-        code = subprocess.call([sys.executable, '-u', *command.split()], stdout=log, stderr=log)
+        code = subprocess.call([sys.executable, '-u', *command.split()], stdout=log, stderr=log,
+                               env=environment)
         if code:
             return (f'demo.py: error: "python {command}" ended with code {code}'
                     + (f' (output in {log.name})' if log else '')
@@ -88,15 +92,15 @@ def run_chain(chain, done, log=None):
 def run_all():
     """Run what is not finished yet; returns the seconds that took."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(4, (os.cpu_count() or 2) // 2))))
     done = json.loads(DONE.read_text()) if DONE.exists() else []
     start, plan = time.time(), stages()
     with open(LOGS / 'background.log', 'a') as log, ThreadPoolExecutor() as pool:
         for number, (foreground, background) in enumerate(plan, 1):
             before = list(done)
             print(f'\n[{number}/{len(plan)}] {time.time() - start:.0f} s so far', flush=True)
-            other = pool.submit(run_chain, background, done, log)
-            problem = run_chain(foreground, done) or other.result()
+            threads = max(1, min(4, (os.cpu_count() or 2) // (2 if background else 1)))
+            other = pool.submit(run_chain, background, done, threads, log)
+            problem = run_chain(foreground, done, threads) or other.result()
             if problem:
                 sys.exit(problem)
             if done != before:          # what follows builds on what was made now

@@ -46,30 +46,30 @@ def unit_pixels(feature_map):
 class _RelationKL(torch.autograd.Function):
     """Sum over all rows of KL(softmax(S_T) || softmax(S_S)), S = F K^T / tau, F = unit rows of x.
 
-    Keys K: the rows F themselves (keys None), softmax over every `segment` columns apart; or given
-    ones, the same for S_S and S_T. Forward walks over chunks of rows and adds up the gradient on
-    the way, since for a row it is softmax(S_S) - softmax(S_T): only one chunk of S ever exists.
+    x, F and keys K are (groups, rows, C). Keys: the rows F of the group (keys None), softmax over
+    every `segment` columns apart; or given ones, the same for S_S and S_T. Forward walks over
+    chunks of rows and adds up the gradient on the way, since for a row it is softmax(S_S) -
+    softmax(S_T): only one chunk of S ever exists.
     """
 
     @staticmethod
     def forward(ctx, x_S, F_T, keys, segment, tau, chunk_entries):
-        length = x_S.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+        length = x_S.norm(dim=2, keepdim=True).clamp_(min=1e-12)
         F_S = x_S / length
         K_S, K_T = (F_S, F_T) if keys is None else (keys, keys)
         loss, grad = x_S.new_zeros(()), torch.zeros_like(F_S)
-        chunk = max(1, chunk_entries // len(K_S))
-        for rows_S, rows_T, grad_rows in zip(*(v.split(chunk) for v in (F_S, F_T, grad))):
-            shape = (len(rows_S), -1, segment)
-            log_p_S = F.log_softmax((rows_S @ K_S.t()).div_(tau).view(shape), dim=2)
-            log_p_T = F.log_softmax((rows_T @ K_T.t()).div_(tau).view(shape), dim=2)
+        chunk = max(1, chunk_entries // K_S[..., 0].numel())
+        for rows_S, rows_T, grad_rows in zip(*(v.split(chunk, 1) for v in (F_S, F_T, grad))):
+            log_p_S, log_p_T = (F.log_softmax((f @ K.mT).div_(tau).unflatten(2, (-1, segment)), 3)
+                                for f, K in ((rows_S, K_S), (rows_T, K_T)))
             p_T = log_p_T.exp()
             loss += (p_T * log_p_T.sub_(log_p_S)).sum()
-            G = log_p_S.exp_().sub_(p_T).view(len(rows_S), -1).div_(tau)        # d loss / d S
-            grad_rows.addmm_(G, K_S)
+            G = log_p_S.exp_().sub_(p_T).flatten(2).div_(tau)       # d loss / d S
+            grad_rows.baddbmm_(G, K_S)
             if keys is None:
-                grad.addmm_(G.t(), rows_S)
-        for f, g in zip(F_S.split(chunk), grad.split(chunk)):   # unit length: no gradient along f
-            g.addcmul_(f, (f * g).sum(1, keepdim=True), value=-1)
+                grad.baddbmm_(G.mT, rows_S)
+        for f, g in zip(F_S.split(chunk, 1), grad.split(chunk, 1)):     # length 1: not along f
+            g.addcmul_(f, (f * g).sum(2, keepdim=True), value=-1)
         ctx.save_for_backward(grad.div_(length))
         return loss
 
@@ -93,11 +93,10 @@ def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHU
     group = group or B
     if B % group:
         raise ValueError(f'a batch of {B} images has no groups of {group}')
-    rows = group * H * W
-    groups = zip(pixels(map_S).split(rows), unit_pixels(map_T.detach()).split(rows))
     with torch.autocast(map_S.device.type, enabled=False):
-        total = sum(_RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
-                    for x_S, F_T in groups)
+        x_S, F_T = (rows.unflatten(0, (-1, group * H * W))
+                    for rows in (pixels(map_S), unit_pixels(map_T.detach())))
+        total = _RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
     return total / (B * H * W * group)
 
 
@@ -192,4 +191,5 @@ class MemoryP2P(nn.Module):
             x_S, F_T = pixels(self.project_head(map_S.float())), unit_pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
             tau = self.contrast_temperature * self.temperature
-            return _RelationKL.apply(x_S, F_T, V, len(V), tau, CHUNK_ENTRIES) / len(x_S)
+            return _RelationKL.apply(x_S[None], F_T[None], V[None], len(V), tau,
+                                     CHUNK_ENTRIES) / len(x_S)

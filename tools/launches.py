@@ -122,7 +122,8 @@ def random_teacher():
 
 def random_classifier(name, path, dataset, normalisation, device):
     from classifier import build_classifier
-    network = frozen(build_classifier(name, dataset.num_classes))
+    from classifier.frozen import fold_batch_norms
+    network = fold_batch_norms(frozen(build_classifier(name, dataset.num_classes)))
     return network.to(device, memory_format=torch.channels_last)
 
 
