@@ -165,11 +165,12 @@ def value_and_gradients(loss, inputs):
     return [loss.detach()[None]] + list(torch.autograd.grad(loss, inputs))
 
 
-@pytest.mark.parametrize('group', [None, 2])
-def test_intra(group):
+@pytest.mark.parametrize('group, chunk', [(None, 2 ** 22), (2, 2 ** 22), (2, 1000)])
+def test_intra(group, chunk):
     map_S, map_T = randn(8, 48, 4, 4).requires_grad_(), randn(8, 48, 4, 4, seed=1)
+    chunked = functools.partial(intra_sample_p2p, chunk_entries=chunk)
     fast, plain = (value_and_gradients(form(map_S, map_T, .3, group), [map_S])
-                   for form in (intra_sample_p2p, plain_intra))
+                   for form in (chunked, plain_intra))
     assert_near(fast[1:], plain[1:], 1e-5)
     assert fast[0].item() == pytest.approx(plain[0].item(), rel=1e-5)
 

@@ -2,18 +2,23 @@
 
 import copy
 import math
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 
 from classifier import build_classifier
+from classifier.frozen import fold_batch_norms
+from classifier.imagenet import ImageNetClassifier
 from classifier.networks import DenseBlock
-from model import GroupNorm, UNet
+from model import AttnBlock, GroupNorm, UNet
 from runtime import distributed, precision, seeding
 from runtime.log import Meter
 from runtime.optim import frozen
 from runtime.torchvision_cpu import torchvision
+from tools.plain import plain_attention
+from helpers import start
 from test_fast import CPU, assert_near, channels_last, randn, small_unet
 
 
@@ -86,6 +91,53 @@ def test_time_projections_in_one_product():
     assert_near(*found, 1e-5)
 
 
+def test_queries_keys_and_values_in_one_product():
+    """Output and gradients of attention whose projections are layers of their own."""
+    torch.manual_seed(0)
+    block, found = AttnBlock(32).double(), []
+    weights = [p for name, p in block.named_parameters() if name != 'proj_k.bias']  # no effect
+    for p in block.parameters():
+        p.data += .1 * torch.randn_like(p)
+
+    def layer_by_layer(x):
+        h = block.group_norm(x)
+        q, k, v = (proj(h).flatten(2).mT for proj in (block.proj_q, block.proj_k, block.proj_v))
+        h = plain_attention(q, k, v)
+        return x + block.proj(h.mT.reshape(x.shape))
+
+    for form in (block, layer_by_layer):
+        x = channels_last(randn(2, 32, 4, 2).double()).requires_grad_()
+        out = form(x)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *weights])])
+    assert_near(*found, 1e-10)
+
+
+@pytest.mark.parametrize('name, left', [
+    ('densenet_small', 1 + 14 + 1), ('resnet18', 0), ('resnet50', 0), ('convnet_small', 4),
+    ('imagenet_densenet121', 1 + 58 + 3), ('imagenet_resnet18', 0)])
+def test_batch_norms_in_the_convolutions(name, left):
+    """The same outputs and gradient; only batch norms that come before a convolution are left."""
+    torch.manual_seed(0)
+    if name.startswith('imagenet'):
+        network = ImageNetClassifier(name, getattr(torchvision().models, name[9:])(weights=None))
+    else:
+        network = build_classifier(name, 10)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for values in (norm.running_mean, norm.bias):
+            values.data.normal_(0, .1)
+        for values in (norm.running_var, norm.weight):
+            values.data.uniform_(.5, 1.5)
+    network, found = frozen(network).double(), []
+    for prepare in (frozen, fold_batch_norms):      # as it is, and folded
+        x = randn(2, 3, 16, 16).double().requires_grad_()
+        outputs = prepare(network)(x)
+        found.append([*outputs, *torch.autograd.grad(outputs[2].square().sum(), x)])
+    assert_near(*found, 1e-10)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == left
+    assert not any(p.requires_grad for p in network.parameters())
+
+
 @pytest.mark.parametrize('training', [False, True])
 def test_dense_block_against_torchvision(training):
     """The layers of torchvision's block; equal outputs, gradients added up in another order."""
@@ -135,6 +187,28 @@ def test_graphs_on_a_gpu_alone(device, graphs, mode, monkeypatch):
     monkeypatch.setattr(layer, 'compile', lambda **how: seen.append(how))
     precision.compile_networks(True, torch.device(device), layer, graphs=graphs)
     assert seen == [dict(mode, dynamic=False)]
+
+
+PAGES = """
+import resource
+import torch
+from runtime import distributed
+distributed.init()
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(64, 2 ** 18).fill_(1)       # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(new_pages() for _ in range(30)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='malloc is not that of glibc')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for runs on a CPU')
+def test_freed_memory_is_kept():
+    """The system hands out the pages of a large tensor a few times, and not for ever."""
+    done = start(['-c', PAGES])
+    pages = [int(word) for word in done.stdout.split()[-30:]]
+    assert min(pages) < pages[0] / 10
 
 
 def test_set_up_gpu(monkeypatch):

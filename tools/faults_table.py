@@ -221,10 +221,10 @@ file(
      'wiring rdd-plain'),
     ('channels are not last', 'permute(0, 2, 3, 1).flatten(0, 2)',
      'reshape(-1, feature_map.shape[1])', 'wiring rdd-plain'),
-    ('one softmax over all images', 'None, H * W, temperature', 'None, rows, temperature',
+    ('one softmax over all images', 'None, H * W, temperature', 'None, group * H * W, temperature',
      'wiring rdd-plain'),
-    ('gradient of columns is missing', 'grad.addmm_(G.t(), rows_S)', 'pass', 'wiring rdd-plain'),
-    ('no projection on the sphere', 'g.addcmul_(f, (f * g).sum(1, keepdim=True), value=-1)',
+    ('gradient of columns is missing', 'grad.baddbmm_(G.mT, rows_S)', 'pass', 'wiring rdd-plain'),
+    ('no projection on the sphere', 'g.addcmul_(f, (f * g).sum(2, keepdim=True), value=-1)',
      'pass', 'wiring rdd-plain'),
     ('mean without the group', '(B * H * W * group)', '(B * H * W)', 'wiring rdd-plain'),
     ('pixels may leave the queue', '(first + torch.arange(len(vectors), device='
