@@ -34,8 +34,8 @@ def stages():
     """[(foreground, background)]: two lists of (what, command) that run side by side.
 
     Networks this small gain less from a second thread than from work of their own for the other
-    half of the machine; the teacher, which all wait for, has both. The next stage starts when both
-    lists are done.
+    half of the machine; the first two stages, which all else waits for, have both halves. The next
+    stage starts when both lists are done.
     """
     classifier = 'classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1'
     half = f'score/get_npz.py --dataset digits --num_workers 0 --feature_network {SCORER} --half'
@@ -45,18 +45,18 @@ def stages():
               f'./{LOGS}/{folder}/samples_{stride}.npz') for label, folder, stride in SAMPLERS]
     return [
         ([('teacher with 64 steps', 'train_base.py --flagfile ./config/DIGITS_BASE.txt')], []),
-        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)],
-         [('classifier whose features RDD compares', classifier + ' --model densenet_small '
+        ([('PD: 64 -> 32 -> 16 -> 8 steps', pd)], []),
+        ([('classifier whose features RDD compares', classifier + ' --model densenet_small '
            '--epoch 8 --seed 0'),
-          ('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
+          ('8 -> 4 -> 2 -> 1 steps by our recipe',
+           'train_rdd.py --flagfile ./config/DIGITS_BEST.txt')],
+         [('digit network for scoring alone', classifier + ' --model convnet_small --epoch 15 '
            '--seed 1'),
           ('reference: one half of the real digits', f'{half} 1'),
-          ('floor: the other half', f'{half} 2')] + score[:5]),
-        ([('8 -> 4 -> 2 -> 1 steps by our recipe',
-           'train_rdd.py --flagfile ./config/DIGITS_BEST.txt')],
-         [('8 -> 4 -> 2 -> 1 steps by PD', pd + f' --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/pd '
-           '--until 1')]),
-        (score[5:8], score[8:])]
+          ('floor: the other half', f'{half} 2'),
+          ('8 -> 4 -> 2 -> 1 steps by PD', pd + f' --base_ckpt ./{LOGS}/8 --logdir ./{LOGS}/pd '
+           '--until 1')] + score[5:8]),
+        (score[:1], score[1:5] + score[8:])]
 
 
 def fingerprint(command):

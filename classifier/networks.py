@@ -86,10 +86,11 @@ class DenseBlock(nn.ModuleDict):
         return x
 
 
-def conv3x3(channels, stride=1):
-    """A 3x3 convolution from images, initialised as torchvision does."""
-    conv = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+def conv3x3(in_channels, channels, stride=1):
+    """A 3x3 convolution without bias, initialised as torchvision does."""
+    conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+    if not conv.weight.is_meta:     # there, torch would load its compiler to draw no numbers
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
     return conv
 
 
@@ -99,7 +100,7 @@ def densenet_parts(name):
     # The linear layer of the constructor is dropped: one class keeps it small.
     network = torchvision().models.DenseNet(growth, layers, stem, num_classes=1).features
     parts = OrderedDict(features=nn.Sequential(OrderedDict(
-        conv0=conv3x3(stem), norm0=network.norm0, relu0=network.relu0)))
+        conv0=conv3x3(3, stem), norm0=network.norm0, relu0=network.relu0)))
     for i in range(1, len(layers) + 1):
         parts[f'block{i}'] = DenseBlock(getattr(network, f'denseblock{i}'))
         if i < len(layers):
@@ -112,7 +113,7 @@ def resnet_parts(name):
     """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146), with that stem."""
     network = getattr(torchvision().models, name)(weights=None, num_classes=1)
     keys = ('bn1', 'relu', 'layer1', 'layer2', 'layer3', 'layer4')
-    parts = OrderedDict(conv1=conv3x3(64))
+    parts = OrderedDict(conv1=conv3x3(3, 64))
     parts.update((key, getattr(network, key)) for key in keys)
     return parts, network.fc.in_features
 
@@ -122,10 +123,9 @@ def convnet_parts(name):
     channels, strides = (3, 32, 32, 64, 64), (1, 2, 1, 2)
     parts = OrderedDict()
     for i, stride in enumerate(strides):
-        conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         parts[f'stage{i + 1}'] = nn.Sequential(OrderedDict(
-            conv=conv, norm=nn.BatchNorm2d(channels[i + 1]), relu=nn.ReLU()))
+            conv=conv3x3(channels[i], channels[i + 1], stride),
+            norm=nn.BatchNorm2d(channels[i + 1]), relu=nn.ReLU()))
     return parts, channels[-1]
 
 

@@ -32,8 +32,11 @@ def has_triton():
 
 
 @contextlib.contextmanager
-def lowering(counter):
-    """Inside, Inductor believes in a GPU; yields a `compile_networks` that tells `counter`."""
+def lowering(counter, options=()):
+    """Inside, Inductor believes in a GPU; yields a `compile_networks` that tells `counter`.
+
+    options: names in torch._inductor.config that are switched on.
+    """
     from torch._inductor import config
 
     def compile_networks(enabled, device, *networks, graphs=False):
@@ -44,7 +47,8 @@ def lowering(counter):
         for owner, name, form in replacements():
             stack.enter_context(mock.patch.object(owner, name, form, create=True))
         # folding constants runs them; nothing is compiled
-        stack.enter_context(config.patch(joint_graph_constant_folding=False, compile_threads=1))
+        stack.enter_context(config.patch(
+            joint_graph_constant_folding=False, compile_threads=1, **dict.fromkeys(options, True)))
         yield compile_networks
 
 

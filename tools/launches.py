@@ -1,7 +1,8 @@
 """Count what a step starts on a GPU, without one: operations on a simulated device.
 
   python tools/launches.py                base, PD and RDD at CIFAR-10 width, float32 and bfloat16
-  python tools/launches.py compiled       the same with --compile: kernels of Inductor (inductor.py)
+  python tools/launches.py compiled       the same with --compile: kernels of Inductor (inductor.py);
+                                          words after it are options of Inductor to switch on
   python tools/launches.py scale          an RDD step of one process of 1, 8, 64 and 512
   python tools/launches.py rdd --flagfile config/CIFAR10_RDD.txt --amp bf16 [flags]
                                           a step of one script, by operation, in a process that
@@ -48,7 +49,7 @@ def count(row, script, ranks, steps=STEPS):
         for owner, name, form in stand_ins(script, counter, steps, found):
             stack.enter_context(mock.patch.object(owner, name, form))
         if 'compile' in FLAGS and FLAGS.compile:
-            form = stack.enter_context(inductor.lowering(counter))
+            form = stack.enter_context(inductor.lowering(counter, FLAGS.inductor))
             for owner in (runtime.run, precision):
                 stack.enter_context(mock.patch.object(owner, 'compile_networks', form))
         if row == 'eval':
@@ -154,18 +155,19 @@ def cifar10(row):
     return f'--flagfile=config/CIFAR10_{row.upper()}.txt'
 
 
-def print_counts(library):
+def print_counts(library, *_):
     rows = [[row, *(f'{measured(library, row, cifar10(row), f"--amp={amp}")["total"]:,}'
                     for amp in ('none', 'bf16'))] for row in ('base', 'pd', 'rdd')]
     print(table(['operations on the device per step', 'float32', 'bfloat16'], rows))
 
 
-def print_compiled(library):
+def print_compiled(library, *options):
     if not inductor.has_triton():
         raise cli.UserError('Inductor writes code for GPUs with Triton; run pip install triton')
     rows = []
     for row, amp in itertools.product(('base', 'pd', 'rdd'), ('none', 'bf16')):
-        found = measured(library, row, cifar10(row), f'--amp={amp}', '--compile')
+        found = measured(library, row, cifar10(row), f'--amp={amp}', '--compile',
+                         f'--inductor={",".join(options)}')
         inside = [found['operations'].get(name, 0) for name in inductor.KINDS]
         rows.append([f'{row} {amp}', *(f'{n:,}' for n in (*inside, found['total'] - sum(inside),
                                                          found['total']))])
@@ -173,7 +175,7 @@ def print_compiled(library):
                 rows))
 
 
-def print_scale(library):
+def print_scale(library, *_):
     rows = []
     for ranks in SCALES:
         found = measured(library, 'rdd', cifar10('rdd'), '--amp=bf16', '--dropout=0.1',
@@ -190,13 +192,14 @@ def print_tables(words):
         except simulated_gpu.NotHere as error:
             raise cli.UserError(f'no GPU can be simulated here: {error}', code=1)
         tables = dict(compiled=print_compiled, scale=print_scale)
-        tables.get(words[0] if words else '', print_counts)(library)
+        tables.get(words[0] if words else '', print_counts)(library, *words[1:])
 
 
 if __name__ == '__main__':
     if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS:
         this_row = sys.argv.pop(1)
         flags.DEFINE_integer('ranks', 1, 'processes in the group, of which the last is simulated')
+        flags.DEFINE_list('inductor', [], 'options of Inductor to switch on')
         this_script = importlib.import_module(SCRIPTS[this_row])
         cli.run(lambda: one_row(this_row, this_script))
     cli.run(print_tables, words=True)
