@@ -52,8 +52,9 @@ class Diffusion:
                  N=None):
         self.T, self.N, self.mean_type, self.schedule = T, N or T * time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(self.N, schedule)
-        self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1).to(device)
-        self.alpha, self.sigma = self.table.unbind(1)
+        table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1)
+        self._tables = {dtype: table.to(device, dtype) for dtype in (torch.float64, torch.float32)}
+        self.alpha, self.sigma = self._tables[torch.float64].unbind(1)
         self._times = [round(k * self.N / T) for k in range(T + 1)]     # on the host
         visited = torch.tensor(self._times)
         index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
@@ -80,26 +81,26 @@ class Diffusion:
         """The times (B,) one step of the model before times t (B,) of the grid."""
         return self._before[t]
 
-    def at(self, t):
-        """alpha_t, sigma_t as (B, 1, 1, 1) float64 for times t (B,)."""
-        return self.table[t][..., None, None, None].unbind(1)
+    def at(self, t, dtype=torch.float64):
+        """alpha_t, sigma_t as (B, 1, 1, 1), float64 or float32, for times t (B,)."""
+        return self._tables[dtype][t][..., None, None, None].unbind(1)
 
     def add_noise(self, x_0, eps, t):
         """z_t = alpha_t x_0 + sigma_t eps; images (B, C, H, W), t (B,)."""
-        alpha_t, sigma_t = self.at(t)
-        return alpha_t.to(x_0.dtype) * x_0 + sigma_t.to(x_0.dtype) * eps
+        alpha_t, sigma_t = self.at(t, x_0.dtype)
+        return alpha_t * x_0 + sigma_t * eps
 
     def eps_of(self, z_t, x, t):
         """The eps that takes x to z_t: (z_t - alpha_t x) / sigma_t."""
-        alpha_t, sigma_t = self.at(t)
-        return (z_t - alpha_t.to(z_t.dtype) * x) / sigma_t.to(z_t.dtype)
+        alpha_t, sigma_t = self.at(t, z_t.dtype)
+        return (z_t - alpha_t * x) / sigma_t
 
     def predict(self, model, z_t, t, y=None):
         """x_pred, eps_pred of a network at (z_t, t), unclipped, in the precision of z_t."""
         out = model(z_t, t, y).to(z_t.dtype)
         if self.mean_type == 'xstart':
             return out, self.eps_of(z_t, out, t)
-        alpha_t, sigma_t = (value.to(z_t.dtype) for value in self.at(t))
+        alpha_t, sigma_t = self.at(t, z_t.dtype)
         if self.mean_type == 'v':
             return alpha_t * z_t - sigma_t * out, sigma_t * z_t + alpha_t * out
         return (z_t - sigma_t * out) / alpha_t, out

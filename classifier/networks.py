@@ -130,7 +130,8 @@ def convnet_parts(name):
 
 
 # name -> function that makes (parts, number of features). To add a family of networks, write one
-# more such function and add its names here.
+# more such function, whose layers are registered in the order of computation (frozen.py relies on
+# it), and add its names here.
 NETWORKS = {name: densenet_parts for name in DENSENETS}
 NETWORKS.update((name, resnet_parts) for name in RESNETS)
 NETWORKS['convnet_small'] = convnet_parts

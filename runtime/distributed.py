@@ -69,8 +69,8 @@ def set_up_gpu(tf32):
 def keep_freed_memory():
     """Have malloc keep what is freed, where it is that of glibc: a step needs the same again.
 
-    Otherwise blocks go back to the system, which clears every page before it hands them out anew:
-    a sixth of a step on the digits (docs/speed.md). The peak stays; memory is free at the end.
+    Otherwise large blocks go back to the system, which clears every page before it hands them out
+    anew: a tenth of a step and more (docs/speed.md). It costs some memory at large batches.
     """
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)

@@ -113,7 +113,7 @@ def test_queries_keys_and_values_in_one_product():
 
 
 @pytest.mark.parametrize('name, left', [
-    ('densenet_small', 1 + 14 + 1), ('resnet18', 0), ('resnet50', 0), ('convnet_small', 4),
+    ('densenet_small', 1 + 14 + 1), ('resnet18', 0), ('resnet50', 0), ('convnet_small', 0),
     ('imagenet_densenet121', 1 + 58 + 3), ('imagenet_resnet18', 0)])
 def test_batch_norms_in_the_convolutions(name, left):
     """The same outputs and gradient; only batch norms that come before a convolution are left."""

@@ -82,6 +82,7 @@ file(
 
 file(
     'runtime/distributed.py',
+    ('freed memory goes back', 'libc.mallopt(M_MMAP_MAX, 0)', 'pass', 'few_operations'),
     ('a sum for a mean', 'return all_reduce(tensor) / world_size()', 'return all_reduce(tensor)',
      'wiring two_processes'),
     ('all processes take the first rows', '(micro * world_size() + rank()) * length',
@@ -196,6 +197,11 @@ file(
     ('no ReLU on the map', 'feature_map = F.relu(h)', 'feature_map = h', 'classifier + parity'),
     ('sum for average', 'feature_map.mean((2, 3))', 'feature_map.sum((2, 3))', 'classifier'),
     ('images are not normalised', 'h = self.normalise(x)', 'h = x', 'wiring rdd-plain'))
+
+file(
+    'classifier/frozen.py',
+    ('batch norms act twice', 'setattr(module, name, nn.Identity())', 'pass',
+     'few_operations'))
 
 file(
     'classifier/augment.py',

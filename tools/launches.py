@@ -1,8 +1,8 @@
 """Count what a step starts on a GPU, without one: operations on a simulated device.
 
   python tools/launches.py                base, PD and RDD at CIFAR-10 width, float32 and bfloat16
-  python tools/launches.py compiled       the same with --compile: kernels of Inductor (inductor.py);
-                                          words after it are options of Inductor to switch on
+  python tools/launches.py compiled       the same with --compile: kernels of Inductor (inductor.py)
+                                          [option ..]: those of Inductor to switch on
   python tools/launches.py scale          an RDD step of one process of 1, 8, 64 and 512
   python tools/launches.py rdd --flagfile config/CIFAR10_RDD.txt --amp bf16 [flags]
                                           a step of one script, by operation, in a process that
