@@ -33,9 +33,9 @@ SAMPLERS = [('Teacher, 64 steps', '64', 1),
 def stages():
     """[(foreground, background)]: two lists of (what, command) that run side by side.
 
-    Networks this small gain less from a second thread than from work of their own for the other
-    half of the machine; the first two stages, which all else waits for, have both halves. The next
-    stage starts when both lists are done.
+    Networks this small gain less from more threads than from work of its own for the other half of
+    the machine; the first two stages, which every student waits for, have no such work beside
+    them. The next stage starts when both lists are done.
     """
     classifier = 'classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1'
     half = f'score/get_npz.py --dataset digits --num_workers 0 --feature_network {SCORER} --half'
@@ -67,16 +67,15 @@ def fingerprint(command):
 
 
 def run_chain(chain, done, threads, log=None):
-    """Run commands one after another, those that are finished left out; stop at a failure.
+    """Run commands one after another from the first one that is not done; stop at a failure.
 
     Returns the sentence to end with, or None. `threads`: of each command, unless OMP_NUM_THREADS
-    says so. `log`: file for the output of a background chain.
+    is set. `log`: file for the output of a background chain.
     """
     environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
-    for what, command in chain:
-        key = fingerprint(command)
-        if key in done:
-            continue
+    keys = [fingerprint(command) for _, command in chain]
+    first = next((i for i, key in enumerate(keys) if key not in done), len(chain))
+    for key, (what, command) in list(zip(keys, chain))[first:]:
         print(f'\n{"in the background: " if log else ""}{what}\n  python {command}', flush=True)
         code = subprocess.call([sys.executable, '-u', *command.split()], stdout=log, stderr=log,
                                env=environment)

@@ -37,6 +37,9 @@ def clean_linear(N=1000):
     return dict(name='linear', betas=torch.linspace(1e-4, 0.02, N).tolist())
 
 
+PRECISIONS = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
 class Diffusion:
     """Schedule of a model with T steps on a base grid 0..N; it visits t_k = round(k N / T).
 
@@ -53,7 +56,7 @@ class Diffusion:
         self.T, self.N, self.mean_type, self.schedule = T, N or T * time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(self.N, schedule)
         table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1)
-        self._tables = {dtype: table.to(device, dtype) for dtype in (torch.float64, torch.float32)}
+        self._tables = {dtype: table.to(device, dtype) for dtype in PRECISIONS}
         self.alpha, self.sigma = self._tables[torch.float64].unbind(1)
         self._times = [round(k * self.N / T) for k in range(T + 1)]     # on the host
         visited = torch.tensor(self._times)
@@ -82,7 +85,7 @@ class Diffusion:
         return self._before[t]
 
     def at(self, t, dtype=torch.float64):
-        """alpha_t, sigma_t as (B, 1, 1, 1), float64 or float32, for times t (B,)."""
+        """alpha_t, sigma_t as (B, 1, 1, 1) of any of `PRECISIONS`, for times t (B,)."""
         return self._tables[dtype][t][..., None, None, None].unbind(1)
 
     def add_noise(self, x_0, eps, t):

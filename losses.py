@@ -46,10 +46,10 @@ def unit_pixels(feature_map):
 class _RelationKL(torch.autograd.Function):
     """Sum over all rows of KL(softmax(S_T) || softmax(S_S)), S = F K^T / tau, F = unit rows of x.
 
-    x, F and keys K are (groups, rows, C). Keys: the rows F of the group (keys None), softmax over
-    every `segment` columns apart; or given ones, the same for S_S and S_T. Forward walks over
-    chunks of rows and adds up the gradient on the way, since for a row it is softmax(S_S) -
-    softmax(S_T): only one chunk of S ever exists.
+    x and F are (groups, rows, C). Keys K: the rows F of the same group (keys None), softmax over
+    every `segment` columns apart; or given ones (1, keys, C), the same for S_S and S_T. Forward
+    walks over chunks of rows and adds up the gradient on the way, since for a row it is
+    softmax(S_S) - softmax(S_T): only one chunk of S ever exists.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class _RelationKL(torch.autograd.Function):
         F_S = x_S / length
         K_S, K_T = (F_S, F_T) if keys is None else (keys, keys)
         loss, grad = x_S.new_zeros(()), torch.zeros_like(F_S)
-        chunk = max(1, chunk_entries // K_S[..., 0].numel())
+        chunk = max(1, chunk_entries // K_S.shape[:2].numel())
         for rows_S, rows_T, grad_rows in zip(*(v.split(chunk, 1) for v in (F_S, F_T, grad))):
             log_p_S, log_p_T = (F.log_softmax((f @ K.mT).div_(tau).unflatten(2, (-1, segment)), 3)
                                 for f, K in ((rows_S, K_S), (rows_T, K_T)))
@@ -68,7 +68,8 @@ class _RelationKL(torch.autograd.Function):
             grad_rows.baddbmm_(G, K_S)
             if keys is None:
                 grad.baddbmm_(G.mT, rows_S)
-        for f, g in zip(F_S.split(chunk, 1), grad.split(chunk, 1)):     # length 1: not along f
+        # F has unit length: no gradient along it
+        for f, g in zip(F_S.split(chunk, 1), grad.split(chunk, 1)):
             g.addcmul_(f, (f * g).sum(2, keepdim=True), value=-1)
         ctx.save_for_backward(grad.div_(length))
         return loss
@@ -93,10 +94,13 @@ def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHU
     group = group or B
     if B % group:
         raise ValueError(f'a batch of {B} images has no groups of {group}')
+    rows = group * H * W
+    together = max(1, chunk_entries // rows ** 2)       # groups that fit into a chunk
     with torch.autocast(map_S.device.type, enabled=False):
-        x_S, F_T = (rows.unflatten(0, (-1, group * H * W))
-                    for rows in (pixels(map_S), unit_pixels(map_T.detach())))
-        total = _RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
+        groups = (v.unflatten(0, (-1, rows)).split(together)
+                  for v in (pixels(map_S), unit_pixels(map_T.detach())))
+        total = sum(_RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
+                    for x_S, F_T in zip(*groups))
     return total / (B * H * W * group)
 
 

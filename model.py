@@ -81,11 +81,10 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         h = self.group_norm(x)
-        projections = self.proj_q, self.proj_k, self.proj_v
-        weight = torch.cat([proj.weight for proj in projections])
-        bias = torch.cat([proj.bias for proj in projections])
-        h = F.conv2d(h, weight, bias).view(B, 3, C, H * W).transpose(2, 3)
-        q, k, v = h.split(1, 1)         # (B, 1, HW, C)
+        projections = self.proj_q, self.proj_k, self.proj_v     # one product: fewer to start
+        weight, bias = (torch.cat(v) for v in zip(*((p.weight, p.bias) for p in projections)))
+        qkv = F.conv2d(h, weight, bias).view(B, 3, C, H * W).transpose(2, 3)
+        q, k, v = qkv.split(1, 1)       # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 

@@ -40,8 +40,9 @@ def load_frozen(name, path, dataset, normalisation, device):
 def fold_batch_norms(network):
     """Multiply batch norms of a frozen network into the convolutions right before them, in place.
 
-    What follows is the same up to rounding, with less to compute on a CPU and an operation less per
+    The results are the same up to rounding, with less to compute on a CPU and an operation less per
     layer to start on a GPU. The layers of our networks are registered in the order of computation.
+    Another network that shares these layers is broken by it.
     """
     for module in network.modules():
         children = list(module.named_children())

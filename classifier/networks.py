@@ -89,7 +89,7 @@ class DenseBlock(nn.ModuleDict):
 def conv3x3(in_channels, channels, stride=1):
     """A 3x3 convolution without bias, initialised as torchvision does."""
     conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-    if not conv.weight.is_meta:     # there, torch would load its compiler to draw no numbers
+    if not conv.weight.is_meta:     # on the meta device, normal_ loads torch's compiler
         nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
     return conv
 

@@ -70,7 +70,7 @@ def keep_freed_memory():
     """Have malloc keep what is freed, where it is that of glibc: a step needs the same again.
 
     Otherwise large blocks go back to the system, which clears every page before it hands them out
-    anew: a tenth of a step and more (docs/speed.md). It costs some memory at large batches.
+    anew (docs/speed.md). Where torch has an allocator of its own, on aarch64, this does nothing.
     """
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)

@@ -26,6 +26,8 @@ import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
 import runtime.run      # noqa: E402
+from classifier import build_classifier     # noqa: E402
+from classifier.frozen import fold_batch_norms      # noqa: E402
 from diffusion import Diffusion     # noqa: E402
 from model import UNet      # noqa: E402
 from runtime import cli, data, pictures, precision     # noqa: E402
@@ -77,7 +79,8 @@ def stand_ins(script, counter, steps, found):
     yield runtime.run.Run, '__iter__', loop
     yield runtime.run.Run, '_resume', no_checkpoint
     forms = dict(new_unet=lambda *_: random_unet(), load_teacher=lambda *_: random_teacher(),
-                 training_data=lambda *_: random_images(), load_frozen=random_classifier)
+                 training_data=lambda *_: random_images(),
+                 load_frozen=lambda *args: fold_batch_norms(random_classifier(*args)))
     for name, form in forms.items():
         if hasattr(script, name):
             yield script, name, form
@@ -122,9 +125,7 @@ def random_teacher():
 
 
 def random_classifier(name, path, dataset, normalisation, device):
-    from classifier import build_classifier
-    from classifier.frozen import fold_batch_norms
-    network = fold_batch_norms(frozen(build_classifier(name, dataset.num_classes)))
+    network = frozen(build_classifier(name, dataset.num_classes))
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -155,7 +156,7 @@ def cifar10(row):
     return f'--flagfile=config/CIFAR10_{row.upper()}.txt'
 
 
-def print_counts(library, *_):
+def print_counts(library):
     rows = [[row, *(f'{measured(library, row, cifar10(row), f"--amp={amp}")["total"]:,}'
                     for amp in ('none', 'bf16'))] for row in ('base', 'pd', 'rdd')]
     print(table(['operations on the device per step', 'float32', 'bfloat16'], rows))
@@ -175,7 +176,7 @@ def print_compiled(library, *options):
                 rows))
 
 
-def print_scale(library, *_):
+def print_scale(library):
     rows = []
     for ranks in SCALES:
         found = measured(library, 'rdd', cifar10('rdd'), '--amp=bf16', '--dropout=0.1',
@@ -191,8 +192,13 @@ def print_tables(words):
             library = simulated_gpu.build(folder)
         except simulated_gpu.NotHere as error:
             raise cli.UserError(f'no GPU can be simulated here: {error}', code=1)
-        tables = dict(compiled=print_compiled, scale=print_scale)
-        tables.get(words[0] if words else '', print_counts)(library, *words[1:])
+        if words[:1] == ['compiled']:
+            print_compiled(library, *words[1:])
+        elif words in ([], ['scale']):
+            (print_scale if words else print_counts)(library)
+        else:
+            raise cli.UserError(f'unknown words "{" ".join(words)}"; expected nothing, scale, or '
+                                f'compiled and options of Inductor')
 
 
 if __name__ == '__main__':
