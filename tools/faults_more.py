@@ -83,7 +83,6 @@ file(
 file(
     'runtime/distributed.py',
     ('freed memory goes back', 'libc.mallopt(M_MMAP_MAX, 0)', 'pass', 'few_operations'),
-    ('the heap shrinks', 'libc.mallopt(M_TRIM_THRESHOLD, -1)', 'pass', 'few_operations'),
     ('a sum for a mean', 'return all_reduce(tensor) / world_size()', 'return all_reduce(tensor)',
      'wiring two_processes'),
     ('all processes take the first rows', '(micro * world_size() + rank()) * length',
