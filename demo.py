@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -59,23 +60,34 @@ def stages():
         (score[:1], score[1:5] + score[8:])]
 
 
-def fingerprint(command):
-    """Changes with the command and with the text of its flagfile."""
-    text = command + ''.join(Path(word).read_text() for word in command.split()
-                             if word.startswith('./config/'))
+def with_keys(plan):
+    """The stages with a key per command, (key, what, command), by which a finished one is known."""
+    keyed, before = [], ''
+    for stage in plan:
+        keys = [list(accumulate((command for _, command in chain), fingerprint, initial=before))[1:]
+                for chain in stage]
+        keyed.append([[(key, *what) for key, what in zip(*pair)] for pair in zip(keys, stage)])
+        before = ''.join(key for chain in keys for key in chain)
+    return keyed
+
+
+def fingerprint(before, command):
+    """Changes with the command, the text of its flagfile and `before`, the keys it builds on."""
+    text = before + command + ''.join(Path(word).read_text() for word in command.split()
+                                      if word.startswith('./config/'))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_chain(chain, done, threads, log=None):
-    """Run commands one after another from the first one that is not done; stop at a failure.
+    """Run commands one after another, those that are finished left out; stop at a failure.
 
     Returns the sentence to end with, or None. `threads`: of each command, unless OMP_NUM_THREADS
     is set. `log`: file for the output of a background chain.
     """
     environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
-    keys = [fingerprint(command) for _, command in chain]
-    first = next((i for i, key in enumerate(keys) if key not in done), len(chain))
-    for key, (what, command) in list(zip(keys, chain))[first:]:
+    for key, what, command in chain:
+        if key in done:
+            continue
         print(f'\n{"in the background: " if log else ""}{what}\n  python {command}', flush=True)
         code = subprocess.call([sys.executable, '-u', *command.split()], stdout=log, stderr=log,
                                env=environment)
@@ -91,20 +103,18 @@ def run_chain(chain, done, threads, log=None):
 def run_all():
     """Run what is not finished yet; returns the seconds that took."""
     LOGS.mkdir(parents=True, exist_ok=True)
+    start, plan = time.time(), with_keys(stages())
     done = json.loads(DONE.read_text()) if DONE.exists() else []
-    start, plan = time.time(), stages()
+    known = {key for stage in plan for chain in stage for key, _, _ in chain}
+    done = [key for key in done if key in known]        # the others have been overwritten
     with open(LOGS / 'background.log', 'a') as log, ThreadPoolExecutor() as pool:
         for number, (foreground, background) in enumerate(plan, 1):
-            before = list(done)
             print(f'\n[{number}/{len(plan)}] {time.time() - start:.0f} s so far', flush=True)
             threads = max(1, min(4, (os.cpu_count() or 2) // (2 if background else 1)))
             other = pool.submit(run_chain, background, done, threads, log)
             problem = run_chain(foreground, done, threads) or other.result()
             if problem:
                 sys.exit(problem)
-            if done != before:          # what follows builds on what was made now
-                later = [c for stage in plan[number:] for chain in stage for _, c in chain]
-                done = [key for key in done if key not in map(fingerprint, later)]
     return time.time() - start
 
 
