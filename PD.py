@@ -13,11 +13,12 @@ import torch
 from absl import flags
 
 from diffusion import distillation_loss
+from formats.load import load_teacher
 from runtime import cli, distributed
-from runtime.flags import define_distillation_flags, require
-from runtime.models import load_teacher, stages
+from runtime.flags import require
 from runtime.optim import learning_rate
-from runtime.run import Run, training_data
+from training import (define_distillation_flags, new_student, noisy_parts, sample_grid, stages,
+                      start_run, teacher_and_images)
 
 FLAGS = flags.FLAGS
 define_distillation_flags()
@@ -29,30 +30,30 @@ def main():
     require(logdir='the folder this run writes to, such as ./logs/CIFAR10/512',
             base_ckpt='the folder of the teacher, such as ./logs/CIFAR10/1024')
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
-    dataset = training_data(FLAGS, teacher.network)
-    for stage in stages(teacher.diffusion.T, FLAGS):
+    teacher, dataset = teacher_and_images()
+    for stage in stages(teacher.diffusion.T):
         train(device, dataset, *stage)
     distributed.cleanup()
 
 
 def train(device, dataset, base_ckpt, logdir, total_steps):
-    teacher = load_teacher(base_ckpt, FLAGS, device)
-    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
-    run = Run(FLAGS, 'pd', student, diffusion, dataset, logdir, base_ckpt, total_steps=total_steps)
+    teacher = load_teacher(base_ckpt, device)
+    student, diffusion = new_student(teacher)       # a copy, with every second time
+    run = start_run('pd', student, diffusion, dataset, logdir, total_steps, teacher=teacher)
     run.prepare(teacher.network)
     for step in run:
-        for part in run.parts():
-            x_0, y, t, eps = part
-            z_t = diffusion.add_noise(x_0, eps, t)
+        for part in noisy_parts(run, diffusion):
+            t, y = part.t, part.y
+            z_t = diffusion.add_noise(part.x_0, part.eps, t)
             with torch.no_grad(), run.autocast():
                 x_target = teacher.diffusion.two_step_target(teacher.network, z_t, t, y)
                 eps_target = diffusion.eps_of(z_t, x_target, t)
-            with run.forward(part):
+            with run.training(part):
                 x_pred, eps_pred = diffusion.predict(run.net, z_t, t, y)
             loss = distillation_loss(x_pred, eps_pred, x_target, eps_target, FLAGS.loss_type).mean()
             run.backward(loss=(1., loss))
         run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, total_steps, decay=True))
+        sample_grid(run, diffusion)
 
 
 if __name__ == '__main__':

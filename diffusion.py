@@ -17,8 +17,8 @@ def alpha_bar_table(N, schedule='cosine'):
     0.0063 there for N = 1024, not 0. Published checkpoints were trained on this table.
     'linear' is that of DDPM (Ho et al. 2020), for checkpoints of pytorch-ddpm: beta from 1e-4 to
     0.02 in N + 1 equal steps.
-    dict(name=, betas=): N betas from 1 on, behind a clean end: alpha_bar is 1 at index 0. In
-    float32, as diffusers has trained its networks.
+    dict(name=, betas=): a schedule from diffusers. Index 0 is the clean image (alpha_bar = 1),
+    index k uses betas[k - 1]. In float32, as diffusers has trained its networks.
     """
     if isinstance(schedule, dict):
         alpha_bar = torch.cumprod(1 - torch.tensor(schedule['betas'], dtype=torch.float32), dim=0)
@@ -33,7 +33,7 @@ def alpha_bar_table(N, schedule='cosine'):
 
 
 def clean_linear(N=1000):
-    """DDPM's betas from 1e-4 to 0.02 behind a clean end, for times 1..N of a network."""
+    """DDPM's betas from 1e-4 to 0.02 for times 1..N of a network; index 0 is the clean image."""
     return dict(name='linear', betas=torch.linspace(1e-4, 0.02, N).tolist())
 
 
@@ -63,6 +63,14 @@ class Diffusion:
         index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
         self.visited = visited.to(device)
         self._before = visited[index.clamp(min=0)].to(device)
+
+    @property
+    def clean_end(self):
+        """Whether index 0 is the clean image, alpha = 1 and sigma = 0: no network is called there.
+
+        So it is on the schedules of diffusers, and not on our own tables.
+        """
+        return isinstance(self.schedule, dict)
 
     @property
     def time_scale(self):
@@ -140,17 +148,18 @@ class Diffusion:
             z = self.ddim_step(model, z, t, s, clip=clip, y=y)
         return z.clamp(-1, 1)
 
-    def two_step_target(self, teacher, z_t, t, y=None):
+    def two_step_target(self, teacher, z_t, t, y=None, clip=None):
         """x_target of progressive distillation (Salimans & Ho 2022, Algorithm 2).
 
-        Two unclipped DDIM steps of the teacher (this schedule) lead from z_t over z_mid to z_s,
-        s = t - 2 steps; x_target is the x with which one DDIM step lands on the same z_s:
+        Two DDIM steps of the teacher (this schedule) lead from z_t over z_mid to z_s, s = t - 2
+        steps; x_target is the x with which one DDIM step lands on the same z_s:
         x_target = (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t.
-        The steps of an eps teacher behind a clean end are clipped as in its sampler: where alpha
-        is small, its x = (z_t - sigma_t eps) / alpha_t is off by tens on the linear schedule, by
-        thousands on the cosine one, and the loss would see little else.
+
+        clip: limit x_pred to [-1, 1] in both steps. None: for teachers that predict eps alone, as
+            samplers do: dividing by a tiny alpha_t otherwise gives targets of 10 to 10,000, which
+            dominate the loss. The released code clips none.
         """
-        clip = self.mean_type == 'epsilon' and isinstance(self.schedule, dict)
+        clip = self.mean_type == 'epsilon' if clip is None else clip
         mid, s = self.before(t), self.before(self.before(t))
         z_mid = self.ddim_step(teacher, z_t, t, mid, clip=clip, y=y)
         z_s = self.ddim_step(teacher, z_mid, mid, s, clip=clip, y=y)

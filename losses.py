@@ -29,8 +29,13 @@ def entropy(logits):
 
 
 def diversity(mean_probs):
-    """D of RCFD: sum_c p_c log p_c of the mean prediction (K,) of the batch."""
-    return torch.special.xlogy(mean_probs, mean_probs).sum()
+    """D of RCFD: sum_c p_c log p_c of the mean prediction (K,) of the batch.
+
+    A probability that has underflowed to 0 counts as the smallest number, where the gradient is
+    finite.
+    """
+    p = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny)
+    return torch.special.xlogy(p, p).sum()
 
 
 def pixels(feature_map):
@@ -189,10 +194,14 @@ class MemoryP2P(nn.Module):
             rows = torch.randperm(len(self.queue), generator=generator, device=generator.device)
             self.contrast.copy_(rows[:len(self.contrast)])
 
-    def forward(self, map_S, map_T):
-        """Loss of maps (B, C, H, W); gradients reach the head and map_S."""
-        with torch.autocast(map_S.device.type, enabled=False):
-            x_S, F_T = pixels(self.project_head(map_S.float())), unit_pixels(map_T.detach())
+    def forward(self, projected_S, map_T):
+        """Loss of projected_S = project_head(map_S) and map_T, both (B, C, H, W).
+
+        The caller applies the head, so that it can be wrapped for several processes. Gradients
+        reach projected_S alone.
+        """
+        with torch.autocast(map_T.device.type, enabled=False):
+            x_S, F_T = pixels(projected_S), unit_pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
             tau = self.contrast_temperature * self.temperature
             return _RelationKL.apply(x_S[None], F_T[None], V[None], len(V), tau,

@@ -1,9 +1,7 @@
 """The U-Net of DDPM in the published parameter names. Knows nothing of diffusion."""
 
 import contextlib
-import functools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,46 +87,6 @@ class AttnBlock(nn.Module):
         return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
 
-class DropoutNoise(NamedTuple):
-    """Random numbers of all dropout layers in one step; see `draw_dropout_noise`.
-
-    keys: (layers, B) int32, one per layer and image. positions: (2, P) int32, two per position of
-    a feature map, shared by the layers.
-    """
-    keys: torch.Tensor
-    positions: torch.Tensor
-
-
-def draw_dropout_noise(network, img_size, total, rows, generator):
-    """The noise of `rows` (a slice) of a batch of `total` images, as the generator's seed has it.
-
-    A mask depends on the seed, layer, row and position alone. Only the small keys are drawn for
-    the total batch, so that the cost does not grow with the number of processes.
-    """
-    layers = len(network.res_blocks())
-    largest = max(width * (img_size >> level) ** 2 for level, width in enumerate(network.widths))
-    low, high = -2 ** 31, 2 ** 31
-    draw = functools.partial(torch.randint, low, high, dtype=torch.int32, generator=generator,
-                             device=generator.device)
-    positions, keys = draw((2, largest)), draw((layers, total))
-    return DropoutNoise(keys[:, rows].contiguous(), positions)
-
-
-def dropout(x, p, keys, positions):
-    """Dropout of x (B, C, H, W) at rate p whose mask is a hash of (key of the image, position).
-
-    u = key * a + b (mod 2^32), a and b the two numbers of the position; x is kept where u is among
-    the upper 1 - p of all values. Multiply-add hashing: u is uniform, and independent for any two
-    positions, and for any two images or layers with different keys.
-    """
-    if p > 1 - 2 ** -32:
-        return x * 0
-    B, C, H, W = x.shape        # positions in the order of channels_last memory
-    a, b = positions[:, :C * H * W]
-    u = torch.addcmul(b, keys[:, None], a).view(B, H, W, C).permute(0, 3, 1, 2)
-    return x * (u >= round(p * 2 ** 32) - 2 ** 31) * (1 / (1 - p))
-
-
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding between them, residual; attention on request."""
 
@@ -144,14 +102,10 @@ class ResBlock(nn.Module):
                          else nn.Identity())
         self.attn = AttnBlock(out_ch) if attn else nn.Identity()
 
-    def forward(self, x, shift, keys=None, positions=None):
+    def forward(self, x, shift):
         """x (B, in_ch, H, W), shift (B, out_ch) = temb_proj(temb) -> (B, out_ch, H, W)."""
-        norm, act, drop, conv = self.block2
         h = self.block1(x) + shift[:, :, None, None]
-        h = act(norm(h))
-        hashed = keys is not None and self.training
-        h = dropout(h, drop.p, keys, positions) if hashed else drop(h)
-        return self.attn(self.shortcut(x) + conv(h))
+        return self.attn(self.shortcut(x) + self.block2(h))
 
 
 class UNet(nn.Module):
@@ -176,7 +130,6 @@ class UNet(nn.Module):
         if ch % 32:
             raise ValueError(f'ch must be a multiple of 32 (group norm has 32 groups), found {ch}')
         tdim = ch * 4
-        self.widths = [ch * mult for mult in ch_mult]
         self.conditional, self.class_num = conditional, class_num
         self.time_embedding = TimeEmbedding(T, ch, tdim)
         self.y_embedding = nn.Linear(class_num, tdim) if conditional else None
@@ -203,62 +156,46 @@ class UNet(nn.Module):
                 self.upblocks.append(UpSample(now))
         self.tail = nn.Sequential(GroupNorm(now), nn.SiLU(),
                                   initialize(nn.Conv2d(now, 3, 3, padding=1), gain=1e-5))
-        self.details = dict(norm_eps=1e-5, downsample_padding=1)
-        self.stored = {}        # what its checkpoint says of it besides, and its students keep
+        self.entries = {}       # its checkpoint needs no more than the weights, see formats/load.py
 
-    def set_details(self, norm_eps, downsample_padding):
-        """Settings that the weights do not reveal.
-
-        The networks of the authors of DDPM have 1e-6, and 0: they pad on the right and below only.
-        """
-        self.details = dict(norm_eps=norm_eps, downsample_padding=downsample_padding)
-        for module in self.modules():
-            if isinstance(module, GroupNorm):
-                module.eps = norm_eps
-            if isinstance(module, DownSample):
-                module.main.padding = (downsample_padding, downsample_padding)
-
-    def forward(self, x, t, y=None, noise=None):
-        """Images (B, 3, H, W), times (B,) int in 0..T, labels (B,) int or None -> (B, 3, H, W).
-
-        noise: the `DropoutNoise` of these images; None: dropout as torch has it.
-        """
+    def forward(self, x, t, y=None):
+        """Images (B, 3, H, W), times (B,) int in 0..T, labels (B,) int or None -> (B, 3, H, W)."""
         temb = self.time_embedding(t)
         if self.y_embedding is not None:
             # the published network multiplies a one-hot vector: the same numbers, without it
             temb = temb + F.embedding(y, self.y_embedding.weight.t()) + self.y_embedding.bias
-        inputs = self._inputs_of_blocks(temb, noise)
+        shifts = iter(self.shifts_of_blocks(temb))
         h = self.head(x)
         skips = [h]
         for block in self.downblocks:
-            h = block(h, *next(inputs)) if isinstance(block, ResBlock) else block(h)
+            h = block(h, next(shifts)) if isinstance(block, ResBlock) else block(h)
             skips.append(h)
         for block in self.middleblocks:
-            h = block(h, *next(inputs))
+            h = block(h, next(shifts))
         for block in self.upblocks:
             if isinstance(block, ResBlock):
-                h = block(torch.cat([h, skips.pop()], dim=1), *next(inputs))
+                h = block(torch.cat([h, skips.pop()], dim=1), next(shifts))
             else:
                 h = block(h)
-        precise = contextlib.nullcontext() if h.is_meta else torch.autocast(h.device.type,
-                                                                            enabled=False)
-        with precise:
+        with float32(h):
             return self.tail(h.to(self.tail[-1].weight.dtype))
 
-    def _inputs_of_blocks(self, temb, noise):
-        """Yield (shift, dropout keys, positions) of the residual blocks, in order.
+    def shifts_of_blocks(self, temb):
+        """[(B, out_ch)] for the residual blocks in their order: temb_proj(temb) of each.
 
-        The projections of the time embedding are one matrix product: on a GPU, one per block takes
-        longer to start than to compute.
+        One matrix product: on a GPU, one per block takes longer to start than to compute.
         """
         linears = [block.temb_proj[1] for block in self.res_blocks()]
         weight = torch.cat([m.weight for m in linears])
         bias = torch.cat([m.bias for m in linears])
-        shifts = F.linear(F.silu(temb), weight, bias).split([m.out_features for m in linears], 1)
-        for i, shift in enumerate(shifts):
-            yield (shift,) if noise is None else (shift, noise.keys[i], noise.positions)
+        return F.linear(F.silu(temb), weight, bias).split([m.out_features for m in linears], 1)
 
     def res_blocks(self):
         """The residual blocks in the order in which they compute."""
         blocks = (*self.downblocks, *self.middleblocks, *self.upblocks)
         return [block for block in blocks if isinstance(block, ResBlock)]
+
+
+def float32(h):
+    """Context in which autocast is off on the device of `h`; on the meta device, none is needed."""
+    return contextlib.nullcontext() if h.is_meta else torch.autocast(h.device.type, enabled=False)

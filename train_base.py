@@ -6,18 +6,18 @@ Four GPUs:
   torchrun --nproc_per_node=4 train_base.py --flagfile ./config/CIFAR10_BASE.txt \\
       --logdir ./logs/CIFAR10/1024
 The same command run again resumes. Results in --logdir: ckpt.pt, sample/, metrics.jsonl. The last
-line of the output says how many steps were done, in what time, and where the results are.
+line of the output has the number of steps, the time they took, and the folder of the results.
 """
 
 import torch
 from absl import flags
 
 from diffusion import Diffusion, distillation_loss
+from model import UNet
 from runtime import cli, distributed, seeding
-from runtime.flags import check_network, define_training_flags, given, require
-from runtime.models import new_unet
+from runtime.flags import check_network, given, require
 from runtime.optim import learning_rate
-from runtime.run import Run, training_data
+from training import define_training_flags, images_for, noisy_parts, sample_grid, start_run
 
 FLAGS = flags.FLAGS
 define_training_flags(lr=2e-4, wd=0.001, total_steps=800000, warmup=5000, ema_decay=0.9999,
@@ -43,19 +43,22 @@ def main():
 
 def train(device, loss_type):
     torch.manual_seed(seeding.mix(FLAGS.seed, seeding.WEIGHTS))
-    net = new_unet(FLAGS, FLAGS.T * FLAGS.time_scale, device)
+    net = UNet(FLAGS.T * FLAGS.time_scale, FLAGS.ch, FLAGS.ch_mult, FLAGS.attn,
+               FLAGS.num_res_blocks, FLAGS.dropout, FLAGS.conditional, FLAGS.class_num)
+    net = net.to(device, memory_format=torch.channels_last)
     diffusion = Diffusion(FLAGS.T, FLAGS.time_scale, FLAGS.mean_type, device)
-    dataset = training_data(FLAGS, net)
-    run = Run(FLAGS, 'base', net, diffusion, dataset, FLAGS.logdir, use='ema_model')
+    run = start_run('base', net, diffusion, images_for(net), FLAGS.logdir, FLAGS.total_steps,
+                    use='ema_model')
     for step in run:
-        for part in run.parts(t_min=0):
-            x_0, y, t, eps = part
+        for part in noisy_parts(run, diffusion, t_min=0):
+            x_0, eps, t = part.x_0, part.eps, part.t
             z_t = diffusion.add_noise(x_0, eps, t)
-            with run.forward(part):
-                x_pred, eps_pred = diffusion.predict(run.net, z_t, t, y)
+            with run.training(part):
+                x_pred, eps_pred = diffusion.predict(run.net, z_t, t, part.y)
             loss = distillation_loss(x_pred, eps_pred, x_0, eps, loss_type).mean()
             run.backward(loss=(1., loss))
         run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, FLAGS.total_steps, decay=False))
+        sample_grid(run, diffusion)
 
 
 if __name__ == '__main__':

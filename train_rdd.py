@@ -13,12 +13,13 @@ from absl import flags
 
 from classifier import NORMALISATIONS, load_frozen
 from diffusion import distillation_loss
+from formats.load import load_teacher
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import cli, distributed, seeding
-from runtime.flags import define_distillation_flags, require
-from runtime.models import load_teacher, stages
+from runtime.flags import require
 from runtime.optim import learning_rate
-from runtime.run import Run, training_data
+from training import (define_distillation_flags, new_student, noisy_parts, sample_grid, stages,
+                      start_run, teacher_and_images)
 
 FLAGS = flags.FLAGS
 define_distillation_flags()
@@ -29,16 +30,16 @@ flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'i
                   'of a published classifier; stored: as its checkpoint says, else 05')
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
 flags.DEFINE_float('feature_weight', 1., 'weight of the feature loss')
-flags.DEFINE_float('temperature', 1., 'temperature of the teacher in the feature loss')
+flags.DEFINE_float('temperature', 1., 'temperature of the teacher in the feature loss', 1e-6)
 flags.DEFINE_alias('temp', 'temperature')       # its name in RCFD
 flags.DEFINE_enum('loss_type', 'mp2p', ['mp2p', 'is_p2p', 'm_p2p', 'none'], 'relational terms: '
                   'both, within the batch, to the memory queue, or none')
 flags.DEFINE_float('intra_weight', 1., 'weight of IS_P2P')
-flags.DEFINE_float('intra_temperature', 1., 'temperature of IS_P2P')
-flags.DEFINE_integer('relation_group', 0, 'images whose pixels are compared by IS_P2P; 0: a '
-                     'quarter of the batch, as on the four GPUs of the paper', lower_bound=0)
+flags.DEFINE_float('intra_temperature', 1., 'temperature of IS_P2P', 1e-6)
+flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: batch_size / 4, the '
+                     'share of one of the four GPUs of the paper', lower_bound=0)
 flags.DEFINE_float('memory_weight', 0.1, 'weight of M_P2P')
-flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P')
+flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P', 1e-6)
 flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', 1, 10**6)
 flags.DEFINE_integer('queue_update', 128, 'pixels of the batch that enter per step', 1, 10**6)
 flags.DEFINE_integer('contrast_size', 4096, 'queue rows a step compares with', 1, 10**6)
@@ -50,8 +51,6 @@ flags.DEFINE_bool('logits', False, 'add the loss of progressive distillation')
 flags.DEFINE_float('logits_weight', 1., 'weight of --logits')
 flags.DEFINE_bool('gt', False, 'add the base loss of x_pred against x_0')
 flags.DEFINE_float('gt_weight', 1., 'weight of --gt')
-for name in ('temperature', 'intra_temperature', 'contrast_temperature'):
-    flags.register_validator(name, lambda value: value > 0, 'expected a number above 0')
 
 
 def main():
@@ -64,16 +63,15 @@ def main():
                             f'--queue_update ({largest}); raise it')
     require(logdir='where results go, such as ./logs/8to4/rdd', base_ckpt='folder of the teacher')
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    teacher = load_teacher(FLAGS.base_ckpt, FLAGS, torch.device('cpu'))
-    dataset = training_data(FLAGS, teacher.network)
-    for stage in stages(teacher.diffusion.T, FLAGS):
+    teacher, dataset = teacher_and_images()
+    for stage in stages(teacher.diffusion.T):
         train(device, dataset, *stage)
     distributed.cleanup()
 
 
 def train(device, dataset, base_ckpt, logdir, total_steps):
-    teacher, group = load_teacher(base_ckpt, FLAGS, device), relation_group()
-    student, diffusion = teacher.student(FLAGS)     # a copy, with every second time
+    teacher, group = load_teacher(base_ckpt, device), relation_group()
+    student, diffusion = new_student(teacher)       # a copy, with every second time
     classifier = load_frozen(FLAGS.classifier, FLAGS.classifier_path, dataset,
                              FLAGS.classifier_normalisation, device)
     use_intra, memory = FLAGS.loss_type in ('mp2p', 'is_p2p'), None
@@ -82,26 +80,26 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
         memory = MemoryP2P(classifier.num_features, FLAGS.queue_size, FLAGS.contrast_size,
                            FLAGS.queue_update, FLAGS.contrast_temperature,
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
-    run = Run(FLAGS, 'rdd', student, diffusion, dataset, logdir, base_ckpt, memory=memory,
-              total_steps=total_steps, relation_group=group)
+    run = start_run('rdd', student, diffusion, dataset, logdir, total_steps, teacher=teacher,
+                    classifier=classifier, memory=memory, facts=dict(relation_group=group))
     run.prepare(teacher.network, classifier)
     for step in run:
-        # Teacher: two DDIM steps from z_t give x_target; what the classifier sees in it
-        parts = list(run.parts())
+        # Teacher: two DDIM steps from z_t give x_target; the classifier maps it to features
+        parts = list(noisy_parts(run, diffusion))
         for part in parts:
-            x_0, y, t, eps = part
-            part.z_t = diffusion.add_noise(x_0, eps, t)
+            part.z_t = diffusion.add_noise(part.x_0, part.eps, part.t)
             with torch.no_grad(), run.autocast():
-                part.x_target = teacher.diffusion.two_step_target(teacher.network, part.z_t, t, y)
+                part.x_target = teacher.diffusion.two_step_target(
+                    teacher.network, part.z_t, part.t, part.y)
                 _, part.feature_T, part.map_T = classifier(part.x_target)
         if memory:
             enqueue(memory, parts, run)
 
         # Student: one DDIM step to the same place, compared through the classifier
         for part in parts:
-            (x_0, y, t, eps), z_t, x_target = part, part.z_t, part.x_target
-            with run.forward(part):
-                x_pred, eps_pred = diffusion.predict(run.net, z_t, t, y)
+            t, z_t, x_target = part.t, part.z_t, part.x_target
+            with run.training(part):
+                x_pred, eps_pred = diffusion.predict(run.net, z_t, t, part.y)
                 logits_S, feature_S, map_S = classifier(x_pred)
             losses = {}         # name: (weight, loss)
             if FLAGS.feature:
@@ -111,7 +109,8 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
                 loss = intra_sample_p2p(map_S, part.map_T, FLAGS.intra_temperature, group)
                 losses['loss_intra'] = FLAGS.intra_weight, loss
             if memory:
-                losses['loss_memory'] = FLAGS.memory_weight, run.memory(map_S, part.map_T)
+                loss = memory(run.head(map_S.float()), part.map_T)
+                losses['loss_memory'] = FLAGS.memory_weight, loss
             if FLAGS.alpha:
                 mean_probs = distributed.mean_with_grad(logits_S.float().softmax(1).mean(0))
                 losses['entropy'] = FLAGS.alpha * FLAGS.beta, entropy(logits_S)
@@ -121,14 +120,15 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
                                          diffusion.eps_of(z_t, x_target, t)).mean()
                 losses['loss_pd'] = FLAGS.logits_weight, loss
             if FLAGS.gt:
-                loss = distillation_loss(x_pred, eps_pred, x_0, eps).mean()
+                loss = distillation_loss(x_pred, eps_pred, part.x_0, part.eps).mean()
                 losses['loss_gt'] = FLAGS.gt_weight, loss
             run.backward(**losses)
         run.update(learning_rate(step, FLAGS.lr, FLAGS.warmup, total_steps, decay=True))
+        sample_grid(run, diffusion)
 
 
 def relation_group():
-    """Images per group of IS_P2P: a quarter of the batch (four GPUs) where parts are that large."""
+    """Images per IS_P2P group: batch_size / 4, or the micro-batch if groups do not fit into it."""
     part, quarter = distributed.share(FLAGS.batch_size, FLAGS.grad_accum), FLAGS.batch_size // 4
     if FLAGS.relation_group and part % FLAGS.relation_group:
         raise cli.UserError(f'--relation_group {FLAGS.relation_group} does not divide the {part} '

@@ -34,6 +34,7 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     state = checkpoint.read(file)
     weights = classifier_weights(state, file)
     name = agreed_name(state, name, file)
+    check_normalisation(state, file)
     found = weights['fc.weight'].shape[0]
     if num_classes is not None and num_classes != found:
         raise UserError(f'the classifier {file} has {found} classes, expected {num_classes}; '
@@ -49,18 +50,36 @@ def classifier_weights(state, file):
                         f'classifier; give what classifier/train.py wrote')
     if not isinstance(state.get('model'), dict):
         raise UserError(f'{file} is not a classifier: expected the key "model", found '
-                        f'{", ".join(map(str, list(state)[:5])) or "nothing"}')
+                        f'{checkpoint.some_of(state)}')
     weights = checkpoint.plain_keys(state['model'])
     if getattr(weights.get('fc.weight'), 'ndim', 0) != 2:
         raise UserError(f'{file} is not a classifier of this project: its "model" holds '
                         f'{checkpoint.some_of(weights)}, expected a matrix fc.weight among them')
+    for key, value in weights.items():
+        if not torch.is_tensor(value) or checkpoint.not_finite({key: value}):
+            raise UserError(f'{key} of the classifier in {file} is not a tensor of finite numbers; '
+                            f'train it again, or restore a copy')
     return {key: value.float() if value.is_floating_point() else value
             for key, value in weights.items()}
+
+
+def check_normalisation(state, file):
+    """Refuse a mean or std in a checkpoint that cannot be that of images."""
+    for key, smallest in (('mean', 0), ('std', 1e-6)):
+        found = state.get(key, IDENTITY)
+        numbers = isinstance(found, (list, tuple)) and len(found) == 3 and all(
+            isinstance(v, (int, float)) and smallest <= v <= 1 for v in found)
+        if not numbers:
+            raise UserError(f'{key} in {file} is {str(found)[:60]}, expected three numbers from '
+                            f'{smallest} to 1; restore a copy')
 
 
 def agreed_name(state, name, file):
     """The network's name, from the checkpoint, the caller or both."""
     stored = state.get('name', name)
+    if stored is not None and not isinstance(stored, str):
+        raise UserError(f'name in {file} is {str(stored)[:60]}, expected that of a network; '
+                        f'restore a copy')
     if stored is None:
         raise UserError(f'{file} does not say which network it holds; name it, as in '
                         f'--classifier densenet201')

@@ -34,7 +34,14 @@ def load_frozen(name, path, dataset, normalisation, device):
     else:
         path = path or f'classifier/result/{dataset.name}/{name}'
         network = load_classifier(path, name, dataset.num_classes, *NORMALISATIONS[normalisation])
-    return fold_batch_norms(network).to(device, memory_format=torch.channels_last)
+    network = fold_batch_norms(network)
+    with torch.no_grad():
+        _, _, feature_map = network(torch.zeros(1, 3, dataset.img_size, dataset.img_size))
+    if feature_map.shape[2:].numel() == 1:
+        distributed.print0(f'note: the feature map of {name} has one pixel for images of '
+                           f'{dataset.img_size} pixels, so that IS_P2P is 0; take a network with '
+                           f'fewer halvings.')
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def fold_batch_norms(network):

@@ -1,6 +1,6 @@
 """Checkpoints: plain types only, written so that a kill at any moment loses nothing."""
 
-import contextlib
+import hashlib
 import os
 import pickle
 import shutil
@@ -9,9 +9,17 @@ from pathlib import Path
 
 import torch
 
-from runtime import distributed
+from runtime import distributed, flags
 from runtime.cli import UserError
+from runtime.files import replacing
 
+WRAPPERS = ('module.', '_orig_mod.', 'ema_model.')      # prefixes that wrapped networks leave
+STATES = ('ema_model', 'memory', 'optim_head')      # a run either has them or does not
+MOMENTS = {torch.optim.Adam: {'step', 'exp_avg', 'exp_avg_sq'},
+           torch.optim.SGD: {'momentum_buffer'}}
+
+
+# Files
 
 def save(path, state):
     """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename.
@@ -19,58 +27,14 @@ def save(path, state):
     Raises:
         UserError: it cannot be written (code 1); what was there before is untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reasons = [getattr(e, 'strerror', None) for e in (error, error.__context__)]
         reason = reasons[0] or reasons[1] or str(error).split('\n')[0]
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
-
-
-def not_finite(state):
-    """Names of the entries of `state` (nested dicts) that hold values which are not finite.
-
-    Computed where the tensors are; the host waits once per entry.
-    """
-    found = []
-    for name, value in state.items():
-        tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
-        if tensors and not torch.stack([v.isfinite().all() for v in tensors]).all():
-            found.append(name)
-    return found
-
-
-def _tensors(value):
-    """The tensors in nested dicts and lists."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def check_finite(state, step, last_good, remedy):
-    """Refuse to save weights, averages or moments that are lost.
-
-    Args:
-        state: what would be saved. last_good: file or folder of the last good checkpoint, to name.
-        remedy: what to change.
-    Raises:
-        UserError: naming the entries (code 1).
-    """
-    names = not_finite(state)
-    if names:
-        raise UserError(f'at step {step} {", ".join(names)} hold values that are not finite, so '
-                        f'nothing was saved and {last_good} is as it was; {remedy}', code=1)
 
 
 def find(path):
@@ -88,11 +52,15 @@ def read(path):
     """
     path = find(path)
     if not path.is_file():
-        raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
+        kind = 'is no regular file' if path.exists() else 'does not exist'
+        raise UserError(f'there is no checkpoint {path}: it {kind}; give the folder of a finished '
+                        f'run')
     try:
         with warnings.catch_warnings():     # torch 2.1 warns of its own TypedStorage
             warnings.simplefilter('ignore', UserWarning)
             state = torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError:
+        raise UserError(f'{path} cannot be read: permission denied; make it readable')
     except pickle.UnpicklingError:
         raise UserError(f'{path} is refused as a checkpoint: it is damaged, or it holds more than '
                         f'tensors, numbers and text, which could run code; give a file that this '
@@ -125,20 +93,24 @@ def save_run(logdir, keep, **state):
 
 def second_name(file, name):
     """Let `name` mean `file` as well, replacing what it meant in one go."""
-    temporary = name.with_name(name.name + '.tmp')
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
-        os.link(file, temporary)
-    except OSError:         # a file system without hard links
-        shutil.copyfile(file, temporary)
-    os.replace(temporary, name)
+    with replacing(name) as temporary:
+        try:
+            temporary.unlink()
+            os.link(file, temporary)
+        except OSError:         # a file system without hard links
+            shutil.copyfile(file, temporary)
 
 
 def history(logdir):
     """The files ckpt_<step>.pt of a run, the newest first."""
     files = [f for f in Path(logdir).glob('ckpt_*.pt') if f.stem[len('ckpt_'):].isdigit()]
     return sorted(files, key=lambda f: -int(f.stem[len('ckpt_'):]))
+
+
+def stamp(logdir):
+    """Changes whenever a run saves; None before its first checkpoint."""
+    newest = Path(logdir) / 'ckpt.pt'
+    return newest.stat().st_mtime_ns if newest.exists() else None
 
 
 def read_newest(logdir):
@@ -163,94 +135,172 @@ def read_newest(logdir):
     return None
 
 
-def resume(logdir, network, method, T, time_scale, base_ckpt=None, same=None):
-    """The state a run left in its folder, or None for a fresh start.
+# Values that are not finite
+
+def not_finite(state):
+    """Names of the entries of `state` (nested dicts) that hold NaN or inf.
+
+    Computed where the tensors are; the host waits once per entry.
+    """
+    found = []
+    for name, value in state.items():
+        tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
+        if tensors and not torch.stack([v.isfinite().all() for v in tensors]).all():
+            found.append(name)
+    return found
+
+
+def _tensors(value):
+    """The tensors in nested dicts and lists."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def check_finite(state, step, logdir):
+    """Refuse to save weights, averages or moments that hold NaN or inf.
+
+    Raises:
+        UserError: naming the entries (code 1).
+    """
+    names = not_finite(state)
+    if names:
+        raise UserError(f'NaN or inf in {", ".join(names)} at step {step}: nothing was saved, '
+                        f'{logdir} still holds the previous checkpoint, if there is one; lower the '
+                        f'learning rate, and run again to go on from there', code=1)
+
+
+# Resuming
+
+def read_run(logdir, key, fixed, inputs):
+    """The state that a run left in its folder, or None for a fresh start.
 
     Args:
-        network: about to be trained, by `method` ('base', 'pd', 'rdd'); T, time_scale: its grid.
-        base_ckpt: its teacher, if any. same: {flag: value} that must not change in a run.
+        logdir: the folder.
+        key: key of the weights.
+        fixed: {key: value} of the checkpoint that must be the same now.
+        inputs: {name: digest} of what the run builds on; `data` may change with a note.
     Raises:
-        UserError: a checkpoint that this project did not write, or of another network, stage or
-        data than those about to be trained; the folder of the teacher.
+        UserError: the checkpoint is none to go on from, or that of another run.
     """
-    if base_ckpt and find(base_ckpt).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
-        raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
-                        f'would be overwritten; choose another --logdir')
     state = read_newest(logdir)
     step = state.get('step') if state else 0
     if distributed.broadcast_object(step) != step:
-        raise UserError(f'process {distributed.rank()} finds step {step} in --logdir {logdir}, the '
-                        f'first one another; all machines must see the same folder', code=1)
+        raise UserError(f'process {distributed.rank()} finds step {step} in {logdir}, the first '
+                        f'one another; all machines must see the same folder', code=1)
     if state is None:
         return None
-    if not {'net_model', 'optim', 'step', 'T', 'time_scale'} <= set(state):
-        raise UserError(f'--logdir {logdir} holds a checkpoint without optimiser and step, so it '
-                        f'cannot be continued and would be overwritten; choose another --logdir')
+    here, remedy = f'{logdir} holds a checkpoint', f'choose another {flags.folder_flag()}'
+    lacking = [name for name in (key, 'optim', 'step', 'flags') if name not in state]
+    if lacking:
+        raise UserError(f'{here} without {", ".join(lacking)}, so it cannot be continued and would '
+                        f'be overwritten; {remedy}')
     if type(step) is not int or step < 0:
-        raise UserError(f'--logdir {logdir} holds a checkpoint whose step is {step}, expected a '
-                        f'whole number; restore a copy, or choose another --logdir')
-    lost = not_finite({'net_model': state.get('net_model')})
-    if lost:
-        raise UserError(f'--logdir {logdir} holds a checkpoint whose weights are not finite; '
-                        f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or choose another '
-                        f'--logdir')
-    for name, found, expected in differences(state['net_model'], network.state_dict()):
-        raise UserError(f'--logdir {logdir} holds a run of another network ({name} is {found}, '
-                        f'here it is {expected}); choose another --logdir')
-    if (state.get('method'), state['T'], state['time_scale']) != (method, T, time_scale):
-        raise UserError(f'--logdir {logdir} holds a {state.get("method")} model with {state["T"]} '
-                        f'steps of {state["time_scale"]} grid points, and this run makes a '
-                        f'{method} model with {T} of {time_scale}; choose another --logdir')
-    for name, value in (same or {}).items():
-        if state.get(name, value) != value:
-            raise UserError(f'--{name} is {value} and the run in --logdir {logdir} was started '
-                            f'with {state[name]}, which cannot change; give the same, or choose '
-                            f'another --logdir')
+        raise UserError(f'{here} whose step is {step}, expected a whole number; restore a copy, or '
+                        f'{remedy}')
+    if not isinstance(state[key], dict) or not_finite({key: state[key]}):
+        raise UserError(f'{here} whose weights are missing or not finite; replace its ckpt.pt by '
+                        f'an earlier ckpt_STEP.pt, or {remedy}')
+    flags.compare_with(state['flags'], logdir)
+    for name, value in fixed.items():
+        if state.get(name) != value:
+            raise UserError(f'{logdir} holds a run with {name} {str(state.get(name))[:60]}, and '
+                            f'this one has {str(value)[:60]}; {remedy}')
+    before = state.get('inputs') or {}
+    for name in sorted(inputs):
+        if before.get(name, inputs[name]) == inputs[name]:
+            continue
+        if name != 'data':
+            raise UserError(f'{logdir} holds a run with another {name}, whose weights '
+                            f'differ from those given now; give the same, or {remedy}')
+        distributed.print0('note: resuming with other images than before (names, sizes or times '
+                           'of change differ).')
     return state
 
 
-def restore(state, **parts):
-    """Load the parts of a resumed run: `restore(state, net_model=net, ema_model=None, ...)`.
+def digest(state_dict):
+    """First 16 hex digits of the SHA-256 of names and values of a state dict."""
+    found = hashlib.sha256()
+    for key in sorted(state_dict):
+        found.update(key.encode())
+        if torch.is_tensor(state_dict[key]):
+            found.update(state_dict[key].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
-    A part that is None is not used now. An optimiser takes its moments from the file; its rate,
-    weight decay and implementation stay those it was made with.
+
+def restore(state, parts, logdir):
+    """Load the parts of a resumed run, {key: module or optimiser}.
+
+    An optimiser takes its moments from the file; its rate, weight decay and implementation stay
+    those it was made with.
     Raises:
-        UserError: a part the run does not have, has although it is not used, or has in other
-        shapes.
+        UserError: the file lacks a part, has one that is not used now, or has it in other shapes.
     """
-    flags = dict(ema_model='--ema_decay', memory='--loss_type, --queue_size, --contrast_size or '
-                 '--queue_layout')
+    unused = [name for name in STATES if name in state and name not in parts]
+    lacking = [name for name in parts if name not in state]
+    if unused or lacking:
+        raise UserError(f'the checkpoint in {logdir} '
+                        f'{"has" if unused else "lacks"} {", ".join(unused or lacking)}, so its '
+                        f'run was started with other flags (such as --ema_decay or --loss_type); '
+                        f'give the same, or choose another {flags.folder_flag()}')
     for name, part in parts.items():
         try:
-            if (part is None) != (name not in state):
-                raise ValueError
             if isinstance(part, torch.optim.Optimizer):
-                part.load_state_dict(_with_groups_of(part, state[name]))
-            elif part is not None:
+                part.load_state_dict(moments(part, state[name]))
+            else:
+                for key, found, expected in differences(state[name], part.state_dict()):
+                    raise ValueError(f'{key} is {found}, expected {expected}')
                 part.load_state_dict(state[name])
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError):
-            if name not in flags:
-                raise UserError(f'{name} in the checkpoint of the run is incomplete or of other '
-                                f'parameters; restore a copy, or choose another --logdir')
-            raise UserError(f'the run to be continued was started with another '
-                            f'{flags.get(name, name)}; give the same, or choose another --logdir')
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = str(error).split('\n')[0]
+            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run '
+                            f'({reason}); give the flags it was started with, restore a copy, or '
+                            f'choose another {flags.folder_flag()}')
 
 
-def _with_groups_of(optim, state):
-    """The state dict of an optimiser with the hyperparameters that `optim` has now."""
-    groups = [dict(now, params=saved['params'])
-              for now, saved in zip(optim.param_groups, state['param_groups'])]
-    return dict(state, param_groups=groups)
+def moments(optim, saved):
+    """The state dict `saved` of an optimiser, checked, with the hyperparameters of `optim`.
 
+    The fused kernels trust shape, type and layout of the moments: one that differs from its
+    parameter would let them write beyond its end.
+    Raises:
+        ValueError: a moment that does not fit its parameter.
+    """
+    params = [p for group in optim.param_groups for p in group['params']]
+    if not set(saved['state']) <= set(range(len(params))):
+        raise ValueError(f'moments of {len(saved["state"])} parameters, expected {len(params)}')
+    state = {}
+    for i, values in saved['state'].items():
+        if set(values) != MOMENTS[type(optim)]:
+            raise ValueError(f'parameter {i} has the moments {some_of(values)}')
+        state[i] = {}
+        for name, value in values.items():
+            shape = torch.Size() if name == 'step' else params[i].shape
+            fits = torch.is_tensor(value) and value.layout == torch.strided and (
+                value.shape == shape and value.dtype == torch.float32)
+            if not fits:
+                raise ValueError(f'{name} of parameter {i} is not float32 {tuple(shape)}')
+            same = name == 'step' or value.stride() == params[i].stride()
+            state[i][name] = value if same else torch.empty_like(params[i]).copy_(value)
+    groups = [dict(now, params=before['params'])
+              for now, before in zip(optim.param_groups, saved['param_groups'])]
+    return dict(state=state, param_groups=groups)
+
+
+# State dicts
 
 def plain_keys(state_dict):
-    """A state dict without the `module.` prefixes that wrapped networks leave."""
-    return {key[len('module.'):] if key.startswith('module.') else key: value
-            for key, value in state_dict.items()}
+    """A state dict without the prefixes that wrapped networks leave on all names."""
+    for prefix in WRAPPERS:
+        if state_dict and all(str(key).startswith(prefix) for key in state_dict):
+            return plain_keys({key[len(prefix):]: value for key, value in state_dict.items()})
+    return state_dict
 
 
 def some_of(state):
-    """The first keys of a dict, for messages that say what a file holds."""
+    """The first keys of a dict, for messages about the contents of a file."""
     keys = [str(key) for key in state]
     return ', '.join(keys[:5] + (['..'] if len(keys) > 5 else [])) or 'nothing in it'
 

@@ -1,5 +1,6 @@
 """How a script starts, explains itself and fails: help, flagfiles, one sentence for a mistake."""
 
+import difflib
 import math
 import os
 import re
@@ -12,8 +13,10 @@ from absl import flags
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
+OUT_OF_MEMORY = ('there is not enough memory for this network and batch; lower --batch_size, or '
+                 'raise --grad_accum in a training')
 HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
-ALIASES = ('local-rank', 'gpu-id', 'temp')      # other spellings of a flag
+ALIASES = 'local-rank', 'gpu-id', 'temp', 'batchsize', 'init_lr'     # other spellings of a flag
 UNREAD = re.compile(r'--queue_size=0?\.\d+')    # in files of the released code, which never read it
 
 
@@ -42,6 +45,9 @@ def run(main, words=False):
     Args:
         words: the script takes words that are not flags; they are passed on as `main(words)`.
     """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
+            setattr(sys, name, open(os.devnull, 'w'))
     if any(word in HELP for word in sys.argv[1:]):
         print(usage())
         sys.exit(0)
@@ -61,10 +67,16 @@ def run(main, words=False):
         fail(str(error), error.code)
     except KeyboardInterrupt:
         fail('interrupted', 130)
+    except MemoryError:
+        fail(OUT_OF_MEMORY, 1)
+    except BrokenPipeError:     # the reader of the output has gone
+        leave(1)
     except OSError as error:        # a disk that is full or gone
         fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
              f'); repair that and run the same command again', 1)
     except RuntimeError as error:
+        if 'out of memory' in str(error) or "can't allocate memory" in str(error):
+            fail(OUT_OF_MEMORY, 1)
         if not lost_process(error):
             raise
         reason = str(error).split('] ')[-1].split('. ')[0]
@@ -76,45 +88,84 @@ def lost_process(error):
 
     gloo raises a plain RuntimeError for a connection that was closed; only its text tells.
     """
-    return 'Connection' in str(error) and int(os.environ.get('WORLD_SIZE', 1)) > 1
+    nccl = type(error).__name__ == 'DistBackendError'
+    return several_processes() and (nccl or 'Connection' in str(error))
 
 
 def check_values():
-    """Refuse nan and inf in any flag; lower --num_workers to the cores of this machine."""
+    """Refuse nan and inf in any flag; expand ~ in paths, as a shell does."""
     for flag in own_flags():
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise UserError(f'--{flag.name} is {flag.value}, expected a finite number')
-    cores = os.cpu_count() or 1
-    if hasattr(os, 'sched_getaffinity'):
-        cores = len(os.sched_getaffinity(0))
-    if 'num_workers' in FLAGS and FLAGS.num_workers > cores:
-        if FLAGS['num_workers'].present and int(os.environ.get('RANK', 0)) == 0:
-            print(f'note: --num_workers {FLAGS.num_workers} is lowered to the {cores} cores of '
-                  f'this machine.', flush=True)
-        FLAGS.num_workers = cores
+        if isinstance(flag.value, str) and flag.value.startswith('~'):
+            flag.value = os.path.expanduser(flag.value)
+
+
+def launcher_rank():
+    """The rank that a launcher has put into the environment; 0 without one."""
+    value = os.environ.get('RANK', '0')
+    return int(value) if value.isdigit() else 0
+
+
+def several_processes():
+    """Whether a launcher has started more than one process."""
+    value = os.environ.get('WORLD_SIZE', '1')
+    return value.isdigit() and int(value) > 1
 
 
 def without_foreign_flags(argv):
     """`argv` with its flagfiles read, less the flags from a file that this script does not have.
 
     The flagfile of one script may so be given to another, also that of a script of the released
-    code, of RCFD or of absl itself. What is left out is printed.
+    code, of RCFD or of absl itself. Flags that are left out are printed.
+    Raises:
+        UserError: a line that is no flag, or a misspelt flag.
     """
     words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
     for word in words:
-        if word not in argv:
-            word = word.lstrip('\ufeff')        # what some editors put at the start of a file
-            if not word.startswith('-'):
-                raise UserError(f'a flagfile has the line "{word}", expected --name=value')
-        name = re.split('[= ]', word.lstrip('-'))[0]     # "--lr 1e-3" is refused by absl
+        if word in argv:
+            kept.append(word)
+            continue
+        word = unquoted(word.lstrip('\ufeff'))      # a mark that some editors put at the start
+        name = word.lstrip('-').split('=')[0]
+        if not word.startswith('-') or ' ' in name:
+            raise UserError(f'a flagfile has the line "{word}", expected --name=value')
         known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
-        foreign = word.startswith('--') and word not in argv and (
-            not known or UNREAD.fullmatch(word))
+        foreign = word.startswith('--') and (not known or UNREAD.fullmatch(word))
+        if foreign and not known:
+            refuse_misspelt(name)
         (left_out if foreign else kept).append(word)
-    if left_out and int(os.environ.get('RANK', 0)) == 0:
-        print(f'note: the flagfile has flags that this script does not read, ignored: '
-              f'{" ".join(left_out)}', flush=True)
+    if left_out and launcher_rank() == 0:
+        output(f'note: the flagfile has flags that this script does not read, ignored: '
+               f'{" ".join(left_out)}')
     return kept
+
+
+def unquoted(word):
+    """--name="value" without the quotes, which a shell would have removed."""
+    return re.sub(r"""^(--?\w+=)(["'])(.*)\2$""", r'\1\3', word)
+
+
+def refuse_misspelt(name):
+    """Refuse a flag in a flagfile that is nearly one of this script, and one of no other script."""
+    similar = difflib.get_close_matches(name, [flag.name for flag in own_flags()], 1, .85)
+    if not similar:
+        return
+    sources = [*ROOT.glob('*.py'), *ROOT.glob('[a-z]*/*.py')]
+    others = {found for file in sources
+              for found in re.findall(r"DEFINE_\w+\(\s*'([\w-]+)'", file.read_text())}
+    others.add('log_dir')       # of absl's own logging
+    if name not in others and name.replace('no', '', 1) not in others:
+        raise UserError(f'a flagfile has the flag --{name}, which does not exist; did you mean '
+                        f'--{similar[0]}?')
+
+
+def output(*words):
+    """Print; where the reader of the output has gone, discard it, so that no training is lost."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(sentence, code):
@@ -123,7 +174,7 @@ def fail(sentence, code):
     With several processes the first one speaks first: if all found the same mistake, the launcher
     ends the others before they repeat it.
     """
-    rank = int(os.environ.get('RANK', 0))
+    rank = launcher_rank()
     if rank:
         time.sleep(3)
     name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
@@ -139,7 +190,7 @@ def leave(code):
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else sys.exit(code)
+    os._exit(code) if several_processes() else sys.exit(code)
 
 
 def own_flags():

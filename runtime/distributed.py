@@ -5,10 +5,10 @@ NCCL on GPUs and gloo on CPUs. The environment set by the launcher is the truth,
 """
 
 import contextlib
-import ctypes
 import inspect
 import os
-import platform
+import sys
+import threading
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.cli import UserError
+from runtime import flags
+from runtime.cli import UserError, output
 
 
 def init(gpu_id=None, tf32='conv'):
@@ -29,10 +30,10 @@ def init(gpu_id=None, tf32='conv'):
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    processes, local_rank = launcher_number('WORLD_SIZE', 1), launcher_number('LOCAL_RANK', 0)
+    launcher_number('RANK', 0)
     cuda = torch.cuda.is_available()
-    wanted = int(os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1))
+    wanted = launcher_number('LOCAL_WORLD_SIZE', local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
         raise UserError(f'{wanted} processes were started on this machine and only '
                         f'{torch.cuda.device_count()} GPUs are visible; start fewer processes '
@@ -44,14 +45,24 @@ def init(gpu_id=None, tf32='conv'):
     if cuda:
         torch.cuda.set_device(device)
         set_up_gpu(tf32)
-    else:
-        keep_freed_memory()
     if processes > 1 and not dist.is_initialized():
         join(device, processes)
+    if 'WORLD_SIZE' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1':
+        print(f'note: Slurm has {os.environ["SLURM_NTASKS"]} tasks and this is a run of one '
+              f'process; several are started by torchrun, see docs/slurm.sh.', flush=True)
     if not cuda:
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
     return device
+
+
+def launcher_number(name, default):
+    """A whole number that the launcher has put into the environment."""
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise UserError(f'the environment variable {name} is "{value}", expected a whole number, '
+                        f'as torchrun sets it; unset it or start with torchrun')
+    return int(value)
 
 
 def set_up_gpu(tf32):
@@ -66,39 +77,28 @@ def set_up_gpu(tf32):
     torch.backends.cudnn.benchmark = True       # the fastest one, tried in the first step
 
 
-def keep_freed_memory():
-    """Have malloc keep what is freed, where it is that of glibc: a step needs the same again.
-
-    Otherwise large blocks go back to the system, which clears every page before it hands them out
-    anew (docs/speed.md). Where torch has an allocator of its own, on aarch64, this does nothing.
-    """
-    if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)      # never shrink the heap
-        libc.mallopt(M_MMAP_MAX, 0)             # and take large blocks from it as well
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # names of glibc's malloc.h
-
-
 def join(device, processes):
-    """Meet the other processes where the launcher says."""
+    """Meet the other processes at the address that the launcher gives."""
     global _hosts
-    backend, patience, how = 'gloo', PATIENCE, {}
+    backend, timeout, options = 'gloo', TIMEOUT, {}
     if device.type == 'cuda':
-        backend, patience = 'nccl', PATIENCE_OF_GPUS
+        backend, timeout = 'nccl', TIMEOUT_NCCL
         if 'device_id' in inspect.signature(dist.init_process_group).parameters:
-            how['device_id'] = device       # no barrier has to guess the GPU of a process
+            options['device_id'] = device       # no barrier has to guess the GPU of a process
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    waiting = threading.Timer(15, print, [f'waiting for all of {processes} processes at {address}'],
+                              dict(flush=True))
+    waiting.daemon = True
+    waiting.start()
     try:
         store, number, processes = next(dist.rendezvous('env://'))
-        store.set_timeout(PATIENCE)
+        store.set_timeout(TIMEOUT)
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun restarts workers on the same store, where the dead have left addresses
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=processes,
-                                timeout=patience, **how)
-        _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=PATIENCE)
+                                timeout=timeout, **options)
+        _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split('\n')[0]
         raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
@@ -106,11 +106,28 @@ def join(device, processes):
                         f'(--master_port) and an address all machines reach; if a host takes its '
                         f'own name for 127.0.0.1, set GLOO_SOCKET_IFNAME to its network interface, '
                         f'as "ip address" shows it', code=1)
+    finally:
+        waiting.cancel()
+    check_agreement()
 
 
-# the others wait while the first process rewrites a data set or, on CPUs, draws a grid
-PATIENCE = timedelta(hours=6)
-PATIENCE_OF_GPUS = timedelta(minutes=30)        # one that hangs shows sooner; a grid takes seconds
+def check_agreement():
+    """Refuse processes that run another script or other flags than the first one."""
+    texts = [None] * world_size()
+    mine = f'{Path(sys.argv[0]).name}\n{flags.resolved(apart=OWN_FLAGS)}'
+    dist.all_gather_object(texts, mine, group=_hosts)
+    for text in texts:
+        if text != texts[0]:
+            different = sorted(set(text.split('\n')) ^ set(texts[0].split('\n')))
+            raise UserError(f'the processes were started with different scripts or flags '
+                            f'({", ".join(different[:4])}); give all of them the same command')
+
+
+# Timeouts. gloo: the first process may spend hours converting a data set. NCCL: short, so that a
+# hung collective fails early.
+TIMEOUT = timedelta(hours=6)
+TIMEOUT_NCCL = timedelta(minutes=30)
+OWN_FLAGS = 'gpu_id', 'data_root', 'num_workers'     # may differ between machines
 _hosts = None       # group for numbers that live on the host; None: the default group
 
 
@@ -126,10 +143,15 @@ def is_main():
     return rank() == 0
 
 
-def print0(*args, **kwargs):
+def on_gpus():
+    """Whether the processes meet over NCCL."""
+    return dist.is_initialized() and dist.get_backend() == 'nccl'
+
+
+def print0(*words):
     """Print on the first process only."""
     if is_main():
-        print(*args, flush=True, **kwargs)
+        output(*words)
 
 
 def barrier():
@@ -146,32 +168,13 @@ def cleanup():
 
 
 @contextlib.contextmanager
-def main_first():
-    """The first process runs the block alone, the others after it (downloads, folders)."""
-    if not is_main():
-        barrier()
-    try:
-        yield
-    finally:
-        if is_main():
-            barrier()
+def main_first(of_machine=False):
+    """The first process runs the block alone, the others after it (downloads, folders, caches).
 
-
-def rows(total, micro=0, accum=1):
-    """This process's rows of a total batch, as a slice; `micro` of `accum` parts one after another.
-
-    Row i of the total batch means the same image, time and noise for any number of processes and
-    parts: only the place where it is computed changes.
+    Args:
+        of_machine: the first of each machine, where the others of that machine wait.
     """
-    length = share(total, accum)
-    start = (micro * world_size() + rank()) * length
-    return slice(start, start + length)
-
-
-@contextlib.contextmanager
-def main_of_machine_first():
-    """The first process of each machine runs the block before the other ones there (caches)."""
-    first = int(os.environ.get('LOCAL_RANK', 0)) == 0
+    first = launcher_number('LOCAL_RANK', 0) == 0 if of_machine else is_main()
     if not first:
         barrier()
     try:
@@ -179,6 +182,17 @@ def main_of_machine_first():
     finally:
         if first:
             barrier()
+
+
+def rows(total, micro=0, accum=1):
+    """This process's rows of a total batch, as a slice; part `micro` of `accum`.
+
+    Row i of the total batch means the same image, time and noise for any number of processes and
+    parts: only the place where it is computed changes.
+    """
+    length = share(total, accum)
+    start = (micro * world_size() + rank()) * length
+    return slice(start, start + length)
 
 
 def share(total, accum=1):
@@ -202,13 +216,13 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def largest(*numbers):
-    """The largest of each of the integers over all processes, without touching a GPU."""
+def largest(number):
+    """The largest of an integer over all processes, without touching a GPU."""
     if not dist.is_initialized():
-        return numbers
-    values = torch.tensor(numbers)
-    dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
-    return tuple(values.tolist())
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
+    return int(value)
 
 
 def mean_with_grad(tensor):
@@ -294,7 +308,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             finite, weight = (mean + var).isfinite(), self.momentum
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.where(finite, self.running_mean), weight)
-            self.running_var.lerp_((var * count / (count - 1)).where(finite, self.running_var),
-                                   weight)
+            unbiased = var * count / max(count - 1, 1)      # one value: its variance is 0
+            self.running_var.lerp_(unbiased.where(finite, self.running_var), weight)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)

@@ -4,14 +4,13 @@
 get values as arguments; what they need to know of the flags themselves, they ask here.
 """
 
-import os
 import sys
 import textwrap
 from pathlib import Path
 
 from absl import flags
 
-from runtime.cli import UserError, own_flags
+from runtime.cli import UserError, launcher_rank, output, own_flags
 
 FLAGS = flags.FLAGS
 MEAN_TYPES = ['xstart', 'epsilon', 'v']
@@ -41,17 +40,42 @@ def without_effect(**reasons):
             for name, reason in dict(NO_EFFECT, **reasons).items() if name in FLAGS and given(name)]
 
 
-def resolved():
-    """The resolved configuration as the text of a flagfile, one flag per line."""
-    lines = [flag.serialize() for flag in own_flags() if flag.name != 'local_rank']
+def folder_flag():
+    """The flag that names the folder of a run in this script, for messages."""
+    return '--logdir' if 'logdir' in FLAGS else '--result_path'
+
+
+def resolved(apart=()):
+    """The resolved configuration as the text of a flagfile, one flag per line.
+
+    Args:
+        apart: names of flags to leave out.
+    """
+    lines = [flag.serialize() for flag in own_flags() if flag.name not in ('local_rank', *apart)]
     return '\n'.join(line for line in lines if line)
 
 
-# flags that are not worth a note when they change: places, intervals, and what is checked elsewhere
-FREE = ('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'num_workers',
-        'gpu_id', 'num_gpus', 'distributed', 'sample_size', 'sample_step', 'save_step', 'log_step',
-        'keep', 'until', 'max_bad_steps', 'skip_bad_images', 'total_steps', 'ch', 'ch_mult',
-        'attn', 'num_res_blocks', 'conditional', 'class_num', 'var_type')
+def adopt(**values):
+    """Set flags to what a checkpoint has, so that the resolved flags, which runs record, are right.
+
+    Names that are no flags of this script are left out.
+    """
+    for name, value in values.items():
+        if name in FLAGS:
+            setattr(FLAGS, name, value)
+
+
+# What happens to a resumed run whose flag has another value than before; others: a note.
+# Free: paths, intervals, and flags whose effect other checks cover.
+ON_RESUME = dict(
+    dict.fromkeys(('dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch',
+                   'recipe', 'normalize05'), 'refuse'),
+    **dict.fromkeys(('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root',
+                     'result_path', 'num_workers', 'gpu_id', 'num_gpus', 'distributed',
+                     'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
+                     'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
+                     'num_res_blocks', 'conditional', 'class_num', 'var_type', 'T', 'time_scale'),
+                    'free'))
 
 
 def parsed(text):
@@ -67,52 +91,33 @@ def parsed(text):
 
 
 def compare_with(text, logdir):
-    """Tell which flags a resumed run had set otherwise, and refuse what would lose its state.
+    """Compare the flags of a run to resume with those of now, as `ON_RESUME` demands.
 
     Args:
-        text: of its resolved flags, as in its checkpoint; '' for a new run.
+        text: the resolved flags in its checkpoint.
+        logdir: its folder, for messages.
     Raises:
-        UserError: averaged weights or the memory queue of the run would be dropped.
+        UserError: a flag has changed that must not.
     """
     before, now = parsed(text), parsed(resolved())
     changed = [name for name in now if name in before and now[name] != before[name]
-               and name not in FREE]
-    drops = dict(ema_decay=FLAGS.ema_decay == 0 and float(before.get('ema_decay', 0)) > 0,
-                 loss_type=before.get('loss_type') in ('mp2p', 'm_p2p')
-                 and now.get('loss_type') in ('is_p2p', 'none'))
-    for name in filter(drops.get, changed):
-        raise UserError(f'--{name} is {now[name]} and the run in --logdir {logdir} was started '
-                        f'with {before[name]}, whose state would be lost; give the same, or choose '
-                        f'another --logdir')
-    if changed and int(os.environ.get('RANK', 0)) == 0:
-        print('note: resuming with other flags than before: ' + ', '.join(
-            f'--{name}={now[name]} (was {before[name]})' for name in changed), flush=True)
-
-
-def facts():
-    """What a checkpoint says about its run in addition to weights and steps."""
-    return dict(img_size=FLAGS.img_size, dataset=FLAGS.dataset, batch_size=FLAGS.batch_size,
-                seed=FLAGS.seed, flags=resolved())
-
-
-def check_size(dataset):
-    """Refuse a data set that cannot fill one batch with different images."""
-    if len(dataset) < FLAGS.batch_size:
-        raise UserError(f'--batch_size {FLAGS.batch_size} is more than the {len(dataset)} training '
-                        f'images of --dataset {dataset.name}; lower it')
-
-
-def check_labels(dataset, conditional, class_num):
-    """Refuse a class-conditional network whose number of classes the data set contradicts."""
-    if conditional and dataset.num_classes != class_num:
-        raise UserError(f'--dataset {dataset.name} has {dataset.num_classes} classes and the '
-                        f'network is for {class_num} (--class_num); use the data set the network '
-                        f'is meant for')
+               and ON_RESUME.get(name) != 'free']
+    for name in changed:
+        if ON_RESUME.get(name) == 'refuse':
+            raise UserError(f'--{name} is {now[name]} and the run in {logdir} was started '
+                            f'with {before[name]}, which cannot change; give the same, or choose '
+                            f'another {folder_flag()}')
+    if changed and launcher_rank() == 0:
+        output('note: resuming with other flags than before: ' + ', '.join(
+            f'--{name}={now[name]} (was {before[name]})' for name in changed))
 
 
 def check_network():
     """Refuse network flags that no U-Net can have."""
     levels, halvings = len(FLAGS.ch_mult), 2 ** (len(FLAGS.ch_mult) - 1)
+    if FLAGS.T * FLAGS.time_scale > 10 ** 6:
+        raise UserError(f'--T {FLAGS.T} times --time_scale {FLAGS.time_scale} gives a grid of '
+                        f'{FLAGS.T * FLAGS.time_scale:,} times, expected at most 1,000,000')
     if FLAGS.ch % 32:
         raise UserError(f'--ch is {FLAGS.ch}, expected a multiple of 32 (group norm has 32 groups)')
     if min(FLAGS.ch_mult) < 1 or max(FLAGS.ch_mult) > 64:
@@ -127,15 +132,15 @@ def check_network():
 
 def announce(device, start, **quantities):
     """Print the resolved configuration and where the run starts; first process only."""
-    if int(os.environ.get('RANK', 0)):
+    if launcher_rank():
         return
     words = ' '.join(resolved().split('\n'))
-    print(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
-                        subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
+    output(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
+                         subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
     for line in without_effect():
-        print(line)
-    print(f'{"resuming at" if start else "starting at"} step {start}; '
-          + ', '.join(f'{name} {value:,}' for name, value in quantities.items()), flush=True)
+        output(line)
+    output(f'{"resuming at" if start else "starting at"} step {start}; '
+           + ', '.join(f'{name} {value:,}' for name, value in quantities.items()))
 
 
 def define_device_flags():
@@ -154,6 +159,8 @@ def define_device_flags():
     flags.DEFINE_enum('tf32', 'conv', ['none', 'conv', 'all'], 'GPUs since Ampere: what of float32 '
                       'is computed with inputs rounded to TF32, nothing, convolutions, or matrix '
                       'products as well; the networks that score never are')
+    flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start (minutes for '
+                      'large networks), then faster steps; needs torch 2.2 and a C++ compiler')
 
 
 def define_network_flags(dropout=0.):
@@ -174,8 +181,6 @@ def define_network_flags(dropout=0.):
                       'predicts v, any other student what its teacher does')
     flags.DEFINE_enum('var_type', 'fixedlarge', ['fixedlarge', 'fixedsmall'],
                       'ignored: DDIM sampling is deterministic and has no variance')
-    flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start (minutes for '
-                      'large networks), then faster steps; needs torch 2.2 and a C++ compiler')
 
 
 def define_teacher_steps():
@@ -197,43 +202,21 @@ def define_data_flags():
                       'those that cannot be read and leave them out')
 
 
-def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0., dropout=0.):
-    """All that the three training scripts share: data, network, optimisation, log, devices."""
-    define_data_flags()
-    define_network_flags(dropout)
-    define_device_flags()
+def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, seed=0):
+    """What every training has: rate, parts, checkpoints, log, seed."""
     flags.DEFINE_float('lr', lr, 'learning rate', lower_bound=0.)
     flags.DEFINE_float('wd', wd, 'weight decay', lower_bound=0.)
-    flags.DEFINE_float('grad_clip', 1., 'largest norm of the gradient; 0: no clipping',
+    flags.DEFINE_float('grad_clip', grad_clip, 'largest norm of the gradient; 0: no clipping',
                        lower_bound=0.)
-    flags.DEFINE_integer('total_steps', total_steps, 'optimiser steps', lower_bound=1)
-    flags.DEFINE_integer('warmup', warmup, 'steps of linear warm-up', lower_bound=0)
-    flags.DEFINE_float('ema_decay', ema_decay, 'decay of the averaged weights; 0: none',
-                       lower_bound=0., upper_bound=1.)
     flags.DEFINE_integer('grad_accum', 1, 'parts in which each process works through its share of '
                          'the batch, one after another', lower_bound=1)
-    flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
-    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1,
-                         upper_bound=4096)
-    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none',
+    flags.DEFINE_integer('save_step', save_step, 'steps between checkpoints; 0: at the end, or '
+                         'in classifier/train.py after each epoch',
                          lower_bound=0)
-    flags.DEFINE_integer('save_step', 1000, 'steps between checkpoints; 0: only at the end',
-                         lower_bound=0)
-    flags.DEFINE_integer('keep', 1, 'earlier checkpoints to keep, as ckpt_STEP.pt; 0: none',
+    flags.DEFINE_integer('keep', keep, 'earlier checkpoints to keep, as ckpt_STEP.pt; 0: none',
                          lower_bound=0)
     flags.DEFINE_integer('max_bad_steps', 20, 'stop after so many steps in a row whose loss or '
                          'gradient is not finite (none of them is applied); looked at when a log '
                          'line is due; 0: never', lower_bound=0)
-    flags.DEFINE_integer('log_step', 50, 'steps between log lines', lower_bound=1)
-    flags.DEFINE_integer('seed', 0, 'seed of everything random', lower_bound=0)
-
-
-def define_distillation_flags():
-    """What PD.py and train_rdd.py share in addition: the teacher, and how far to halve."""
-    define_training_flags()
-    define_teacher_steps()
-    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, or a folder of '
-                        'diffusers')
-    flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
-                         'a folder --logdir/STEPS; students of 2 steps and 1 train twice as long; '
-                         '0: one halving into --logdir', lower_bound=0)
+    flags.DEFINE_integer('log_step', log_step, 'steps between log lines', lower_bound=1)
+    flags.DEFINE_integer('seed', seed, 'seed of everything random', lower_bound=min(seed, 0))

@@ -8,45 +8,54 @@ import socket
 import time
 from pathlib import Path
 
-from runtime import cli, distributed
+from runtime import cli, distributed, flags
 from runtime.cli import UserError
+from runtime.files import replacing
 
-
-AGREE_EVERY = 10 ** 9 // 4          # nanoseconds
-MOST_STEPS = 50         # between two looks at the signals of other processes
+GPU_STEPS = 10      # between two looks at the signals of other processes, where steps are fast
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Folder:
     """The folder of a run, held by this process until `close`, or until the process ends."""
 
-    def __init__(self, path, flagfile, flag='--logdir'):
+    def __init__(self, path, flagfile):
         """Create the folder, lock it and write `flagfile` (text) to flagfile.txt in it.
 
         The first process does this for all.
-        Args:
-            flag: the flag that names the folder, for messages.
         Raises:
-            UserError: it cannot be written to, or another run uses it.
+            UserError: it cannot be written to, holds files of something else, or is in use.
         """
         self.path, self.file, problem = Path(path), None, None
         if distributed.is_main():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                problem = self._folder_in_place_of_a_file() or self._lock()
+                problem = self._foreign_file() or self._lock()
                 if not problem:
-                    (self.path / 'flagfile.txt').write_text(flagfile + '\n')
+                    self._remove_leftovers()
+                    with replacing(self.path / 'flagfile.txt') as temporary:
+                        temporary.write_text(flagfile + '\n')
             except OSError as error:
                 problem = f'cannot be written to ({error.strerror})'
         problem = distributed.broadcast_object(problem)
         if problem:
             self.close()
-            raise UserError(f'{flag} {path} {problem}; choose another')
+            raise UserError(f'{flags.folder_flag()} {path} {problem}; choose another')
 
-    def _folder_in_place_of_a_file(self):
-        """What is wrong if a file that a run writes is a folder, or None."""
+    def _remove_leftovers(self):
+        """Remove the temporary files of processes that were killed while they wrote."""
+        for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def _foreign_file(self):
+        """What stands in the way of a file that a run writes, in words, or None."""
+        ours = (self.path / '.lock').exists() or (self.path / 'ckpt.pt').exists()
         for name in ('ckpt.pt', 'metrics.jsonl', 'flagfile.txt', '.lock'):
             if (self.path / name).is_dir():
                 return f'has a folder {name}, where a run writes a file'
+            if not ours and (self.path / name).exists():
+                return f'has a file {name} that no run has written, and would overwrite it'
         return None
 
     def _lock(self):
@@ -70,28 +79,27 @@ class Folder:
 
 
 class Stop:
-    """SIGTERM or SIGINT, sent to any process, asks the run to end after the current step.
+    """SIGTERM, SIGINT or SIGHUP, sent to any process, asks the run to end after the current step.
 
-    Of several processes, all end after the same step, within about a quarter of a second.
-
-    Active inside `with stop:`; the handlers from before are restored on leaving. What was received
-    is remembered, so that the next stage of a chain stops as well.
+    Active inside `with stop:`; the handlers from before are restored on leaving. A signal is
+    remembered, so that the next stage of a chain stops as well.
     """
 
     def __init__(self):
         self.received, self.since, self.before = 0, 0., {}
-        self.next, self.agreed = 0, (time.monotonic(), None)    # step; time and step of the last
 
     def __enter__(self):
-        self.next, self.agreed = 0, (time.monotonic(), None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._receive)
+        for number in SIGNALS:
+            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                self.before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             if handler is not None:     # None: not installed from Python
                 signal.signal(number, handler)
+        self.before = {}
 
     def _receive(self, number, frame):
         now = time.monotonic()
@@ -106,28 +114,21 @@ class Stop:
     def asked(self, step=0, last=True):
         """The signal on which all processes end after `step`, or 0.
 
-        Several processes agree about four times a second, and in the `last` step: a collective
-        operation of the hosts in every step would take longer the more there are. They measure the
-        time of a step together, and so leave out the same steps.
+        All processes compare what they received: after every step on CPUs, after every tenth and
+        the last on GPUs, where the comparison would take longer than a step.
         """
         if distributed.world_size() == 1:
             return self.received
-        if not last and step < self.next:
+        if distributed.on_gpus() and step % GPU_STEPS and not last:
             return 0
-        then, before = self.agreed
-        self.agreed = time.monotonic(), step
-        steps = 1 if before is None else max(1, step - before)      # a resumed run starts anywhere
-        nanoseconds = round(1e9 * (self.agreed[0] - then) / steps)
-        received, slowest = distributed.largest(self.received, nanoseconds)
-        self.next = step + min(MOST_STEPS, max(1, AGREE_EVERY // max(1, slowest)))
-        return received
+        return distributed.largest(self.received)
 
 
 stop = Stop()       # one for the process, as signal handlers are
 
 
 def leave_after(number, folder, step):
-    """Say that the run was stopped by signal `number`, and exit with its code."""
+    """Report that signal `number` stopped the run, and exit with its code."""
     distributed.print0(f'{signal.Signals(number).name}: stopped after step {step}, saved in '
                        f'{folder}; run the same command again to go on.')
     distributed.cleanup()

@@ -1,6 +1,6 @@
 """What a run reports: means of its losses, metrics.jsonl, TensorBoard and the progress bar."""
 
-import itertools
+import contextlib
 import json
 import math
 import os
@@ -10,92 +10,78 @@ import time
 from pathlib import Path
 
 import torch
+from absl import flags
 from tqdm import tqdm
 
 from runtime import distributed, pictures
 from runtime.cli import UserError
+from runtime.files import replacing
 
-
-MOST_RECENT = 100       # values of a term that are kept before they are added up
-
+FLAGS = flags.FLAGS
 
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
 
-    Adds on the device; `mean` and `check` alone wait for it. Values are kept as they come and added
-    up now and then, so that a GPU has few small operations to start in a step.
+    Values stay on the device; `means` alone waits for it.
     """
 
-    def __init__(self, state=None):
-        """state: a `state_dict` to go on from, so that resuming changes no log line."""
-        state = state or dict(sums={}, bad=0, streak=0)
-        self.recent, self.sums, self.before = {}, {}, dict(state['sums'])
-        self.bad, self.streak = torch.tensor(state['bad']), torch.tensor(state['streak'])
+    def __init__(self):
+        self.values, self.applied, self.streak = {}, [], 0
 
     def add(self, **terms):
-        """Add values; those that are not finite count apart, and do not spoil the mean."""
-        values = torch.stack([torch.as_tensor(v).detach().float() for v in terms.values()])
-        recent = self.recent.setdefault(tuple(terms), [])
-        recent.append(values)
-        if len(recent) == MOST_RECENT:
-            self._add_up(tuple(terms))
-
-    def _add_up(self, names):
-        """Move what was added lately under `names` into `sums`: [sum, finite values, others]."""
-        values = torch.stack(self.recent.pop(names), 1)
-        finite = values.isfinite()
-        parts = torch.stack([values.where(finite, values.new_zeros(())).sum(1), finite.sum(1),
-                             (~finite).sum(1)], 1)
-        if not self.before.keys().isdisjoint(names):
-            before = [self.before.pop(name, [0., 0., 0.]) for name in names]
-            parts = parts + torch.tensor(before, device=parts.device)
-        self.sums[names] = self.sums[names] + parts if names in self.sums else parts
+        """Add a value to each term."""
+        for name, value in terms.items():
+            self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
 
     def end_step(self, finite):
         """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
-        self.bad = self.bad.to(finite.device) + ~finite
-        self.streak = (self.streak.to(finite.device) + 1) * ~finite
+        self.applied.append(finite)
 
-    def _reduce(self):
-        """{name: [sum, finite values, others]} over all processes, on the host."""
-        for names in list(self.recent):
-            self._add_up(names)
-        groups = sorted(self.sums)
-        sums = distributed.all_reduce_sum(torch.cat([self.sums[names] for names in groups]))
-        found = {}
-        for name, values in zip(itertools.chain(*groups), sums.tolist()):
-            found[name] = [a + b for a, b in zip(values, found.get(name, [0., 0., 0.]))]
-        return dict(sorted(found.items()))
+    def means(self, step, start, total_steps):
+        """{name: float} over all processes and finite values, and bad_steps; then empty.
 
-    def state_dict(self):
-        """Plain values for a checkpoint; each process then holds an equal share of the sums."""
-        sums = self._reduce() if self.sums or self.recent else {}
-        share = {name: [v / distributed.world_size() for v in values]
-                 for name, values in sums.items()}
-        self.sums, self.before = {}, dict(share)
-        return dict(sums=share, bad=int(self.bad), streak=int(self.streak))
-
-    def mean(self):
-        """{name: float} over all processes and finite values, and bad_steps; then empty."""
-        means = {name: s / n if n else math.nan for name, (s, n, _) in self._reduce().items()}
-        means['bad_steps'] = int(self.bad)
-        self.sums, self.before, self.bad = {}, {}, torch.zeros_like(self.bad)
+        Args:
+            step: the step of the log line.
+            start: the step this process began after.
+            total_steps: the last step.
+        Raises:
+            UserError: --max_bad_steps in a row, or all steps of a run, were not applied (code 1).
+        """
+        applied = torch.stack(self.applied).tolist()
+        for finite in applied:
+            self.streak = 0 if finite else self.streak + 1
+        sums, counts, names = self._reduced()
+        self._stop_if_bad(step, start, total_steps, names, counts)
+        means = {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+        means['bad_steps'] = applied.count(False)
+        self.values, self.applied = {}, []
         return means
 
-    def check(self, step, max_bad_steps):
-        """Stop the run if too many steps in a row were not finite.
+    def _reduced(self):
+        """Sums and counts of the finite values over all processes, lists, and their names."""
+        names = sorted(self.values)
+        rows = [torch.stack(self.values[name]) for name in names]
+        finite = [row.isfinite() for row in rows]
+        sums = torch.stack([row.where(ok, row.new_zeros(())).sum() for row, ok in zip(rows, finite)]
+                           + [ok.sum().float() for ok in finite])
+        found = distributed.all_reduce_sum(sums).tolist()
+        return found[:len(names)], found[len(names):], names
 
-        Raises:
-            UserError: with the step, the terms that were not finite and what to try (code 1).
-        """
-        if not 0 < max_bad_steps <= self.streak:
+    def _stop_if_bad(self, step, start, total_steps, names, counts):
+        limit = FLAGS.max_bad_steps
+        # a single step that was left to do must not keep a run from its end for ever
+        only_bad = self.streak >= step - start and (start == 0 or step - start > 1)
+        learnt_nothing = step == total_steps and only_bad
+        if not (0 < limit <= self.streak or learnt_nothing):
             return
-        broken = [name for name, (_, _, bad) in self._reduce().items() if bad]
+        processes = distributed.world_size()
+        broken = [name for name, n in zip(names, counts)
+                  if n < processes * len(self.values[name])]
         terms = [name for name in broken if name not in ('loss', 'grad_norm')] or broken
         raise UserError(
-            f'at step {step} the last {int(self.streak)} steps in a row had a value that is not '
-            f'finite ({", ".join(terms)}) and were not applied; lower --lr or --grad_clip, or '
-            f'raise --max_bad_steps, and run again: a checkpoint that was saved is a good one',
+            f'at step {step} the last {self.streak} steps in a row had a value that is not finite '
+            f'({", ".join(terms)}) and were not applied; lower the learning rate or --grad_clip, '
+            f'or raise --max_bad_steps, and run again: a checkpoint that was saved is a good one',
             code=1)
 
 
@@ -104,11 +90,12 @@ class _PlainLines:
 
     def write(self, text):
         text = text.replace('\r', '').strip()
-        if text:
-            sys.stderr.write(text + '\n')
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(text + '\n' if text else '')
 
     def flush(self):
-        sys.stderr.flush()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.flush()
 
 
 def progress(total=None, desc='', initial=0, unit='step'):
@@ -120,15 +107,6 @@ def progress(total=None, desc='', initial=0, unit='step'):
                 disable=not distributed.is_main(), file=None if terminal else _PlainLines(),
                 bar_format=None if terminal else '{desc}: {n_fmt}/{total_fmt} [{elapsed}<'
                 '{remaining}, {rate_fmt}{postfix}]')
-
-
-def summary(steps, seconds, images, folder):
-    """The line that a training ends with: steps of this start, time, speed, folder."""
-    minutes, rest = divmod(round(seconds), 60)
-    time_taken = f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
-    rate, unit = images / max(seconds, 1e-9), 'step' if steps == 1 else 'steps'
-    return (f'finished: {steps:,} {unit} in {time_taken}, {rate:.0f} images/s; checkpoint and log '
-            f'are in {folder}')
 
 
 def _lines_until(path, step):
@@ -159,8 +137,8 @@ class Log:
             from tensorboardX import SummaryWriter
             path = Path(logdir) / 'metrics.jsonl'
             keep = ''.join(line + '\n' for line in _lines_until(path, step))
-            path.with_suffix('.tmp').write_text(keep)       # no step twice after resuming
-            path.with_suffix('.tmp').replace(path)
+            with replacing(path) as temporary:
+                temporary.write_text(keep)      # no step twice after resuming
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
             self.board.add_text('flags', textwrap.indent(flags_text, '    '), step)
@@ -174,33 +152,55 @@ class Log:
         self.since = (now, step)
         if self.file:
             finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
-            self.file.write(json.dumps(dict(step=step, **finite)) + '\n')
-            self.file.flush()
-            for name, value in finite.items():
-                if value is not None:
-                    self.board.add_scalar(f'train/{name}', value, step)     # one section
-            self.board.flush()      # so that a kill takes no line that metrics.jsonl has
+            with self._full_disk_ends_the_log(step):
+                self._write(step, finite)
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
 
+    @contextlib.contextmanager
+    def _full_disk_ends_the_log(self, step):
+        try:
+            yield
+        except OSError as error:        # it must not end the training
+            distributed.print0(f'note: the log in {self.file.name} ends at step {step} '
+                               f'({error.strerror}); the training goes on.')
+            self._close_files()
+
+    def _write(self, step, scalars):
+        self.file.write(json.dumps(dict(step=step, **scalars)) + '\n')
+        self.file.flush()
+        for name, value in scalars.items():
+            if value is not None:
+                self.board.add_scalar(f'train/{name}', value, step)     # one section
+        self.board.flush()      # so that a kill takes no line that metrics.jsonl has
+
     def grid(self, step, path, images):
         """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard."""
+        side = max(1, round(len(images) ** 0.5))
         if self.file:
-            side = max(1, round(len(images) ** 0.5))
-            picture = pictures.save_grid(images, path, nrow=side,
-                                         scale=max(1, 64 // images.shape[-1]))
-            self.board.add_image('samples', picture, step, dataformats='HWC')
+            with self._full_disk_ends_the_log(step):
+                picture = pictures.save_grid(images, path, nrow=side,
+                                             scale=max(1, 64 // images.shape[-1]))
+                self.board.add_image('samples', picture, step, dataformats='HWC')
 
     def summary(self, step, folder):
-        """The last line of a run that has done `step` steps."""
+        """The last line of a run: steps of this start up to `step`, time, speed, folder."""
         steps, seconds = step - self.start[1], time.perf_counter() - self.start[0]
-        return summary(steps, seconds, steps * self.images_per_step, folder)
+        minutes, rest = divmod(round(seconds), 60)
+        time_taken = f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
+        rate = steps * self.images_per_step / max(seconds, 1e-9)
+        return (f'finished: {steps:,} step{"s" if steps > 1 else ""} in {time_taken}, '
+                f'{rate:.0f} images/s; checkpoint and log are in {folder}')
 
     def close(self):
         self.bar.close()
-        if self.file:
-            self.file.close()
-            self.board.close()
+        self._close_files()
+
+    def _close_files(self):
+        for file in filter(None, (self.file, self.board)):
+            with contextlib.suppress(OSError):
+                file.close()
+        self.file = self.board = None
 
 
 def memory_mb():

@@ -58,11 +58,7 @@ def hold_bf16_weights(*networks):
 
 
 def prepare(amp, compile, device, *networks, graphs=False):
-    """Make frozen networks fast: weights in the precision `amp` ('none', 'bf16'), torch.compile.
-
-    Args:
-        compile, graphs: see `compile_networks`.
-    """
+    """Make frozen networks fast: weights in the precision `amp`, and see `compile_networks`."""
     if amp == 'bf16':
         hold_bf16_weights(*networks)
     compile_networks(compile, device, *networks, graphs=graphs)

@@ -39,10 +39,10 @@ def noise_ahead(seed, batches, shape, device):
         for indices, following in itertools.zip_longest(batches, batches[1:]):
             x_T = (ahead or thread.submit(draw, indices)).result()
             ahead = None if following is None else thread.submit(draw, following)
-            yield indices, sent(x_T, device)
+            yield indices, to_device(x_T, device)
 
 
-def sent(tensor, device):
+def to_device(tensor, device):
     """`tensor` on `device`; from pinned memory, so that the host does not wait for a GPU."""
     if torch.device(device).type == 'cuda':
         tensor = tensor.pin_memory()

@@ -1,0 +1,35 @@
+"""The one way to write a file: whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give the path of a temporary file beside `path`; it becomes `path` when the block ends.
+
+    After an exception `path` is as it was, and the temporary file is gone. Its name is unique, so
+    that two processes can do this at the same time, and no file of the user is touched.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=str(path.parent), prefix=f'{path.name}.', suffix='.tmp')
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~current_umask())       # mkstemp makes files for the owner alone
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def current_umask():
+    """The permissions that new files of this process lack; reading it means setting it twice."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
