@@ -1,95 +1,105 @@
-"""Decoded images of a folder, kept in a file that all processes of a machine map into memory."""
+"""Arrays of images that are made once, kept in npy files, and mapped into memory."""
 
 import contextlib
+import fcntl
 import hashlib
-import json
 import os
+import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.loader import load
-from runtime.log import progress
+from runtime.cli import UserError
+from runtime.files import replacing
+
+VERSION = 2     # count up when the same files become other pixels
+# unfinished files; all that earlier versions kept
+LEFTOVER = (r'.*[0-9a-f]{16}\.npy\.\w{8}\.tmp|(train|test)_\d+\.\d+\.tmp|'
+            r'[0-9a-f]{16}\.(json|pixels\w*)')
 
 
-def cache_folder():
-    """Where decoded images are kept: $XDG_CACHE_HOME/rdd or ~/.cache/rdd; may be deleted."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'rdd'
+def kept(root, split, img_size, paths, fill, beside=False):
+    """The images that `fill` makes of files, from an array that is kept until a file changes.
 
+    The first process of a machine makes the array, the others wait for it.
 
-def decoded(dataset, num_workers):
-    """All images of a set of image files, uint8 (N, 3, H, W), decoded once per machine.
-
-    The first process of a machine decodes into a file, the others map it. The file is used again
-    as long as paths, sizes and times of change of all images are the same. If it cannot be
-    written, every process decodes for itself.
+    Args:
+        root, split, img_size: what the array holds; it takes the place of an older one.
+        fill: function that makes a `new_array` in the file that it is given.
+        beside: keep it in `root` if possible.
+    Returns:
+        images uint8 (N, 3, H, W), read-only, labels int64 (N,), and the key of the files `paths`.
     """
-    paths, shape = dataset.decode.paths, (len(dataset), 3, dataset.img_size, dataset.img_size)
-    name = hashlib.sha256(f'{os.path.commonpath(paths)} {shape}'.encode()).hexdigest()[:16]
-    file = cache_folder() / f'{name}.pixels'
-    key = fingerprint(paths, dataset.img_size)
-    with distributed.main_of_machine_first():
-        try:
-            if not is_current(file, key):
-                write(file, key, dataset, shape, num_workers)
-            return torch.from_numpy(np.memmap(file, np.uint8, 'c', shape=shape))
-        except OSError as error:
-            distributed.print0(f'note: decoded images cannot be kept in {file.parent} '
-                               f'({error.strerror}); every process decodes them for itself.')
-    images = torch.empty(shape, dtype=torch.uint8)
-    decode_into(images.numpy(), dataset, num_workers)
-    return images
+    key = _key(paths, img_size)
+    name = f'{split}_{img_size}.{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}'
+    with distributed.main_first(of_machine=True):
+        for folder in ([Path(root)] if beside else []) + _cache_folders():
+            try:
+                return (*_open(folder, name, key, fill), key)
+            except OSError as error:
+                problem = f'decoded images cannot be kept in {folder} ({error.strerror})'
+                distributed.print0(f'note: {problem}.')
+    raise UserError(f'{problem}; set XDG_CACHE_HOME to a folder with room', code=1)
 
 
-def fingerprint(paths, img_size):
-    """Changes with any path, size or time of change of the files, and with `img_size`."""
-    digest = hashlib.sha256(str(img_size).encode())
+def _key(paths, img_size):
+    """Changes with the name, size or times of any of the files, with `img_size` and VERSION."""
+    digest = hashlib.sha256(f'{VERSION} {img_size}'.encode())
     for path in paths:
-        stat = os.stat(path)
-        digest.update(f'{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
-    return digest.hexdigest()
+        digest.update(os.fsencode(path))
+        with contextlib.suppress(OSError):      # reported when the file is read
+            stat = os.stat(path)
+            digest.update(f'\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n'.encode())
+    return digest.hexdigest()[:16]
 
 
-def is_current(file, key):
-    """Whether `file` is complete and of these images."""
+def _cache_folders():
+    """$XDG_CACHE_HOME/rdd or ~/.cache/rdd, else one in $TMPDIR; they may be deleted."""
+    folders = [Path(tempfile.gettempdir(), f'rdd-{os.getuid()}')]
     try:
-        said = json.loads(file.with_suffix('.json').read_text())
-        return said == dict(key=key, bytes=file.stat().st_size)
-    except (OSError, ValueError):
-        return False
+        folders.insert(0, Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'rdd'))
+    except RuntimeError:
+        distributed.print0('note: decoded images cannot be kept in a home folder: there is none.')
+    return folders
 
 
-def write(file, key, dataset, shape, num_workers):
-    """Decode into a temporary file, then rename; the key, written last, makes it valid."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        file.with_suffix('.json').unlink()      # of other images
-    handle, temporary = tempfile.mkstemp(dir=str(file.parent), prefix=file.name)
+def _open(folder, name, key, fill):
+    """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(path for path in folder.iterdir() if re.fullmatch(LEFTOVER, path.name))
+    file = folder / f'{name}.{key}.npy'
     try:
+        records = np.load(file, mmap_mode='r')
+    except (OSError, EOFError, ValueError):
+        _remove(folder.glob(f'{name}.*.npy'))       # of files that have changed
+        with replacing(file) as temporary, open(temporary, 'rb+') as stream:
+            with contextlib.suppress(OSError):      # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            fill(temporary)
+        records = np.load(file, mmap_mode='r')
+    with warnings.catch_warnings():     # torch warns of memory that is read-only
+        warnings.simplefilter('ignore', UserWarning)
+        return torch.from_numpy(records['pixels']), torch.tensor(records['label'])
+
+
+def _remove(paths):
+    """Remove files, but not those that a process is writing."""
+    for path in paths:
+        with contextlib.suppress(OSError), open(path, 'rb+') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def new_array(file, length, img_size):
+    """An array of records in `file`, to be filled: pixels, uint8 (3, H, W), and label, int64."""
+    record = np.dtype([('pixels', np.uint8, (3, img_size, img_size)), ('label', np.int64)])
+    array = np.lib.format.open_memmap(file, 'w+', record, (length,))
+    if hasattr(os, 'posix_fallocate'):
         # a full disk must fail here: later, writing to the map would end the process
-        with os.fdopen(handle, 'wb') as space:
-            reserve = getattr(os, 'posix_fallocate', lambda file, _, size: os.truncate(file, size))
-            reserve(space.fileno(), 0, int(np.prod(shape)))
-        pixels = np.memmap(temporary, np.uint8, 'r+', shape=shape)
-        decode_into(pixels, dataset, num_workers)
-        pixels.flush()
-        os.replace(temporary, file)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    description = file.with_suffix(f'.{os.getpid()}')
-    description.write_text(json.dumps(dict(key=key, bytes=int(np.prod(shape)))))
-    description.replace(file.with_suffix('.json'))
-
-
-def decode_into(pixels, dataset, num_workers):
-    """Fill `pixels`, a uint8 array (N, 3, H, W), from the files."""
-    with progress(len(dataset), f'decode {dataset.name}', unit='img') as bar:
-        first = 0
-        for images, _ in load(dataset, num_workers, batch_size=256):
-            pixels[first:first + len(images)] = images.numpy()
-            first += len(images)
-            bar.update(len(images))
+        with open(file, 'rb+') as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.path.getsize(file))
+    return array

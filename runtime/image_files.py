@@ -1,132 +1,253 @@
-"""Folders of image files: finding them, decoding them, naming those that cannot be read."""
+"""Folders of image files: which files they hold, and how they become an array."""
 
+import collections
+import contextlib
+import functools
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+from PIL import Image, ImageOps
 
+from runtime import distributed
 from runtime.cli import UserError
-from runtime.loader import load
+from runtime.image_cache import kept, new_array
+from runtime.loader import in_workers
+from runtime.log import progress
 from runtime.torchvision_cpu import torchvision
 
+SPLITS = dict(train=[('train', 'training')],
+              test=[('test', 'testing'), ('val', 'valid', 'validation')])
+# what systems, archives and storage boxes leave in folders; also all that begins with . or @
+FOREIGN = ('__macosx', '#recycle', '#snapshot', '$recycle.bin', 'system volume information',
+           'lost+found', 'thumbs.db', 'desktop.ini')
+# Pillow does not decode these, or starts another program for it, or does not know their range
+NOT_READ = ('BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF')
+PART = 32       # images that a process decodes at a time
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
+def read_folder(root, split, img_size, num_workers, skip_bad_images):
+    """The images of split 'train' or 'test' of a folder, as arguments of `Images` by name."""
+    paths, labels, classes, left_out = find_images(root, split)
+    if skip_bad_images:
+        bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else None
+        bad = distributed.broadcast_object(bad)
+        for path, reason in bad.items():
+            distributed.print0(printable(f'note: left out: {path} {reason}.'))
+        if len(bad) == len(paths):
+            raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
+        labels = [label for path, label in zip(paths, labels) if path not in bad]
+        paths = [path for path in paths if path not in bad]
+        left_out.update({'that cannot be read': len(bad)})
+
+    def fill(file):
+        new_array(file, len(paths), img_size)
+        for path, reason in decode_all(paths, img_size, num_workers, file):
+            raise UserError(f'{path} {reason}; repair or remove it, or leave such files out with '
+                            f'--skip_bad_images')
+
+    images, _, key = kept(root, split, img_size, paths, fill)
+    counts = np.bincount(labels, minlength=len(classes))
+    summary = (f'{root}, {split}: {len(paths)} images of {len(classes)} classes ({counts.min()} to '
+               f'{counts.max()} each), {_listed(map(_ending, paths))}')
+    if +left_out:
+        summary += f'; left out: {_listed(+left_out)}'
+    return dict(images=images, labels=labels, num_classes=len(classes), key=key,
+                summary=printable(summary))
+
+
+def _listed(found):
+    counts = collections.Counter(found).most_common()
+    return ', '.join(f'{count} {what}' for what, count in counts)
+
+
+def printable(text):
+    """`text` with \\xe9 for a byte of a name that is not UTF-8."""
+    return os.fsencode(text).decode(errors='backslashreplace')
+
+
+def _ending(path):
+    return os.path.splitext(path)[1].lower()
+
+
+# Which files there are
 
 def find_images(root, split):
-    """The image files of one split; each folder in it is a class, and holds any tree of files.
+    """The image files of split 'train' or 'test' in the folder `root`.
 
-    Args:
-        root: folder of the data set. split: 'train' or 'test'; see `_split_folder`.
-    Returns:
-        paths: list of str, sorted by class and name.
-        labels: list of int, the class of each path; names of classes in alphabetical order.
-        num_classes: number of class folders.
-    Raises:
-        UserError: no such folder or split, no images, or an empty class folder.
+    Each folder of a split is a class, and holds any tree of files; a split without folders is one
+    class, "all". Classes are in alphabetical order; the test split has those of the training split.
+
+    Returns paths, labels, names of the classes, and a `Counter` of what was left out and why.
     """
     folder = _split_folder(root, split)
-    try:
-        found = torchvision().datasets.ImageFolder(str(folder))
-    except FileNotFoundError:
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        empty = [name for name in classes if not any(
-            path.suffix.lower() in EXTENSIONS for path in (folder / name).rglob('*'))]
-        what = f'the class folders {", ".join(empty[:5])} are empty' if empty else (
-            f'{sum(path.is_file() for path in folder.iterdir())} files and no class folder')
+    tops, loose, left_out = _listing(folder)
+    found = {} if tops else dict(all=loose)
+    if tops:
+        left_out['beside the class folders'] = len(loose)
+    visited = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
+    known = {os.path.realpath(top) for top in tops}
+    for top in tops:
+        found[os.path.basename(top)] = _tree(top, visited, known, left_out)
+    empty = [name for name, paths in found.items() if not paths]
+    if empty:
+        what = f'the class folders {", ".join(empty[:5])} are empty' if tops else (
+            _listed(left_out) or 'it is empty')
         raise UserError(f'{folder} holds no images that can be used ({what}): expected '
                         f'{folder}/<class>/*.jpg (or png, ...)')
-    return [path for path, _ in found.samples], found.targets, len(found.classes)
+    classes = list(found)
+    train = _named(root, 'train') if split == 'test' else None
+    if train:
+        classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
+        for name in set(found) - set(classes):
+            raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
+                            f'add images to train on')
+    paths, labels = [], []
+    for name, images in found.items():
+        paths += images
+        labels += [classes.index(name)] * len(images)
+    return paths, labels, classes, left_out
 
 
 def _split_folder(root, split):
-    """root/train, root/test or root/val; without these, root itself is the training split."""
-    root = Path(root).expanduser()
-    names = ('train',) if split == 'train' else ('test', 'val')
-    found = [root / name for name in names if (root / name).is_dir()]
-    if found:
-        return found[0]
-    if split == 'train' and root.is_dir():
-        return root
-    missing = '' if root.is_dir() else ', and there is no such folder'
-    raise UserError(f'--data_root {root} holds no {split} images: expected '
-                    f'{root}/{names[0]}/<class>/*.jpg{missing}')
+    """The folder in `root` with a name of the split; for training, else `root` itself."""
+    exists = os.path.isdir(root)
+    folder = _named(root, split) if exists else None
+    if folder:
+        return folder
+    if split == 'test' or not exists:
+        missing = '' if exists else ', and there is no such folder'
+        raise UserError(f'--data_root {root} holds no {split} images: expected '
+                        f'{root}/{split}/<class>/*.jpg{missing}')
+    for folder in (root, *_listing(root)[0]):
+        test = _named(folder, 'test')
+        if test:
+            raise UserError(f'{folder} has a folder {test.name}, which would be trained on; put '
+                            f'the training images into {folder}/train')
+    return Path(root)
 
 
-class Decoder:
-    """Decodes image files to uint8 RGB (3, img_size, img_size).
+def _named(root, split):
+    """The folder in `root` with a name of the split, in any case; None without one."""
+    for names in SPLITS[split]:
+        found = [path for path in map(Path, _listing(root)[0]) if path.name.lower() in names]
+        if len(found) > 1:
+            raise UserError(f'{root} has the folders {found[0].name} and {found[1].name}; keep one')
+        if found:
+            return found[0]
+    return None
 
-    The shorter side is resized to `img_size` (antialiased), then the centre is cropped.
 
-    Attributes:
-        paths: list of str, the files.
+def _tree(top, visited, tops, left_out):
+    """Image files of the class folder `top`, sorted; each real folder once, by `visited`."""
+    images, waiting = [], [top]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in visited or folder != top and real in tops:
+            left_out['links to folders that are read anyway'] += 1
+            continue
+        visited.add(real)
+        folders, files, others = _listing(folder)
+        waiting += folders
+        images += files
+        left_out.update(others)
+    return sorted(images, key=os.path.split)
+
+
+def _listing(folder):
+    """(sorted folders, sorted image files, Counter of what was left out) in `folder`."""
+    folders, images, left_out = [], [], collections.Counter()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(('.', '@')) or entry.name.lower() in FOREIGN:
+                left_out['hidden or of the system'] += 1
+            elif os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.path)
+            elif _ending(entry.name) in _formats()[1]:
+                images.append(entry.path)
+            else:
+                left_out[_ending(entry.name) or 'without ending'] += 1
+    return sorted(folders), sorted(images), left_out
+
+
+@functools.lru_cache(None)
+def _formats():
+    """(names of the formats that are read, endings of their files)"""
+    Image.init()
+    names = [name for name in Image.ID if name not in NOT_READ]
+    endings = [ending for ending, name in Image.registered_extensions().items() if name in names]
+    return names, {'.mpo', *endings}        # .mpo is read as JPEG
+
+
+# How they are read
+
+def decode_all(paths, img_size, num_workers, file=None):
+    """Decode files, into the array in `file` if given, by all cores unless `num_workers` is 0.
+
+    Yields (path, reason) of every file that cannot be read.
     """
+    def decode_part(part):
+        records, problems = np.load(file, mmap_mode='r+') if file else None, []
+        for i in part:
+            try:
+                pixels = decode(paths[i], img_size)
+                if file:
+                    records['pixels'][i] = pixels
+            except Exception as error:
+                reason = str(error).split('\n')[0] or type(error).__name__
+                problems.append((paths[i], f'cannot be read as an image ({reason})'))
+        return problems
 
-    def __init__(self, paths, img_size):
-        self.paths = paths
-        t = torchvision().transforms
-        self.transform = t.Compose([t.Resize(img_size, antialias=True), t.CenterCrop(img_size),
-                                    t.PILToTensor()])
+    indices = range(len(paths))
+    parts = [indices[first:first + PART] for first in indices[::PART]]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = min(cores, len(parts)) if num_workers else 0
+    with progress(len(paths), 'decode once', unit='img') as bar:
+        for part, problems in zip(parts, in_workers(decode_part, parts, workers)):
+            yield from problems
+            bar.update(len(part))
 
-    def __call__(self, i):
-        """The image in `paths[i]`.
 
-        Raises:
-            UserError: it cannot be read.
-        """
-        try:
-            return self._decode(i)
-        except Exception as error:      # Pillow has no base class for what damaged files raise
-            raise UserError(f'{self._problem(i, error)}; repair or remove it, or leave such files '
-                            f'out with --skip_bad_images')
+def decode(path, img_size):
+    """The first image in a file, uint8 RGB (3, img_size, img_size), numpy.
 
-    def problem(self, i):
-        """Why `paths[i]` cannot be read, in words, or ''."""
-        try:
-            self._decode(i)
-        except Exception as error:
-            return self._problem(i, error)
-        return ''
-
-    def _decode(self, i):
-        from PIL import Image
-        with Image.open(self.paths[i]) as image:
-            return self.transform(_rgb(image))
-
-    def _problem(self, i, error):
-        reason = str(error).split('\n')[0] or type(error).__name__
-        return f'{self.paths[i]} cannot be read as an image ({reason})'
+    It is turned as its EXIF data say, put on white where it is transparent, resized on its shorter
+    side (antialiased) and cropped. Damaged files raise anything: Pillow has no base class for it.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError('not a regular file')
+    F = torchvision().transforms.functional
+    with Image.open(path, formats=_formats()[0]) as image:
+        image = F.resize(_rgb(image), img_size, antialias=True)
+        return F.pil_to_tensor(F.center_crop(image, img_size)).numpy()
 
 
 def _rgb(image):
-    """A PIL image of any mode in RGB; 16 bits are scaled to 8, which Pillow would cut off."""
-    if image.mode.startswith('I'):
-        from PIL import Image
-        grey = (np.asarray(image) / 257).round().clip(0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert('RGB')
-
-
-class _Problems(Dataset):
-    """`Decoder.problem` of every file, as the items of a data set."""
-
-    def __init__(self, decoder):
-        self.decoder = decoder
-
-    def __len__(self):
-        return len(self.decoder.paths)
-
-    def __getitem__(self, i):
-        return self.decoder.problem(i)
-
-
-def find_problems(decoder, num_workers):
-    """Decode every file once.
-
-    Args:
-        decoder: `Decoder` of N files. num_workers: processes that share the work; 0: this one.
-    Returns:
-        list of N str: why file i cannot be read, or ''.
-    """
-    return [problem for batch in load(_Problems(decoder), num_workers, batch_size=256)
-            for problem in batch]
+    """A freshly opened PIL image of any mode in RGB."""
+    tiles = getattr(image, 'tile', None)
+    layout = tiles[0][3] if tiles else ''       # of the pixels in the file
+    layout = layout[0] if isinstance(layout, tuple) else layout
+    wide = image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PPM', 'PNG')
+    if image.mode in ('I', 'F') and not wide:
+        raise ValueError('its pixels are 32-bit or signed numbers, whose range the file does not '
+                         'say: save it with 8 or 16 bits')
+    image.load()
+    with contextlib.suppress(Exception):        # damaged EXIF data turn nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    clear = image.info.get('transparency')      # the colour that stands for transparent
+    if wide:
+        pixels = np.asarray(image)
+        grey = (pixels / (4095 / 255 if layout == 'I;12' else 257)).round().clip(0, 255)
+        return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert('RGB')
+    if clear is not None and layout in ('L;2', 'L;4'):      # Pillow scales the pixels only
+        image.info['transparency'] = clear * (85 if layout == 'L;2' else 17)
+    elif clear is not None and layout == 'RGB;16B':
+        image.info['transparency'] = tuple(value >> 8 for value in clear)
+    if not image.has_transparency_data:
+        return image.convert('RGB')
+    straight = image.convert('LA') if image.mode == 'La' else image
+    white = Image.new('RGBA', image.size, 'white')
+    white.alpha_composite(straight.convert('RGBA'))
+    return white.convert('RGB')

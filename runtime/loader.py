@@ -1,67 +1,67 @@
-"""Batches that worker processes read from the disk."""
+"""Work that processes do ahead: decoding, reading and augmenting images."""
 
+import collections
+import itertools
+import multiprocessing
+import os
 import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from torch.utils.data import DataLoader, Dataset, default_collate
+import torch
 
 from runtime.cli import UserError
 
 
-def load(dataset, num_workers, **options):
-    """The batches of a `DataLoader`, once through its data set or its sampler.
+def in_workers(function, items, num_workers):
+    """Yield function(item) of every item in their order; processes compute a few ahead.
 
-    An exception that leaves a worker is raised again with its traceback as the message. A
-    `UserError` therefore travels to this process as a value and is raised here.
-
-    Args:
-        dataset: map-style, `dataset[i]` is one item. num_workers: processes; 0: this one reads.
-        options: further arguments of `torch.utils.data.DataLoader`.
-    Yields:
-        batches of items, stacked as torch's `default_collate` does it.
-    Raises:
-        UserError: that of the first item that cannot be read, at the batch that holds it.
+    Results travel through pipes, so that a container with little shared memory will do.
     """
-    problem = None
-    for batch in DataLoader(_ErrorsAsItems(dataset), num_workers=num_workers,
-                            collate_fn=_collate, worker_init_fn=_let_the_step_finish,
-                            persistent_workers=num_workers > 0, **options):
-        if isinstance(batch, UserError):
-            problem = batch
-            break
-        yield batch
-    if problem is not None:     # raised here because the workers end with the loop
-        raise problem
-
-
-class _ErrorsAsItems(Dataset):
-    """A data set whose items are those of `dataset`, or the `UserError` that reading one raised."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
+    if not num_workers:
+        yield from map(function, items)
+        return
+    try:
+        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context('fork'),
+                                   _start_worker, (function,))
+    except OSError as error:
+        raise UserError(f'no worker process could be started ({error.strerror}); if /dev/shm is '
+                        f'full, give the container more (docker --shm-size), or set '
+                        f'--num_workers 0', code=1)
+    with pool:
+        futures = (pool.submit(_work, item) for item in items)
+        ahead = collections.deque(itertools.islice(futures, 2 * num_workers))
         try:
-            return self.dataset[i]
-        except UserError as error:
-            return error
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(itertools.islice(futures, 1))
+        except BrokenProcessPool:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise UserError('a process that reads images was killed, as happens when memory runs '
+                            'out; lower --num_workers and run the same command again', code=1)
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
-def _collate(items):
-    """One batch, or the first error among its items."""
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return default_collate(items)
-
-
-def _let_the_step_finish(worker):
-    """Let this worker ignore SIGINT and end 30 seconds after SIGTERM.
-
-    A terminal or a launcher sends its signal to the workers as well, and the main process still
-    needs their images to finish the current step.
-    """
+def _start_worker(function):
+    """Keep the function, which may hold a million paths; outlive signals, but not the parent."""
+    global _function
+    _function = function
+    torch.set_num_threads(1)
+    # A terminal or a launcher signals the workers as well, but the parent still needs their
+    # images to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(item):
+    return _function(item)
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,39 +1,25 @@
 """Images as files: 8-bit pixels, sample grids, labelled grids, folders of PNGs and npz."""
 
-import zipfile
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from runtime import files
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
 
 MARGIN, PAD = 24, 2         # pixels: around a labelled grid, between its tiles
-# what numpy.load raises for files that are not what they should be
-UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+TILE = 64                   # smaller images are enlarged, whole times
 MOST_CLASSES = 32           # rows of a grid
 MOST_COLUMNS = 17           # of a trajectory: at 16 of many steps and at the end
 
 
-def to_uint8(x, finite=False):
-    """Float images in [-1, 1] rounded to the 8 bits of image files; values outside are clamped.
-
-    Args:
-        finite: whether they are known to be, or will be looked at later (`refuse_unless`).
-    Raises:
-        UserError: values that are not finite, which 8 bits would hide.
-    """
-    if not finite:
-        refuse_unless(torch.isfinite(x).all())
+def to_uint8(x):
+    """Float images in [-1, 1] rounded to the 8 bits of image files; values outside are clamped."""
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def refuse_unless(finite):
-    """Raise a UserError unless `finite`, a bool tensor; waits for its device."""
-    if not finite:
-        raise UserError('the images to be rounded to 8 bits hold values that are not finite; the '
-                        'network that made them has diverged', code=1)
 
 
 def save_grid(images, path, nrow=8, scale=1):
@@ -44,54 +30,83 @@ def save_grid(images, path, nrow=8, scale=1):
     from PIL import Image
     pixels = to_uint8(images.detach().cpu().nan_to_num(0.))
     grid = torchvision().utils.make_grid(pixels, nrow=nrow, padding=1, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    size = (picture.width * scale, picture.height * scale)
+    picture = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
+    save_png(Image.fromarray(picture), path)
+    return picture
+
+
+def save_png(picture, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture = picture.resize(size, Image.NEAREST)
-    picture.save(path)
-    return np.asarray(picture)
+    with files.replacing(path) as temporary:
+        picture.save(temporary, 'png')
 
 
-def check_place(path):
-    """Refuse, before any sampling, a place for images that holds something else."""
+def check_place(path, flag, suffixes=('.npz',)):
+    """Refuse, before hours of sampling, a place where the images of `flag` cannot be written.
+
+    It may be a file with one of `suffixes`, new or with samples, or a new or empty folder.
+    """
     path = Path(path)
-    if path.suffix == '.npz':
-        if path.exists() and not holds_samples(path):
-            raise UserError(f'--save_images {path} exists and does not hold samples, which may be '
-                            f'overwritten; choose another file')
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f'--save_images {path} exists and is not an empty folder; choose another, '
-                        f'or a file that ends in .npz')
+    if path.suffix in suffixes:
+        free = not path.exists() or holds_samples(path)
+    elif path.is_dir():
+        free = not any(path.iterdir())
+    else:
+        free = not path.exists() and path.suffix not in ('.npz', '.png')
+    if not free:
+        raise UserError(f'{flag} {path} is neither a new or empty folder, nor a file '
+                        f'({" or ".join(suffixes)}) that is new or holds samples; choose another')
+    check_folder(path.resolve().parent)
+
+
+def check_folder(folder):
+    """Make a folder and try to write there; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=str(folder)).close()
 
 
 def holds_samples(path):
-    """Whether a file is an npz as `save_images` writes it."""
+    """Whether a file is one that may be overwritten: a PNG, or an npz of `save_images`."""
     try:
+        if path.suffix == '.png':
+            return path.is_file() and path.read_bytes().startswith(b'\x89PNG\r\n')
         with np.load(str(path)) as file:
             return 'arr_0' in file.files
-    except UNREADABLE:
+    except Exception:       # what numpy raises depends on the bytes of the file
         return False
 
 
 def save_images(path, images, y=None):
-    """All images, as one npz or as a folder.
+    """Images uint8 (N, 3, H, W) and labels (N,) or None on the CPU, in one piece or not at all.
 
-    Args:
-        path: ending in .npz: arr_0 uint8 (N, H, W, 3) and, if there are labels, arr_1, as the
-            evaluator of guided-diffusion reads them; else a folder of 000000.png, 000001.png, ..
-            (and labels.txt), as pytorch-fid reads it.
-        images: uint8 (N, 3, H, W). y: labels (N,) or None.
+    To a `path` that ends in .npz: arr_0 uint8 (N, H, W, 3) and arr_1, if there are labels, as the
+    evaluator of guided-diffusion reads them. Else to a new or empty folder: 000000.png, 000001.png,
+    .. (and labels.txt), as pytorch-fid reads it.
     """
-    from PIL import Image
-    path, pixels = Path(path), images.permute(0, 2, 3, 1).numpy()
+    path = Path(path).resolve()
+    pixels = images.permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.npz':
-        return np.savez(path, pixels, *([] if y is None else [y.cpu().numpy()]))
-    path.mkdir(exist_ok=True)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(path / f'{i:06d}.png', compress_level=1)
-    if y is not None:
-        (path / 'labels.txt').write_text(''.join(f'{label}\n' for label in y.tolist()))
+        labels = [] if y is None else [y.numpy()]
+        with files.replacing(path) as temporary, open(temporary, 'wb') as file:
+            np.savez(file, pixels, *labels)
+    else:
+        save_folder(path, pixels, y)
+
+
+def save_folder(path, pixels, y):
+    """PNGs of pixels (N, H, W, 3) in a folder that appears when it is complete."""
+    from PIL import Image
+    temporary = Path(tempfile.mkdtemp(dir=str(path.parent), prefix=f'{path.name}.', suffix='.tmp'))
+    try:
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(temporary / f'{i:06d}.png', compress_level=1)
+        if y is not None:
+            np.savetxt(str(temporary / 'labels.txt'), y.numpy(), '%d')
+        temporary.chmod(0o777 & ~files.current_umask())     # mkdtemp makes it for the owner alone
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def classes_in_turn(labels):
@@ -110,15 +125,11 @@ def rows_by_class(images, y, class_num):
     return [images[y == c] for c in range(class_num)], [str(c) for c in range(class_num)]
 
 
-def save_labelled(path, title, rows, row_labels=None, column_labels=None, tile=64):
-    """One PNG of rows of uint8 images (n, 3, H, W) with a title and words beside and above.
-
-    Args:
-        tile: smallest size of an image in the picture; small ones are enlarged, whole times.
-    """
+def save_labelled(path, title, rows, row_labels=None, column_labels=None):
+    """One PNG of rows of uint8 images (n, 3, H, W) with a title and words beside and above."""
     from PIL import Image, ImageDraw, ImageFont
     font, columns = ImageFont.load_default(12), max(len(row) for row in rows)
-    size = rows[0].shape[-1] * max(1, tile // rows[0].shape[-1])
+    size = rows[0].shape[-1] * max(1, TILE // rows[0].shape[-1])
     left = MARGIN if not row_labels else 12 + round(max(font.getlength(w) for w in row_labels))
     top = MARGIN * (2 if column_labels else 1)
     width = left + columns * (size + PAD) + MARGIN // 2
@@ -135,8 +146,7 @@ def save_labelled(path, title, rows, row_labels=None, column_labels=None, tile=6
         for j, image in enumerate(row.permute(0, 2, 3, 1).numpy()):
             picture = Image.fromarray(image).resize((size, size), Image.NEAREST)
             sheet.paste(picture, (left + j * (size + PAD), y))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""Commands that a script starts, side by side, and that end when the script does."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+from runtime.cli import ROOT, UserError
+
+
+class Commands:
+    """Python commands of this project. When the block is left by an exception, SIGTERM included,
+    those that run get SIGTERM, and no other one starts:
+
+        with ThreadPoolExecutor() as pool, Commands() as commands:
+            pool.submit(commands.run, ['PD.py', '--help'])
+    """
+
+    def __init__(self):
+        self.running, self.stopped, self.lock = set(), False, threading.Lock()
+
+    def run(self, words, **how):
+        """Exit code of `python words`; `how` as for subprocess.Popen."""
+        with self.lock:
+            if self.stopped:
+                return -signal.SIGTERM
+            # a session of its own: Ctrl-C reaches this script alone, which sends SIGTERM once
+            process = subprocess.Popen([sys.executable, '-u', str(ROOT / words[0]), *words[1:]],
+                                       start_new_session=True, **how)
+            self.running.add(process)
+        code = process.wait()
+        self.running.discard(process)
+        return code
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.raise_error)
+        return self
+
+    def raise_error(self, number, frame):
+        raise UserError(f'stopped by {signal.Signals(number).name}; run the same command again to '
+                        f'go on', code=128 + number)
+
+    def __exit__(self, kind, *_):
+        if kind:
+            with self.lock:
+                self.stopped, running = True, list(self.running)
+            for process in running:
+                process.terminate()
+            for process in running:     # trainings save before they end
+                process.wait()
