@@ -7,26 +7,20 @@
 
 diffusers: a UNet2DModel and a DDIMScheduler, which load without this repository. onnx: one graph
 from noise (and labels) to images, with all steps inside. safetensors: the weights and a
-config.json. The model card (README.md in the folder) says how the model was trained and how to load
-it. --from_diffusers works in the other direction: it converts a UNet2DModel of RGB images to
-<output>/ckpt.pt, which ddim_eval.py can score. See docs/export.md.
-
-To read the code, start with `main`; formats/ has one module per format, and formats/card.py writes
-the model card.
+config.json. --from_diffusers writes <output>/ckpt.pt from a UNet2DModel. See docs/export.md.
 """
 
-import contextlib
-import shutil
 from pathlib import Path
 
 from absl import flags
 
 from formats import card, diffusers_folder, onnx_graph, safetensors_file
+from formats.load import load_model, save_as_run
 from formats.packages import check_packages
-from runtime import checkpoint, cli
+from formats.publish import publish
+from runtime import cli
 from runtime.cli import UserError
 from runtime.flags import MEAN_TYPES, define_teacher_steps, require
-from runtime.models import load_model
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint')
@@ -76,7 +70,7 @@ def export_model(output):
                         f'the model in {model.file}; choose a divisor')
     check_packages(PACKAGES[FLAGS.format])
     with publish(output) as folder:
-        measured = []
+        measured = ''
         if FLAGS.format == 'diffusers':
             diffusers_folder.write(model, FLAGS.stride, folder)
         elif FLAGS.format == 'onnx':
@@ -88,31 +82,12 @@ def export_model(output):
 
 def import_model(output):
     """The folder --from_diffusers -> a folder with ckpt.pt."""
-    check_packages(PACKAGES['diffusers'])
-    state = diffusers_folder.read(FLAGS.from_diffusers)
+    if not diffusers_folder.is_folder(FLAGS.from_diffusers):
+        raise UserError(f'--from_diffusers {FLAGS.from_diffusers} has neither model_index.json nor '
+                        f'config.json; give the folder of a pipeline or UNet2DModel')
+    model = load_model(FLAGS.from_diffusers, img_size=FLAGS.img_size)
     with publish(output) as folder:
-        checkpoint.save(folder / 'ckpt.pt', state)
-
-
-@contextlib.contextmanager
-def publish(output):
-    """`with publish(output) as folder:` gives a temporary folder to write to.
-
-    It becomes `output` when the block is complete; after an error nothing is left of it.
-    """
-    temporary = output.with_name(output.name + '.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if output.exists():
-            output.rmdir()
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(f'--output {output} cannot be written ({error.strerror or error}); choose '
-                        f'another', code=1)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        save_as_run(model, folder)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import time
 import warnings
 from inspect import signature
 
@@ -33,7 +32,7 @@ class Sampler(nn.Module):
 
 
 def write(model, stride, folder, precision):
-    """model.onnx in `folder`; returns lines on differences and latency, for the model card.
+    """model.onnx in `folder`; returns a line on its accuracy, for the model card.
 
     Args:
         precision: float32, float16 or int8.
@@ -41,24 +40,26 @@ def write(model, stride, folder, precision):
         UserError: the images of a float32 graph differ from those of PyTorch.
     """
     path, inputs = folder / 'model.onnx', example_inputs(model)
-    reference = Sampler(model.network, model.diffusion, stride)
-    exported = reference
+    reference = exported = Sampler(model.network, model.diffusion, stride)
     if precision == 'float16':
         half = copy.deepcopy(model.network).half()
         exported = Sampler(half, model.diffusion, stride, torch.float16)
     with torch.no_grad():
         expected = reference(*inputs.values())
-        first = [value[:1] for value in inputs.values()]
-        torch_ms = milliseconds(lambda: reference(*first))
         export_graph(exported, inputs, path)
     if precision == 'int8':
         quantise(path)
-    session = inference_session(path)
-    feeds = {name: value.numpy() for name, value in inputs.items()}
-    found = torch.from_numpy(session.run(None, feeds)[0])
-    first = {name: value[:1] for name, value in feeds.items()}
-    onnx_ms = milliseconds(lambda: session.run(None, first))
-    return report(expected, found, precision, torch_ms, onnx_ms)
+    found = run(path, {name: value.numpy() for name, value in inputs.items()})
+    error = (expected - torch.from_numpy(found)).abs()
+    largest, mean = error.max().item(), error.mean().item()
+    if precision == 'float32' and not largest < TOLERANCE:      # also if it is not a number
+        raise UserError(f'the images of the ONNX graph differ from those of PyTorch by '
+                        f'{largest:.2g}, expected less than {TOLERANCE}; nothing was written, '
+                        f'export with --format safetensors or another version of torch', code=1)
+    line = (f'{precision}: pixels in [-1, 1] differ from PyTorch in float32 by {largest:.2g} at '
+            f'most and {mean:.2g} on average (four images)')
+    print(line, flush=True)
+    return line
 
 
 def example_inputs(model):
@@ -93,41 +94,11 @@ def quantise(path):
     quantize_dynamic(path, path, weight_type=QuantType.QUInt8)
 
 
-def inference_session(path):
-    """The graph, ready to run on the CPU with as many threads as PyTorch uses."""
+def run(path, feeds):
+    """The images that a graph makes of {input: array} on the CPU, an array (B, 3, H, W)."""
     import onnxruntime
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), settings, providers=['CPUExecutionProvider'])
-
-
-def milliseconds(call, repeats=9):
-    """Median time of a call, after one call to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times)[repeats // 2]
-
-
-def report(expected, found, precision, torch_ms, onnx_ms):
-    """Print and return lines on differences and latency.
-
-    Raises:
-        UserError: a float32 graph gives other images than PyTorch.
-    """
-    error = (expected - found).abs()
-    largest, mean = error.max().item(), error.mean().item()
-    if precision == 'float32' and not largest < TOLERANCE:      # also if it is not a number
-        raise UserError(f'the images of the ONNX graph differ from those of PyTorch by '
-                        f'{largest:.2g}, expected less than {TOLERANCE}; nothing was written, '
-                        f'export with --format safetensors or another version of torch', code=1)
-    lines = [f'{precision}: pixels in [-1, 1] differ from PyTorch in float32 by {largest:.2g} at '
-             f'most and {mean:.2g} on average (four images)',
-             f'one image on this CPU, {torch.get_num_threads()} thread(s): ONNX Runtime '
-             f'{onnx_ms:.1f} ms, PyTorch {torch_ms:.1f} ms (median of nine)']
-    print('\n'.join(lines), flush=True)
-    return lines
+    session = onnxruntime.InferenceSession(str(path), settings, providers=['CPUExecutionProvider'])
+    return session.run(None, feeds)[0]

@@ -1,6 +1,7 @@
 """Optional packages, of requirements-export.txt."""
 
 import importlib
+import logging
 
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
@@ -15,3 +16,10 @@ def check_packages(names):
         except ImportError:
             raise UserError(f'the package {name} is missing; run pip install -r '
                             f'requirements-export.txt', code=1)
+    # what diffusers would warn of is checked here, and refused in one sentence
+    logging.getLogger('diffusers').setLevel(logging.CRITICAL)
+
+
+def first_line(error):
+    """The first line of what an exception says that is not empty, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

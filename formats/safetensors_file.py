@@ -1,6 +1,6 @@
 """Weights as safetensors, and all that rebuilds the network around them."""
 
-from formats import facts
+import json
 
 
 def write(model, stride, folder):
@@ -8,10 +8,9 @@ def write(model, stride, folder):
     from safetensors.torch import save_file
     state_dict = {key: value.contiguous() for key, value in model.network.state_dict().items()}
     save_file(state_dict, folder / 'model.safetensors', dict(format='pt'))
-    if 'unet_config' in model.facts:
-        network = dict(unet_config=model.facts['unet_config'])
-    else:
-        network = dict(unet=model.arch, details=model.network.details)
-    facts.write_json(folder / 'config.json', dict(
-        network, diffusion=model.diffusion.arguments(), stride=stride, img_size=model.img_size,
-        training=facts.origin(model)))
+    unet_config = model.network.entries.get('unet_config')
+    network = dict(unet_config=unet_config) if unet_config else dict(unet=model.arch)
+    config = dict(network, diffusion=model.diffusion.arguments(), stride=stride,
+                  img_size=model.img_size,
+                  training=dict(model.provenance(), weights=model.weights_name))
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -1,0 +1,123 @@
+"""A diffusion model, the entries of its checkpoint, and the values that are accepted there."""
+
+import copy
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion import Diffusion
+from model import UNet
+from runtime.cli import UserError
+from runtime.flags import MEAN_TYPES
+
+TRAINING = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags', 'origin')
+
+
+@dataclass
+class Model:
+    """A frozen network with its schedule."""
+    network: nn.Module
+    diffusion: Diffusion    # on the device of the network
+    file: Path              # named in messages; its folder gets results.jsonl
+    weights_name: str       # entry of the checkpoint with its weights: net_model or ema_model
+    arch: dict              # arguments of our U-Net, or the nearest to them
+    img_size: int           # height and width of its images
+    entries: dict           # other entries of its checkpoint, such as method, step, flags
+
+    def to(self, device):
+        """The model with its network, in channels_last memory, and its schedule on `device`."""
+        self.network.to(device, memory_format=torch.channels_last)
+        self.diffusion = Diffusion(**self.diffusion.arguments(), device=device)
+        return self
+
+    def student(self, mean_type):
+        """(network, schedule) of a student that predicts `mean_type`.
+
+        A copy to train, with every second time of this model, its teacher.
+        """
+        network = copy.deepcopy(self.network).train().requires_grad_(True)
+        if isinstance(network, UNet):
+            network.time_embedding.timembedding[0].requires_grad_(False)    # no parameter: a table
+        return network, self.diffusion.with_steps(self.diffusion.T // 2, mean_type)
+
+    def provenance(self):
+        """How it was trained, of plain types: {entry: value} for those it has."""
+        return {key: self.entries[key] for key in TRAINING if key in self.entries}
+
+
+def are_betas(value):
+    """Numbers with 1 > alpha_bar > 0 at every time; alpha_bar of the last may be 0 (zero SNR)."""
+    if not isinstance(value, list) or not {type(beta) for beta in value} <= {int, float}:
+        return False
+    if not 0 < len(value) <= MOST_TIMES:
+        return False
+    betas = torch.tensor(value, dtype=torch.float32)
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    return bool((betas >= 0).all() and alpha_bar[0] < 1 and (alpha_bar[:-1] > 0).all()
+                and alpha_bar[-1] >= 0)
+
+
+def is_schedule(value):
+    if isinstance(value, dict):
+        return isinstance(value.get('name'), str) and are_betas(value.get('betas'))
+    return isinstance(value, str) and value in ('cosine', 'linear')
+
+
+MOST_TIMES = 10 ** 6
+TIMES = (int, lambda value: 1 <= value <= MOST_TIMES, 'a whole number from 1 to 1,000,000')
+COUNT = (int, lambda value: value >= 0, 'a whole number')
+TEXT = (str, lambda value: True, 'text')
+# entry: (its type, whether a value of this type is accepted, what is expected)
+ENTRIES = dict(
+    T=TIMES, time_scale=TIMES, N=TIMES,
+    schedule=(object, is_schedule, 'cosine, linear, or a name with betas in (0, 1)'),
+    mean_type=(str, lambda value: value in MEAN_TYPES, ' or '.join(MEAN_TYPES)),
+    use=(str, lambda value: value in ('net_model', 'ema_model'), 'net_model or ema_model'),
+    img_size=(int, lambda value: 1 <= value <= 4096, 'a whole number from 1 to 4096'),
+    x_T=(torch.Tensor, lambda value: value.ndim == 4 and value.shape[2] == value.shape[3] > 0,
+         'noise of shape (B, 3, H, H)'),
+    unet_config=(dict, lambda value: True, 'the arguments of a UNet2DModel'),
+    step=COUNT, seed=COUNT, batch_size=COUNT, method=TEXT, dataset=TEXT, flags=TEXT, origin=TEXT)
+
+
+def check(values, table, file):
+    """Refuse a dictionary read from `file` with an unexpected value in an entry of `table`.
+
+    Raises:
+        UserError: naming the entry, what was found and what was expected.
+    """
+    for key, (kind, accepted, expected) in table.items():
+        value = values.get(key)
+        if key in values and not (kind in (object, type(value)) and accepted(value)):
+            raise UserError(f'{key} in {file} is {brief(value)}, expected {expected}; restore a '
+                            f'copy, or give another model')
+
+
+def brief(value):
+    """A value of any kind in a few words, for messages."""
+    if torch.is_tensor(value):
+        return f'a tensor of shape {tuple(value.shape)}'
+    return ' '.join(reprlib.repr(value).split())
+
+
+def grid_of(entries, times, file):
+    """The arguments of `Diffusion` among checked entries; mean_type only if it is there.
+
+    Args:
+        times: the largest time of the network. file: of both, for messages.
+    Raises:
+        UserError: they contradict each other or the network.
+    """
+    T, schedule = entries['T'], entries.get('schedule', 'cosine')
+    scale = entries.get('time_scale', max(1, times // T))
+    N = entries.get('N', T * scale)
+    betas = len(schedule['betas']) if isinstance(schedule, dict) else N
+    if N // T != scale or not N == times == betas:
+        raise UserError(f'T {T}, time_scale {scale} and N {N} in {file} do not fit each other, '
+                        f'{betas} betas or a network for times up to {times}; restore a copy, or '
+                        f'give another model')
+    found = dict(T=T, time_scale=scale, N=N, schedule=schedule)
+    return dict(found, mean_type=entries['mean_type']) if 'mean_type' in entries else found

@@ -1,0 +1,230 @@
+"""Diffusion models from a checkpoint or a folder of diffusers: network, schedule, other entries.
+
+A network that the scripts can train and sample has
+    net(z_t, t, y)      images (B, 3, H, W), times (B,) int, labels (B,) int or None -> what
+                        `Diffusion.mean_type` names, (B, 3, H, W)
+    net.conditional     whether it takes labels
+    net.class_num       number of classes; 10 if it takes no labels
+    net.in_float32      names of its parts that stay in float32 under --amp
+    net.entries         {key: plain value}: what its checkpoint must keep besides the weights to
+                        rebuild it; copied to its students
+"""
+
+import re
+
+import torch
+from absl import flags
+
+from diffusion import Diffusion, clean_linear
+from formats import diffusers_folder, diffusers_network
+from formats.entries import ENTRIES, Model, brief, check, grid_of
+from model import UNet
+from runtime import checkpoint, distributed
+from runtime.checkpoint import differences, plain_keys, some_of
+from runtime.cli import UserError
+from runtime.flags import given
+
+FLAGS = flags.FLAGS
+ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
+LARGE = ('net_model', 'ema_model', 'optim', 'optim_head', 'memory')     # not kept after loading
+TABLE = 'time_embedding.timembedding.0.weight'
+NOT_BUILT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
+             ZeroDivisionError)
+
+
+def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32, steps=0):
+    """The frozen `Model` of a checkpoint or a folder of diffusers, on the CPU.
+
+    Args:
+        path: folder of a run, file of a checkpoint, or folder of diffusers.
+        weights: 'net', 'ema', or 'auto': the average of a base model, the raw ones of a student.
+        dropout: rate in training.
+        mean_type, img_size: for a source that does not state them.
+        steps: DDIM steps that the model is taken to have; 0: as stated.
+    Raises:
+        UserError: no diffusion model, a damaged one, or one that cannot have `steps`.
+    """
+    if diffusers_folder.is_folder(path):
+        model = diffusers_folder.read(path, dropout, img_size)
+    else:
+        model = read_checkpoint(path, weights, dropout, mean_type, img_size, clean=steps > 0)
+    if model.diffusion.mean_type == 'epsilon' and model.diffusion.alpha[-1] == 0:
+        raise UserError(f'the schedule of {model.file} ends with alpha 0, where eps says nothing '
+                        f'about the image; give a model that predicts v or x_0')
+    factor = 2 ** (len(model.arch['ch_mult']) - 1)
+    if model.img_size % factor:
+        raise UserError(f'--img_size is {model.img_size} for {model.file}, expected a multiple of '
+                        f'{factor}, by which its network scales images down; give the size of its '
+                        f'images')
+    T = model.diffusion.T
+    if steps > T:
+        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it, '
+                        f'or set 0 for all of them')
+    if steps and T < model.diffusion.N and T % steps:
+        raise UserError(f'--teacher_steps {steps} does not divide the {T} steps of {path}, which '
+                        f'was trained at no others; choose a divisor')
+    model.diffusion = model.diffusion.with_steps(steps or T)
+    model.network.eval().requires_grad_(False)
+    return model
+
+
+def load_teacher(path, device):
+    """The model to halve, on `device`, by the flags of the running script.
+
+    Raises:
+        UserError: not a diffusion model, an odd or single number of steps, a network or image
+        size that the flags contradict.
+    """
+    first = path == FLAGS.base_ckpt         # a later stage of PD.py has students as teachers
+    model = load_model(path, dropout=FLAGS.dropout, mean_type=FLAGS.mean_type,
+                       img_size=FLAGS.img_size, steps=FLAGS.teacher_steps if first else 0)
+    check_flags(model, (*ARCHITECTURE, 'img_size'))
+    if model.diffusion.T % 2:
+        raise UserError(f'--base_ckpt {path} has {model.diffusion.T} sampling steps, which cannot '
+                        f'be halved; an even number is needed, such as --teacher_steps 128 of a '
+                        f'model of 1000 steps')
+    return model.to(device)
+
+
+def check_flags(model, names=(*ARCHITECTURE, 'mean_type', 'img_size')):
+    """Refuse flags given by the user that contradict the network, output type or image size."""
+    found = dict(model.arch, mean_type=model.diffusion.mean_type, img_size=model.img_size)
+    if not found['conditional']:
+        del found['class_num']
+    for name in filter(given, names):
+        ours, theirs = FLAGS[name].value, found.get(name)
+        if theirs is not None and (sorted(ours) if name == 'attn' else ours) != theirs:
+            has = 'the network in {} has' if name in ARCHITECTURE else '{} was trained with'
+            raise UserError(f'--{name} is {ours} and {has.format(model.file)} {theirs}; give the '
+                            f'same, or leave it out (repeated after a flagfile, it may append)')
+
+
+def save_as_run(model, folder):
+    """Write a model of any source as a run's checkpoint in a folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {**model.provenance(), **model.network.entries, **model.diffusion.arguments()}
+    checkpoint.save(folder / 'ckpt.pt', dict(entries, net_model=model.network.state_dict(),
+                                             use='net_model', img_size=model.img_size))
+    return folder / 'ckpt.pt'
+
+
+# Checkpoints
+
+def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
+    """The `Model` in the folder of a run or in a file; arguments as of `load_model`.
+
+    Files of pytorch-ddpm have no T. Their table of 1000 times is a grid 0..999 with DDPM's linear
+    schedule, sampled in 999 steps or divisors of them; with `clean`, these are times 1..1000 after
+    an index 0 for the clean image.
+    """
+    file = checkpoint.find(path)
+    if not file.exists() and re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(path)):
+        raise UserError(f'there is no checkpoint {file}; give the folder of a finished run, or, '
+                        f'if {path} is a model of a hub, download it first: hf download {path} '
+                        f'--local-dir DIR')
+    state = checkpoint.read(file)
+    check(state, ENTRIES, file)
+    if 'details' in state:
+        raise UserError(f'{file} holds a network of diffusers in the form of an earlier version, '
+                        f'which is no longer read; begin again from the folder of diffusers')
+    name, weights = choose_weights(state, wanted, file)
+    if clean and 'T' not in state and TABLE in weights:
+        weights[TABLE] = torch.cat([weights[TABLE][:1], weights[TABLE]])
+    network, arch = build(state, weights, dropout, f'the {name} in {file}')
+    entries = {key: value for key, value in state.items() if key not in LARGE}
+    if 'T' not in state:
+        entries.update(schedule=clean_linear(arch['T']) if clean else 'linear', T=arch['T'],
+                       mean_type=state.get('mean_type', 'epsilon'))
+        distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
+                           f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
+    if 'origin' in state:
+        network.entries = dict(network.entries, origin=state['origin'])
+    diffusion = Diffusion(**{'mean_type': mean_type, **grid_of(entries, arch['T'], file)})
+    # published checkpoints do not state the size, but x_T of their sample grids shows it
+    size = state['x_T'].shape[-1] if 'x_T' in state else img_size
+    return Model(network, diffusion, file, name, arch, state.get('img_size', size), entries)
+
+
+def choose_weights(state, wanted, file):
+    """(name, {parameter: float32 tensor}) of the weights to use.
+
+    `wanted` 'auto' takes the average of a base model, which says so itself (`use`) or, if
+    published, by time_scale 1; and the raw weights of a student.
+    Raises:
+        UserError: there are none, or they are no finite tensors in memory of their own.
+    """
+    base = state.get('time_scale', 1) == 1 and 'ema_model' in state
+    name = dict(net='net_model', ema='ema_model').get(wanted) or state.get(
+        'use', 'ema_model' if base else 'net_model')
+    if not isinstance(state.get(name), dict):
+        raise UserError(f'{file} is {kind_of_file(state)}, not a diffusion checkpoint with {name}; '
+                        f'give what train_base.py, PD.py or train_rdd.py wrote')
+    for key, value in state[name].items():
+        good = (isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point()
+                and value.layout == torch.strided and value.device.type == 'cpu'
+                # an expanded tensor is larger than its memory: no network is
+                and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+        if not good or not value.float().isfinite().all():
+            raise UserError(f'{key} of the {name} in {file} is {brief(value)}, expected a '
+                            f'floating-point tensor of finite values; give a checkpoint of a run '
+                            f'that went well')
+    plain = dict(dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return name, {key: value.to(**plain) for key, value in plain_keys(state[name]).items()}
+
+
+def kind_of_file(state):
+    """What a file is that has no weights of a diffusion model of this project."""
+    model = state.get('model')
+    if {'model', 'ema', 'opt'} <= set(state) or any(str(key).startswith('ema_model.')
+                                                    for key in state):
+        return 'a checkpoint of denoising-diffusion-pytorch, whose networks are not supported'
+    if isinstance(model, dict) and any(str(key).endswith('fc.weight') for key in model):
+        return 'a classifier'
+    return f'a file with {some_of(state)}'
+
+
+def build(state, weights, dropout, where):
+    """(network of a checkpoint, with its weights; its architecture).
+
+    It is built without memory, so that a network of an absurd size costs nothing.
+    Args:
+        where: the weights are, for messages.
+    """
+    try:
+        if 'unet_config' in state:
+            network = diffusers_network.build(state, dropout, where)
+            arch = network.architecture(state.get('N', state['T'] * state['time_scale']))
+        else:
+            arch = architecture(weights)
+            with torch.device('meta'):
+                network = UNet(dropout=dropout, **arch)
+    except NOT_BUILT:
+        raise UserError(f'{where} has names or shapes that fit no U-Net of this project: expected '
+                        f'head.weight, downblocks.0.block1.2.weight and so on, found '
+                        f'{some_of(weights)}')
+    for key, found, expected in differences(weights, network.state_dict()):
+        raise UserError(f'{where} has shapes that do not fit its network: {key} is {found}, '
+                        f'expected {expected}; restore a copy, or give another model')
+    network.load_state_dict(weights, assign=True)
+    return network, arch
+
+
+def architecture(state_dict):
+    """Arguments of the `UNet` that has these parameters, read off their names and shapes."""
+    ch = state_dict['head.weight'].shape[0]
+    ch_mult, attn, blocks, level = [], [], 0, 0
+    count = 1 + max(int(key.split('.')[1]) for key in state_dict if key.startswith('downblocks.'))
+    for i in range(min(count, len(state_dict))):
+        if f'downblocks.{i}.main.weight' in state_dict:
+            level += 1
+            continue
+        if level == len(ch_mult):
+            ch_mult.append(state_dict[f'downblocks.{i}.block1.2.weight'].shape[0] // ch)
+            if f'downblocks.{i}.attn.proj.weight' in state_dict:
+                attn.append(level)
+        if level == 0:
+            blocks += 1
+    y_weight = state_dict.get('y_embedding.weight')
+    return dict(T=state_dict[TABLE].shape[0] - 1, ch=ch, ch_mult=ch_mult, attn=attn,
+                num_res_blocks=blocks, conditional=y_weight is not None,
+                class_num=10 if y_weight is None else y_weight.shape[1])
