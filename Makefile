@@ -13,9 +13,9 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
 
-# What the demo wrote; the environment stays.
+# The folder of the demo; the environment stays.
 clean:
-	rm -rf logs/digits classifier/result/digits stats/digits.* summary.png
+	rm -rf demo
 
 # The environment, brought up to date when the requirements change.
 $(PY):

@@ -5,7 +5,7 @@
 
 from score.metrics import ActivationStats, frechet_distance, inception_score
 from score.networks import load_feature_network
-from score.reference import check_network, load_statistics, save_statistics
+from score.reference import check_reference, load_statistics, save_statistics
 
-__all__ = ['ActivationStats', 'check_network', 'frechet_distance', 'inception_score',
+__all__ = ['ActivationStats', 'check_reference', 'frechet_distance', 'inception_score',
            'load_feature_network', 'load_statistics', 'save_statistics']

@@ -15,17 +15,17 @@ from score.reference import load_statistics     # noqa: E402
 
 
 def compare(path1, path2):
-    """Frechet distance between two files of statistics.
+    """(Frechet distance between two files of statistics, the `Statistics` in them).
 
-    Returns:
-        distance: float, at least 0. first, second: the `Statistics` in the files.
     Raises:
-        UserError: a file cannot be read, or they were made with different feature networks.
+        UserError: a file cannot be read, or they differ in feature network or size of the images.
     """
     first, second = load_statistics(path1), load_statistics(path2)
-    if first.network != second.network:
-        raise UserError(f'{path1} was made with the feature network {first.network} and {path2} '
-                        f'with {second.network}; make both with the same network')
+    for name in ('network', 'img_size'):
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            raise UserError(f'{path1} was made with {name} {one} and {path2} with {other}; make '
+                            f'both with the same')
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma), first, second
 
 

@@ -14,14 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
 
-from runtime import cli, data, distributed, pictures      # noqa: E402
+from runtime import cli, data, distributed, image_files     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
 from runtime.flags import define_device_flags, without_effect       # noqa: E402
+from runtime.imagenet_batches import find_batches       # noqa: E402
 from runtime.log import progress    # noqa: E402
 from score.metrics import ActivationStats       # noqa: E402
 from score.networks import load_feature_network     # noqa: E402
-from score.reference import (Statistics, check_writable, load_statistics,       # noqa: E402
-                             save_statistics)
+from score.reference import (Statistics, load_statistics, save_statistics,      # noqa: E402
+                             version_of_score)
 
 FLAGS = flags.FLAGS
 
@@ -38,7 +39,8 @@ def define_flags():
                          'second on; the distance between the two halves is the floor that no '
                          'model gets below. 0: all', lower_bound=0, upper_bound=2)
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
-    flags.DEFINE_integer('batchsize', 128, 'images per process and step', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 128, 'images per process and step', lower_bound=1)
+    flags.DEFINE_alias('batchsize', 'batch_size')       # its name in the released code
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
                       'them out')
@@ -46,38 +48,56 @@ def define_flags():
                         'of classifier/train.py')
     flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: fetched '
                         'once and kept in torch\'s cache')
-    flags.DEFINE_string('output', None, 'file to write, relative to the repository root; none: '
+    flags.DEFINE_string('output', None, 'npz to write, relative to the repository root; none: '
                         'stats/<dataset>.<split>.npz, with .half1 or .half2 before .npz')
     flags.DEFINE_bool('overwrite', False, 'measure again even if the file is there')
+    flags.DEFINE_bool('check', False, 'measure nothing: read every file of the data set once and '
+                      'name those that cannot be used')
 
 
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     for line in without_effect(amp='features are computed in float32'):
         distributed.print0(line)
+    img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
+    where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size
+    if FLAGS.check:
+        return check(*where)
     network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
-    path = output_path()
-    if distributed.is_main():
-        check_writable(path)
-    distributed.barrier()       # no process starts if the file cannot be written
-    dataset = data.make_dataset(FLAGS.dataset, cli.find(FLAGS.data_root),
-                                FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32),
-                                train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
+    half = f'.half{FLAGS.half}' if FLAGS.half else ''
+    path = cli.anchored(FLAGS.output or f'stats/{FLAGS.dataset}.{FLAGS.split}{half}.npz')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset = data.make_dataset(*where, train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
+    distributed.print0(dataset.summary)
     indices = chosen_images(len(dataset))
     origin = dict(dataset=dataset.name, split=dataset.split, half=FLAGS.half,
-                  num_images=len(indices), img_size=dataset.img_size, network=network.name)
+                  num_images=len(indices), img_size=dataset.img_size, network=network.name,
+                  fingerprint=dataset.fingerprint, score_version=version_of_score(network.name))
     if not distributed.broadcast_object(up_to_date(path, origin)):
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
-            save(path, stats, origin)
+            counts = dataset.labels[indices].bincount(minlength=dataset.num_classes).numpy()
+            save(path, stats, origin, counts)
     distributed.cleanup()
 
 
-def output_path():
-    name = f'{FLAGS.dataset}.{FLAGS.split}' + (f'.half{FLAGS.half}' if FLAGS.half else '')
-    path = cli.anchored(FLAGS.output or f'stats/{name}.npz')
-    return path if path.suffix == '.npz' else path.with_name(path.name + '.npz')
+def check(name, root, img_size):
+    """Read every image file of the split; name those that cannot be used, the exit code is then 1.
+
+    A data set without image files is read as in training.
+    """
+    paths = []
+    if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
+        paths = image_files.find_images(root, FLAGS.split)[0]
+    problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
+    for path, reason in problems:
+        print(image_files.printable(f'{path} {reason}'))
+    if problems:
+        raise UserError(f'{len(problems)} of {len(paths)} files cannot be used, see above; replace '
+                        f'them, or give --skip_bad_images', code=1)
+    dataset = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train')
+    print(f'{dataset.summary}; every file can be used')
 
 
 def chosen_images(length):
@@ -95,26 +115,25 @@ def chosen_images(length):
 
 
 def up_to_date(path, origin):
-    """Whether `path` already holds these statistics; if it is to be overwritten, says so."""
-    if not path.exists():
+    """Whether `path` holds these statistics already; refuses to overwrite anything else."""
+    if FLAGS.overwrite or not path.exists():
         return False
-    if pictures.holds_samples(path) and not FLAGS.overwrite:
-        raise UserError(f'--output {path} exists and holds samples, not statistics; choose another '
-                        f'file, or add --overwrite')
     try:
-        before = load_statistics(path).origin()
+        found = load_statistics(path)
     except UserError as error:
-        distributed.print0(f'note: overwriting a file: {error}.')
-        return False
-    if before == origin and not FLAGS.overwrite:
+        raise UserError(f'--output {path} exists and holds no statistics ({error}); choose another '
+                        f'file, or add --overwrite')
+    before = {key: getattr(found, key) for key in origin}
+    if before == origin:
         distributed.print0(f'{path} already holds {words(origin)}; --overwrite measures again.')
-        return True
-    distributed.print0(f'note: overwriting {path}, which holds {words(before)}.')
-    return False
+    else:
+        distributed.print0(f'note: overwriting {path}, which was made otherwise: {words(before)}.')
+    return before == origin
 
 
 def words(origin):
-    return ', '.join(f'{key} {value}' for key, value in origin.items() if value is not None)
+    return ', '.join(f'{key} {value}' for key, value in origin.items()
+                     if value is not None and key not in ('fingerprint', 'score_version'))
 
 
 def measure(dataset, indices, network, device):
@@ -124,25 +143,23 @@ def measure(dataset, indices, network, device):
     # Folders are sorted by class: the splits of the Inception score must not be. The order is
     # fixed, so that neither batches nor processes change the result.
     positions = torch.randperm(total, generator=torch.Generator().manual_seed(0))[list(share)]
-    stats, done = ActivationStats(total), 0
+    stats, batches = ActivationStats(total), positions.split(FLAGS.batch_size)
+    images = data.in_order(dataset, FLAGS.batch_size, device, indices[list(share)])
     with progress(len(share), f'{FLAGS.dataset} {FLAGS.split}', unit='img') as bar:
-        for images, _, _ in data.in_order(dataset, FLAGS.batchsize, device, indices[list(share)],
-                                          FLAGS.num_workers):
-            features, probs = network(images)
-            stats.update(features, probs, positions[done:done + len(images)])
-            done += len(images)
-            bar.update(len(images))
+        for places, (batch, _, _) in zip(batches, images):
+            stats.update(*network(batch), places)
+            bar.update(len(batch))
     return stats.reduce()
 
 
-def save(path, stats, origin):
+def save(path, stats, origin, class_counts):
     mu, sigma = stats.mean_cov()
     mean, std = stats.inception_score()
-    save_statistics(path, Statistics(mu, sigma, inception_mean=mean, inception_std=std, **origin))
-    note = ''
+    save_statistics(path, Statistics(mu, sigma, class_counts=class_counts, inception_mean=mean,
+                                     inception_std=std, **origin))
+    print(f'{path}: {words(origin)}, Inception score {mean:.4g} +- {std:.2g}.')
     if origin['num_images'] <= len(mu):
-        note = f'; note: the covariance is singular, it needs more than {len(mu)} images'
-    print(f'{path}: {words(origin)}, Inception score {mean:.4g} +- {std:.2g}{note}.')
+        print(f'note: the covariance is singular, it needs more than {len(mu)} images.')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Frechet distance and Inception score from features and class probabilities, in float64."""
 
-import numpy as np
 import torch
 
 from runtime import distributed
@@ -17,88 +16,31 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
         mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
         device: where this is computed, in float64.
 
-    Returns:
-        float, at least 0.
-
     Raises:
-        UserError: shapes that do not fit together; values that are not finite (code 1).
+        UserError: features of different widths; values that are not finite (code 1).
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device=device)
                                 for v in (mu1, sigma1, mu2, sigma2))
-    shapes = [tuple(v.shape) for v in (mu1, mu2, sigma1, sigma2)]
-    if mu1.ndim != 1 or shapes != [shapes[0]] * 2 + [shapes[0] * 2] * 2:
-        raise UserError('the statistics to compare have different shapes: means {} and {}, '
-                        'covariances {} and {}; make both with one feature network'.format(*shapes))
+    if mu1.shape != mu2.shape:
+        raise UserError(f'the statistics to compare have features of different widths, {len(mu1)} '
+                        f'and {len(mu2)}; make both with one feature network')
     if not all(torch.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
         raise UserError('the statistics to compare hold values that are not finite; check the '
                         'images and the network that made them', code=1)
-    root = symmetric_sqrt(sigma1)
-    product = root @ sigma2 @ root
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # Rounding makes eigenvalues that should be 0 slightly negative.
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0)
     trace = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0., ((mu1 - mu2).square().sum() + trace).item())
 
 
-def symmetric_sqrt(matrix):
-    """R (D, D) with R R = matrix, for a symmetric positive semi-definite one."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
 def inception_score(probs, splits=10):
-    """exp(mean KL(p(y|x) || p(y))) per split, Salimans et al., 1606.03498.
-
-    Args:
-        probs: (N, K) class probabilities; rows of a split follow one another.
-        splits: parts scored on their own; at most N.
-
-    Returns:
-        (mean, std) over the splits, floats; 1 (no information) <= mean <= K.
-
-    Raises:
-        UserError: empty input; values that are not finite (code 1).
-    """
-    probs = torch.as_tensor(np.asarray(probs, dtype=np.float64))
-    if probs.ndim != 2 or not len(probs):
-        raise UserError(f'the Inception score needs probabilities (N, K), found the shape '
-                        f'{tuple(probs.shape)}; score at least one image')
-    sums = split_sums(probs, torch.arange(len(probs)), len(probs), splits)
-    return score_of_sums(*sums)
-
-
-def split_sums(probs, indices, total, splits):
-    """Sums over the images of each split, from which `score_of_sums` makes the score.
-
-    Args:
-        probs: (B, K). indices: (B,) of these images among all, 0..total - 1. Image i belongs to
-            split i * S // total, with S = min(splits, total).
-
-    Returns:
-        number of images (S,), sum of p (S, K), sum of p log p over images and classes (S,).
-    """
-    splits = min(splits, total)
-    which = indices * splits // total
-    count, sum_p, sum_plogp = (probs.new_zeros(splits, *shape)
-                               for shape in ((), probs.shape[1:], ()))
-    count.index_add_(0, which, torch.ones_like(probs[:, 0]))
-    sum_p.index_add_(0, which, probs)
-    sum_plogp.index_add_(0, which, torch.xlogy(probs, probs).sum(1))     # 0 log 0 = 0
-    return count, sum_p, sum_plogp
-
-
-def score_of_sums(count, sum_p, sum_plogp):
-    """(mean, std) over the splits of exp(mean p log p - p_mean log p_mean), from `split_sums`.
-
-    Raises:
-        UserError: values that are not finite, or a split without images (code 1).
-    """
-    mean_p = sum_p / count[:, None]
-    scores = (sum_plogp / count - torch.xlogy(mean_p, mean_p).sum(1)).exp()
-    if not torch.isfinite(scores).all():
-        raise UserError('the class probabilities are not finite or images of a split are missing; '
-                        'check the images and the network that made them', code=1)
-    return scores.mean().item(), scores.std(unbiased=False).item()
+    """(mean, std) of the Inception score of probabilities (N, K); see `ActivationStats`."""
+    probs = torch.as_tensor(probs)
+    stats = ActivationStats(len(probs), splits)
+    stats.update(probs[:, :0], probs, torch.arange(len(probs)))
+    return stats.inception_score()
 
 
 class ActivationStats:
@@ -106,24 +48,21 @@ class ActivationStats:
 
     It keeps sums in float64 on the device of the features, never the features. The memory does
     not grow with the number of images, and the results do not depend on the size of the batches.
+    Image i belongs to split i * splits // total of the Inception score: every image counts.
     """
 
     def __init__(self, total, splits=10):
-        self.total, self.splits = total, splits
-        self.sums, self.reduced = None, False
+        self.total, self.splits, self.sums = total, min(splits, total), None
 
-    @torch.no_grad()
     def update(self, features, probs, indices):
-        """Add a batch.
-
-        Args:
-            features: (B, D). probs: (B, K) class probabilities.
-            indices: (B,) of these images among all, 0..total - 1; they decide the splits.
-        """
+        """Add a batch: features (B, D), probabilities (B, K), places among all images (B,)."""
         features, probs = features.double(), probs.double()
-        count = features.new_full((), float(len(features)))
-        parts = (count, features.sum(0), features.T @ features,
-                 *split_sums(probs, indices.to(probs.device), self.total, self.splits))
+        which = indices.to(probs.device) * self.splits // self.total
+        plogp = torch.xlogy(probs, probs).sum(1, keepdim=True)      # 0 log 0 = 0
+        per_image = torch.cat([torch.ones_like(plogp), plogp, probs], 1)
+        per_split = per_image.new_zeros(self.splits, per_image.shape[1])
+        per_split.index_add_(0, which, per_image)
+        parts = features.sum(0), features.T @ features, per_split
         if self.sums is None:
             self.sums = parts
         else:
@@ -131,35 +70,35 @@ class ActivationStats:
                 total.add_(part)
 
     def reduce(self):
-        """Add up the sums of all processes; call it once on every process, after the last batch.
+        """Add up the sums of all processes, once, on every process; returns itself.
 
         Raises:
-            UserError: this process saw no image; all together did not see `total` (code 1).
+            UserError: all processes together did not see `total` images (code 1).
         """
-        if self.sums is None:
-            raise UserError('a process has no images to score; use more images or fewer processes')
-        if not self.reduced:
-            for value in self.sums:
-                distributed.all_reduce_sum(value)
-            self.reduced = True
-        if self.sums[0].item() != self.total:
-            raise UserError(f'{self.sums[0].item():.0f} images were scored, expected {self.total}; '
-                            f'the data set changed or was read twice', code=1)
+        for value in self.sums:
+            distributed.all_reduce_sum(value)
+        found = self.sums[2][:, 0].sum().item()
+        if found != self.total:
+            raise UserError(f'{found:.0f} images were scored, expected {self.total}; the data set '
+                            f'changed or was read twice', code=1)
         return self
 
     def mean_cov(self):
-        """(mu (D,), sigma (D, D)), numpy float64; the unbiased covariance, as np.cov gives it.
-
-        Raises:
-            UserError: fewer than two images.
-        """
-        count, sum_f, sum_ff = self.sums[:3]
-        if count < 2:
-            raise UserError('a covariance needs at least two images; score more')
-        mu = sum_f / count
-        sigma = (sum_ff - count * torch.outer(mu, mu)) / (count - 1)
+        """(mu (D,), sigma (D, D)), numpy float64; the unbiased covariance, as np.cov gives it."""
+        sum_f, sum_ff, _ = self.sums
+        mu = sum_f / self.total
+        sigma = (sum_ff - self.total * torch.outer(mu, mu)) / (self.total - 1)
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
     def inception_score(self):
-        """(mean, std) over the splits, floats; see the function `inception_score`."""
-        return score_of_sums(*self.sums[3:])
+        """(mean, std) over the splits of exp(mean KL(p(y|x) || p(y))), Salimans et al., 1606.03498.
+
+        1 (no information) <= mean <= K. A UserError (code 1) if it is not finite.
+        """
+        count, sum_plogp, sum_p = self.sums[2].split([1, 1, self.sums[2].shape[1] - 2], 1)
+        mean_p = sum_p / count
+        scores = (sum_plogp[:, 0] / count[:, 0] - torch.xlogy(mean_p, mean_p).sum(1)).exp()
+        if not torch.isfinite(scores).all():
+            raise UserError('the class probabilities are not finite; check the images and the '
+                            'network that made them', code=1)
+        return scores.mean().item(), scores.std(unbiased=False).item()

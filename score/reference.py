@@ -1,65 +1,41 @@
-"""Statistics of a data set in an npz file that says what it holds."""
+"""Statistics of a data set, in an npz file with a description of what was measured."""
 
-import os
-import zipfile
-from pathlib import Path
-from typing import NamedTuple, Optional
+import collections
 
 import numpy as np
 
-from runtime import cli
+from runtime import cli, files
 from runtime.cli import UserError
 
-
-class Statistics(NamedTuple):
-    """Mean and covariance of features, and what was measured; None: the file does not say."""
-    mu: np.ndarray                          # (D,) float64
-    sigma: np.ndarray                       # (D, D) float64
-    dataset: Optional[str] = None
-    split: Optional[str] = None
-    half: Optional[int] = None              # 0: all images, 1 or 2: every second one
-    num_images: Optional[int] = None
-    img_size: Optional[int] = None
-    network: Optional[str] = None           # identity of the feature network
-    inception_mean: Optional[float] = None      # Inception score of the set itself
-    inception_std: Optional[float] = None
-    path: Optional[str] = None
-
-    def origin(self):
-        """What was measured, as a dict without the results: equal for equal runs."""
-        return dict(dataset=self.dataset, split=self.split, half=self.half,
-                    num_images=self.num_images, img_size=self.img_size, network=self.network)
+# entries of a file: kind of numpy's dtype, number of dimensions; older ones have mu and sigma alone
+SCHEMA = dict(
+    mu=('f', 1), sigma=('f', 2),    # (D,) and (D, D) of the features
+    dataset=('U', 0), split=('U', 0),
+    half=('i', 0),                  # 0: all images, 1 or 2: every second one
+    num_images=('i', 0), img_size=('i', 0),
+    network=('U', 0),               # name of the feature network
+    fingerprint=('U', 0),           # of the content of the data set
+    score_version=('i', 0),         # see `version_of_score`
+    class_counts=('i', 1),          # (K,) images of each class that were measured
+    inception_mean=('f', 0), inception_std=('f', 0))        # Inception score of the set itself
+KINDS = dict(f='floating-point numbers', i='whole numbers', U='text')
+# what is in a file, None for what is not, and its path
+Statistics = collections.namedtuple('Statistics', [*SCHEMA, 'path'], defaults=[None] * 12)
 
 
-def check_writable(path):
-    """Make the folder of `path` and try to write there, before hours are spent on measuring.
+def version_of_score(network_name):
+    """Number to store with the Inception score of a data set; files of another one are stale.
 
-    Raises:
-        UserError: it cannot be written.
+    Version 2 leaves out the bias of Inception's last layer. Classifiers have no versions.
     """
-    path = Path(path)
-    probe = path.with_name(path.name + '.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror}); choose another --output')
-    if path.is_dir():
-        raise UserError(f'{path} is a folder, expected a file to write; choose another --output')
+    return 2 if network_name.startswith('inception-') else None
 
 
 def save_statistics(path, statistics):
-    """Write `Statistics` to `path` (npz): to a temporary file first, which is then renamed."""
-    path = Path(path)
     fields = {key: value for key, value in statistics._asdict().items()
               if value is not None and key != 'path'}
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
+    with files.replacing(path) as temporary, open(temporary, 'wb') as file:
         np.savez(file, **fields)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_statistics(path):
@@ -69,7 +45,7 @@ def load_statistics(path):
         path: looked up in the working directory, then in the repository root.
 
     Raises:
-        UserError: the file is missing, of another kind, or its arrays cannot be statistics.
+        UserError: the file is missing, of another kind, or an entry does not fit `SCHEMA`.
     """
     path = cli.find(path)
     if not path.is_file():
@@ -77,57 +53,54 @@ def load_statistics(path):
     try:
         with np.load(str(path), allow_pickle=False) as file:
             fields = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError,
-            zipfile.BadZipFile):
-        raise UserError(f'{path} is damaged or not an npz file of mu and sigma; make it again '
-                        f'with: {command_for(path)}')
-    check_arrays(fields, path)
-    known = {key: value.item() if value.ndim == 0 else value.astype(np.float64)
-             for key, value in fields.items() if key in Statistics._fields}
-    return Statistics(**dict(known, path=str(path)))
+        problem = problem_of(fields)
+    except Exception:       # what numpy raises depends on the bytes of the file
+        problem = 'no readable arrays, it is damaged or not an npz file of mu and sigma'
+    if problem:
+        raise UserError(f'{path} holds {problem}; make it again with: {command_for(path)}')
+    known = {key: value if value.ndim else value.item()
+             for key, value in fields.items() if key in SCHEMA}
+    known.update(mu=fields['mu'].astype(np.float64), sigma=fields['sigma'].astype(np.float64))
+    return Statistics(**known, path=str(path))
 
 
-def check_arrays(fields, path):
-    """Refuse mu and sigma that are missing, of the wrong shape or not finite."""
-    again = f'make it again with: {command_for(path)}'
+def problem_of(fields):
+    """What does not fit in a file of statistics, in words; None: all fits."""
     if 'mu' not in fields or 'sigma' not in fields:
-        raise UserError(f'{path} holds {", ".join(fields) or "nothing"}, expected mu and sigma; '
-                        f'{again}')
-    mu, sigma = fields['mu'], fields['sigma']
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise UserError(f'{path} holds mu {mu.shape} and sigma {sigma.shape}, expected (D,) and '
-                        f'(D, D); {again}')
-    if mu.dtype.kind != 'f' or sigma.dtype.kind != 'f' or not (
-            np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f'{path} holds values that are not finite; {again}')
+        return f'{", ".join(fields) or "nothing"}, expected mu and sigma'
+    for key in [key for key in SCHEMA if key in fields]:
+        value, (kind, dimensions) = fields[key], SCHEMA[key]
+        if value.dtype.kind != kind or value.ndim != dimensions:
+            return (f'{key} of type {value.dtype} with {value.ndim} dimensions, expected '
+                    f'{KINDS[kind]} with {dimensions}')
+        if kind == 'f' and not np.isfinite(value).all():
+            return f'values that are not finite in {key}'
+        if kind == 'i' and (value < 0).any():
+            return f'negative numbers in {key}'
+    mu, sigma = fields['mu'].shape, fields['sigma'].shape
+    return None if sigma == 2 * mu else f'mu {mu} and sigma {sigma}, expected (D,) and (D, D)'
 
 
-def command_for(path, network=None):
-    """The command that makes the statistics `<dataset>.<split>[.half<n>].npz`."""
-    words = Path(path).name.split('.')
-    dataset, split = words[:2] if len(words) > 2 and words[1] in ('train', 'test') else (
-        'DATASET', 'train')
-    command = f'python score/get_npz.py --dataset {dataset}'
-    if split == 'test':
-        command += ' --split test'
-    if words[2:3] in (['half1'], ['half2']):
-        command += f' --half {words[2][-1]}'
-    return command + (f' --feature_network {network.spec}' if network else '')
+def command_for(path):
+    """The command that writes statistics to `path`; the user fills in the data set."""
+    return f'python score/get_npz.py --dataset DATASET --output {path}'
 
 
-def check_network(statistics, network):
-    """Refuse to compare with statistics that another feature network made.
+def check_reference(statistics, network, img_size):
+    """Refuse statistics that samples of this size, scored with `network`, cannot be compared with.
 
-    Older files do not name theirs; for these only the width of the features is compared.
-
-    Raises:
-        UserError: another network, or another width.
+    Older files name neither network nor size; then only the width of the features is compared.
     """
-    dim, path = len(statistics.mu), statistics.path or 'the statistics'
-    again = f'make them again with: {command_for(path, network)}'
-    if statistics.network is not None and statistics.network != network.name:
-        raise UserError(f'{path} was made with the feature network {statistics.network}, the '
-                        f'samples are scored with {network.name}; {again}')
-    if dim != network.dim:
-        raise UserError(f'{path} holds features of width {dim}, those of {network.name} have '
-                        f'{network.dim}; {again}')
+    path, problem = statistics.path, None
+    if statistics.network not in (None, network.name):
+        problem = (f'was made with the feature network {statistics.network}, the samples are '
+                   f'scored with {network.name}')
+    elif len(statistics.mu) != network.dim:
+        problem = (f'holds features of width {len(statistics.mu)}, those of {network.name} have '
+                   f'{network.dim}')
+    elif statistics.img_size not in (None, img_size):
+        problem = (f'was made from images of {statistics.img_size} px, the samples have '
+                   f'{img_size} px')
+    if problem:
+        raise UserError(f'{path} {problem}; make it again with: {command_for(path)} '
+                        f'--feature_network {network.spec} --img_size {img_size}')
