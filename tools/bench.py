@@ -1,27 +1,32 @@
-"""Measure the fast forms against plain ones: the same mathematics in float32, eager, unfused.
+"""Speed and memory of the training steps and of sampling; the scripts run as a user starts them.
 
-  python tools/bench.py --json bench.json       training steps, sampling, scoring, losses
-  python tools/bench.py --rows memory           memory of the relational losses at 256 images
-  python tools/bench.py --rows growth           step time over batch, width, size and processes
-  python tools/bench.py --rows estimate         hours the full chains would take here; --tflops
-                                                50: on a device that sustains 50 TFLOP/s
-  git worktree add ../before COMMIT
-  python tools/bench.py --against ../before     training steps here and in another checkout
-The rows base, pd and rdd are steps of train_base.py, PD.py and train_rdd.py as they are. Weights
-and images are random, the width is that of CIFAR-10. Fast and plain (tools/plain.py) take turns in
-one process, two checkouts in a process per turn; ratios are those of one turn, as median
-(smallest .. largest).
+  python tools/bench.py                               CIFAR-10: train_base, PD, train_rdd, ddim_eval
+  python tools/bench.py --config DIGITS --rows base,rdd --amp bf16
+  python tools/bench.py --batch_size 16 --tflops 50   on a CPU; hours on a GPU of 50 TFLOP/s
+  python tools/bench.py --rows rdd --profile          the slowest operators as well
+  python tools/bench.py -- --compile --grad_accum=2   further flags for the scripts
+The scripts get the flagfiles of --config, and random images and networks in a temporary folder: a
+teacher of 8 steps and a classifier. CUDA_VISIBLE_DEVICES= measures the CPU.
+
+images/s: median (smallest .. largest) of five lines of metrics.jsonl, --steps in all, after a first
+    one that is left out; of the sampler, the mean over 4 batches.
+MiB: the largest memory_mb: peak of the GPU, or resident memory of the process on a CPU.
+GFLOP/image: torch.utils.flop_counter on one step; a multiply-add counts as two operations.
+% of conv.: GFLOP/image times images/s, in percent of the same for one 3x3 convolution in the same
+    precision, forward and backward: 256 channels, 32 x 32 pixels, 64 images (8 on a CPU).
+hours: what the recipe takes at these images/s, or with --tflops at that rate. base: --total_steps;
+    pd: from the teacher to 8 steps; rdd: from 8 steps to 1; sample: --num_images with 8 steps.
 """
 
-import contextlib
-import functools
-import itertools
 import json
+import math
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
@@ -29,288 +34,163 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import numpy as np      # noqa: E402
 import torch    # noqa: E402
 from absl import flags      # noqa: E402
+from PIL import Image       # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode    # noqa: E402
 
 from classifier import build_classifier     # noqa: E402
-from runtime import checkpoint, cli, distributed    # noqa: E402
-from runtime.cli import UserError       # noqa: E402
-from runtime.flags import check_network, define_device_flags, define_network_flags  # noqa: E402
-from tools import bench_rows, convolutions      # noqa: E402
-from tools.bench_rows import CHANNELS, N    # noqa: E402
-from tools.measure import Peak, compare, device_name, free_bytes, spread, table     # noqa: E402
-from tools.plain import plain       # noqa: E402
+from runtime import checkpoint, cli     # noqa: E402
 
 FLAGS = flags.FLAGS
-STEPS = ('base', 'pd', 'rdd')
-SPEED = dict({name: [name] for name in STEPS}, sample=['sample 1', 'sample 4', 'sample 8'],
-             score=['features', 'frechet'], losses=['IS_P2P', 'M_P2P'])
-EXTRA = ('memory', 'growth', 'estimate')
-PARTS = ('data wait', 'teacher', 'student', 'classifier', 'losses', 'backward', 'optimiser')
-HANDED_ON = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'conditional', 'class_num',
-             'img_size', 'amp', 'compile', 'batch_size', 'repeats', 'profile')
+SCRIPTS = dict(base='train_base.py', pd='PD.py', rdd='train_rdd.py', sample='ddim_eval.py')
+LINES, BATCHES = 5, 4       # what is measured of a training, of the sampler
 
 
 def define_flags():
-    define_network_flags()
-    define_device_flags()
-    flags.DEFINE_list('rows', list(SPEED), f'what to measure: {", ".join((*SPEED, *EXTRA))}')
-    flags.DEFINE_enum('device', 'auto', ['auto', 'cpu', 'cuda'], 'auto: a GPU if there is one')
-    flags.DEFINE_integer('batch_size', None, 'images per step; none: 128 on a GPU, 16 on a CPU',
-                         lower_bound=4)
-    flags.DEFINE_integer('repeats', 5, 'turns of fast and plain', lower_bound=1)
-    flags.DEFINE_integer('processes', 1, 'processes that share a training step', lower_bound=1)
-    flags.DEFINE_string('classifier', 'densenet201', 'classifier of the RDD row')
-    flags.DEFINE_bool('plain', True, 'measure the plain side as well')
-    flags.DEFINE_string('against', None, 'another checkout of this repository, whose training '
-                        'steps are measured in place of the plain side')
-    flags.DEFINE_bool('profile', False, 'print the slowest operators of every row as well')
-    flags.DEFINE_integer('group', 256, 'images of --rows memory, 8x8 maps', lower_bound=1)
-    flags.DEFINE_float('tflops', None, 'sustained 1e12 operations per second that --rows estimate '
-                       'supposes; none: what base, PD and RDD steps reach here')
-    flags.DEFINE_string('json', None, 'file for all numbers')
+    flags.DEFINE_list('rows', list(SCRIPTS), 'what to measure: base, pd, rdd, sample')
+    flags.DEFINE_string('config', 'CIFAR10', 'flagfiles config/CONFIG_BASE.txt and so on')
+    flags.DEFINE_enum('amp', 'none', ['none', 'bf16'], 'precision of the networks')
+    flags.DEFINE_integer('steps', 20, 'steps of a training that are measured', lower_bound=LINES)
+    flags.DEFINE_integer('batch_size', None, 'images per step; none: as in the flagfiles', 1)
+    flags.DEFINE_integer('threads', None, 'threads on a CPU; none: as torch has it', 1)
+    flags.DEFINE_float('tflops', None, '1e12 operations per second, for the hours', 1e-3)
+    flags.DEFINE_bool('profile', False, 'profile three more steps of every row')
 
 
-def main():
-    check_rows()
-    if FLAGS.device == 'cpu':
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    if FLAGS.device == 'cuda' and device.type != 'cuda':
-        raise UserError('--device cuda: torch finds no GPU; leave it out to measure the CPU')
-    FLAGS.batch_size = FLAGS.batch_size or (128 if device.type == 'cuda' else 16)
-    check_network()
-    if FLAGS.batch_size % FLAGS.processes:
-        raise UserError(f'--batch_size {FLAGS.batch_size} cannot be shared out equally over '
-                        f'--processes {FLAGS.processes}')
-    print(environment(device), flush=True)
-    results = []
-    for row in itertools.chain(*(SPEED.get(name, []) for name in FLAGS.rows)):
-        results.append(measure(row, device))
-        print(f'{row}: done', file=sys.stderr, flush=True)
-    if results:
-        report(results)
-        report_shares(results, device)
-    if 'memory' in FLAGS.rows:
-        results += memory(device)
-    if 'growth' in FLAGS.rows:
-        results += growth(device)
-    if 'estimate' in FLAGS.rows:
-        from tools.estimate import estimate
-        results += estimate(FLAGS.tflops, lambda row: measure(row, device, plain_too=False))
-    if FLAGS.json:
-        text = json.dumps(dict(environment=environment(device), rows=results), indent=1)
-        Path(FLAGS.json).write_text(text)
-
-
-def check_rows():
-    unknown = sorted(set(FLAGS.rows) - {*SPEED, *EXTRA})
-    if unknown:
-        raise UserError(f'--rows {",".join(unknown)} is unknown; choose of {", ".join(SPEED)}, '
-                        f'{", ".join(EXTRA)}')
-    if 'estimate' in FLAGS.rows and (FLAGS.ch, FLAGS.img_size) != (128, 32):
-        raise UserError('--rows estimate measures the network of CIFAR-10; leave --ch and '
-                        '--img_size out')
-    if 'WORLD_SIZE' in os.environ:
-        raise UserError('the bench starts processes itself, and was started by a launcher; use '
-                        'plain python, and --processes for training steps on several')
-    if FLAGS.against:
-        if not Path(FLAGS.against, 'tools/bench_steps.py').is_file():
-            raise UserError(f'--against {FLAGS.against} has no tools/bench_steps.py; expected the '
-                            f'folder of another checkout of this repository')
-        if not FLAGS['rows'].present:
-            FLAGS.rows = list(STEPS)
-        if not set(STEPS).issuperset(FLAGS.rows):
-            raise UserError(f'--rows {",".join(FLAGS.rows)} with --against: only '
-                            f'{", ".join(STEPS)} are compared with another checkout')
-    if FLAGS.processes > 1 and not set(STEPS).issuperset(FLAGS.rows):
-        raise UserError(f'--rows {",".join(FLAGS.rows)} with --processes {FLAGS.processes}: only '
-                        f'{", ".join(STEPS)} share their work; leave --processes out')
-
-
-def environment(device):
-    return (f'{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-            f'batch {FLAGS.batch_size}, ch {FLAGS.ch}, {FLAGS.img_size} px, amp {FLAGS.amp}, '
-            f'compile {FLAGS.compile}, {FLAGS.repeats} turns, {FLAGS.processes} processes'
-            + (f', against {Path(FLAGS.against).resolve()}' if FLAGS.against else ''))
-
-
-# Speed
-
-def measure(row, device, plain_too=None):
-    """dict(row, images, sides={name: dict(seconds=[one per turn], parts, peak_mib)})."""
-    plain_too = FLAGS.plain if plain_too is None else plain_too
-    if FLAGS.against:
-        found = two_checkouts(row)
-    elif row in STEPS:
-        found = training_steps(row, FLAGS.processes, plain=plain_too)
-    else:
-        found = compare(functools.partial(bench_rows.work_on, row), sides(plain_too), device,
-                        FLAGS.repeats, FLAGS.profile)
-    return dict(row=row, images=bench_rows.images_of(row), sides=found)
-
-
-def sides(plain_too):
-    """{name: function that makes the context of this side} for `bench_rows`."""
-    found = dict(fast=contextlib.nullcontext)
-    if plain_too:
-        found['plain'] = functools.partial(plain, bench_rows)
-    return found
-
-
-def two_checkouts(row):
-    """What `training_steps` finds, with this checkout and --against taking turns."""
-    found = {}
-    for _ in range(FLAGS.repeats):
-        for side, root in (('here', cli.ROOT), ('against', FLAGS.against)):
-            turn = training_steps(row, FLAGS.processes, root, plain=False, repeats=1)['fast']
-            before = found.get(side, dict(seconds=[]))['seconds']
-            found[side] = dict(turn, seconds=before + turn['seconds'])
-    return found
-
-
-def training_steps(row, processes, root=cli.ROOT, **changes):
-    """Measure a row in processes of its own: see `bench_steps.py`. changes: flags for it."""
-    script = str(Path(root, 'tools/bench_steps.py'))
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    threads = max(1, torch.get_num_threads() // processes)
+def main(words):
+    if not set(FLAGS.rows) <= set(SCRIPTS):
+        raise cli.UserError(f'--rows {",".join(FLAGS.rows)}: choose of {", ".join(SCRIPTS)}')
+    rows = [row for row in SCRIPTS if row in FLAGS.rows]        # base makes the teacher
+    torch.set_num_threads(FLAGS.threads or torch.get_num_threads())
+    os.environ['OMP_NUM_THREADS'] = str(torch.get_num_threads())
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    convolution = convolution_rate(device)
     with tempfile.TemporaryDirectory() as folder:
-        values = dict({name: FLAGS[name].value for name in HANDED_ON}, num_workers=0,
-                      sample_size=1, logdir=f'{folder}/run', json=f'{folder}/found.json',
-                      **stand_ins(row, Path(folder)))
-        values.update(changes)
-        words = [f'--{name}={value}' for name, given in values.items()
-                 for value in (given if isinstance(given, list) else [given])]
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), script, row, *words],
-            env=dict(os.environ, OMP_NUM_THREADS=str(threads)), stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, universal_newlines=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ['nothing'])[-1]
-            raise UserError(f'the measurement of {row} by {script} with {values} ended with: '
-                            f'{said}', code=1)
-        return json.loads(Path(folder, 'found.json').read_text())
+        os.environ['XDG_CACHE_HOME'] = folder       # no image of the bench stays in a cache
+        make_inputs(Path(folder), words)
+        print(f'{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+              f'{FLAGS.config}, amp {FLAGS.amp}; one convolution: {convolution / 1e12:.3g} TFLOP/s'
+              f'\n\n| row | batch | images/s | MiB | GFLOP/image | % of conv. | hours |\n'
+              f'| :--- {"| ---: " * 6}|', flush=True)
+        for row in rows:
+            measure(row, Path(folder), convolution)
+        for row in rows if FLAGS.profile else ():
+            start(row, Path(folder), 3, inside='profile')
+            print(f'\n{row}\n{Path(folder, "found.txt").read_text()}', flush=True)
 
 
-def stand_ins(row, folder):
-    """Flags for a teacher with 8 steps and a classifier, which are made of random numbers."""
-    if row == 'base':
-        return dict(T=N)
-    checkpoint.save(folder / 'teacher.pt', dict(
-        net_model=bench_rows.random_unet().state_dict(), T=8, time_scale=N // 8,
-        img_size=FLAGS.img_size))
-    if row == 'pd':
-        return dict(base_ckpt=folder / 'teacher.pt')
-    network = build_classifier(FLAGS.classifier, FLAGS.class_num)
-    checkpoint.save(folder / 'classifier.pt', dict(model=network.state_dict(),
-                                                   name=FLAGS.classifier))
-    return dict(base_ckpt=folder / 'teacher.pt', classifier=FLAGS.classifier,
-                classifier_path=folder / 'classifier.pt')
+def measure(row, folder, convolution):
+    """Print a line of the table; `convolution`: operations per second of a convolution alone."""
+    if row == 'sample':
+        file, lines = start(row, folder, BATCHES) / 'results.jsonl', 1
+    else:
+        every = FLAGS.steps // LINES
+        file, lines = start(row, folder, every * (1 + LINES), every) / 'metrics.jsonl', LINES
+    found = [json.loads(line) for line in file.read_text().splitlines()[-lines:]]
+    rates, memory = ([line.get(key, 0) for line in found] for key in ('images_per_s', 'memory_mb'))
+    start(row, folder, 1, inside='count')
+    work = int((folder / 'found.txt').read_text()) / batch_size(row)
+    rate = statistics.median(rates)
+    hours = recipe_images(row) / (FLAGS.tflops * 1e12 / work if FLAGS.tflops else rate) / 3600
+    print(f'| {row} | {batch_size(row)} | {rate:.3g} ({min(rates):.3g} .. {max(rates):.3g}) '
+          f'| {max(memory):.0f} | {work / 1e9:.3g} | {100 * work * rate / convolution:.3g} '
+          f'| {hours:.3g} |', flush=True)
 
 
-def report(results):
-    """Tables of speed, of the parts of a training step and of operators."""
-    speed, parts, slowest = [], [], []
-    this, other_side = ('here', 'against') if FLAGS.against else ('fast', 'plain')
-    for result in results:
-        row, found = result['row'], result['sides']
-        fast, other = (found.get(name, dict(seconds=[], parts={})) for name in (this, other_side))
-        ratios = [p / f for p, f in zip(other['seconds'], fast['seconds'])]
-        rates = [[result['images'] / s for s in side['seconds']] for side in (fast, other)]
-        speed.append([row, *map(spread, rates), spread(ratios),
-                      *(f'{side["peak_mib"]:.0f}' if 'peak_mib' in side and row != 'frechet'
-                        else '-' for side in (fast, other))])     # numpy's is not seen
-        parts += [[f'{row}, {name}', *(f'{1000 * side["parts"].get(part, 0):.1f}'
-                                       for part in PARTS)]
-                  for name, side in found.items() if side['parts']]
-        slowest += [[f'{row}, {name}', ', '.join(f'{key} {100 * share:.0f} %'
-                                                 for key, share in side['operators'])]
-                    for name, side in found.items() if 'operators' in side]
-    head = ['row', f'images/s {this}', f'images/s {other_side}', f'{other_side} / {this}',
-            f'MiB {this}', f'MiB {other_side}']
-    print('\n' + table(head, speed), flush=True)
-    if parts:
-        print('\n' + table(['ms', *PARTS], parts), flush=True)
-    if slowest:
-        print('\n' + table(['row', 'slowest operators'], slowest), flush=True)
+def convolution_rate(device):
+    """Operations per second of a 3x3 convolution, forward and backward."""
+    images, seconds = 64 if device.type == 'cuda' else 8, []
+    x, weight = (torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+                 .requires_grad_() for shape in ((images, 256, 32, 32), (256, 256, 3, 3)))
+    for _ in range(6):
+        since = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=FLAGS.amp == 'bf16'):
+            out = torch.nn.functional.conv2d(x, weight, padding=1)
+        grad, _ = torch.autograd.grad(out, [x, weight], torch.ones_like(out))
+        grad[0, 0, 0, 0].item()     # waits for a GPU
+        seconds.append(time.perf_counter() - since)
+    return 3 * 2 * out.numel() * 256 * 9 / min(seconds)
 
 
-def report_shares(results, device):
-    """How near training steps come to the rate of the convolutions that they are made of."""
-    results, rows = [result for result in results if result['row'] in STEPS], []
-    reached = convolutions.rate(FLAGS, device) if results else 0
-    for result in results:
-        work, (ours, *_) = convolutions.operations(result['row'], FLAGS), result['sides'].values()
-        rates = [work / s for s in ours['seconds']]
-        result['convolution_share'] = [value / reached for value in rates]
-        rows.append([result['row'], spread([r / 1e12 for r in rates]),
-                     spread([100 * share for share in result['convolution_share']])])
-    if rows:
-        print(f'\n3x3 convolutions alone, forward and backward: {reached / 1e12:.3g} TFLOP/s\n\n'
-              + table(['row', 'TFLOP/s', '% of convolutions alone'], rows), flush=True)
+def flagfile(row):
+    return cli.anchored(f'config/{FLAGS.config}_{"EVAL" if row == "sample" else row.upper()}.txt')
 
 
-# Memory
-
-def memory(device):
-    """Peak of the relational losses beyond maps and gradient, and what travels per step."""
-    map_mib = FLAGS.group * 64 * CHANNELS * 4 / 2 ** 20
-    rows = [memory_row(name, width, map_mib, device)
-            for name, width in (('IS_P2P', FLAGS.group * 64), ('M_P2P', 4096))]
-    head = ['MiB', 'fast', 'plain', 'value differs by', 'gradient differs by']
-    sent, queue = 128 * CHANNELS * 4 / 1e6, 20000 * CHANNELS * 4 / 1e6
-    print(f'\nBeyond two maps of {FLAGS.group} x {CHANNELS} x 8 x 8 and the gradient of one '
-          f'({map_mib:.0f} MiB each):\n\n{table(head, rows)}\n\n'
-          f'Of the maps, 128 pixels travel between processes, {sent:.2f} MB per step (computed); '
-          f'of the queue of {queue:.1f} MB, nothing.', flush=True)
-    return [dict(row='memory', mib=rows, sent_mb=sent, queue_mb=queue)]
+def recipe(row):
+    """{flag: value} of the row's flagfile; of a flag that is repeated, the last."""
+    lines = flagfile(row).read_text().splitlines()
+    return dict(line.lstrip('-').partition('=')[::2] for line in lines)
 
 
-def memory_row(name, width, map_mib, device):
-    """A line of the table: peaks of a loss with `width` keys, and how far the sides differ."""
-    found, results = dict(fast='-', plain='-'), []
-    for side, context in sides(FLAGS.plain).items():
-        needed = 8 * (FLAGS.group * 64 * width * 4 + map_mib * 2 ** 20)
-        if side == 'plain' and 0 < free_bytes(device) < needed:
-            print(f'{name}, plain: left out, it needs about {needed / 2 ** 30:.0f} GiB and '
-                  f'{free_bytes(device) / 2 ** 30:.0f} are free.')
-            continue
-        with context():
-            function = bench_rows.relational_loss(name, device, FLAGS.group, 8)
-            with Peak(device) as peak:
-                results.append(function())
-        found[side] = f'{peak.mib - map_mib:.0f}'
-    differences = ['-', '-']
-    if len(results) > 1:
-        differences = [f'{(one - other).abs().max() / other.abs().max():.1e}'
-                       for one, other in zip(*results)]
-    return [name, *found.values(), *differences]
+def batch_size(row):
+    return FLAGS.batch_size or int(recipe(row)['batch_size'])
 
 
-# Growth
+def recipe_images(row):
+    """Images that the recipe trains on in all its students, or samples."""
+    values = recipe(row)
+    if row == 'sample':
+        return int(values['num_images'])
+    # RDD makes students of 4, 2 and 1 steps; the last two train twice as long
+    students = dict(base=1, pd=math.log2(int(recipe('base')['T']) / 8), rdd=1 + 2 + 2)
+    return students[row] * int(values['total_steps']) * int(values['batch_size'])
 
-def growth(device):
-    """Time of a base step along four axes, with slopes."""
-    small, size = max(4, FLAGS.batch_size // 4), FLAGS.img_size
-    most = torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count()
-    axes = dict(batch_size=[small, 2 * small, 4 * small], ch=[32, 64, 128],
-                img_size=[size // 2, size, 2 * size],
-                processes=[n for n in (1, 2, 4) if n <= most and 4 * small % n == 0])
-    rows, results = [], []
-    for axis, points in axes.items():
-        times = []
-        for value in points:
-            changes = dict(processes=1, batch_size=4 * small if axis == 'processes' else small)
-            changes[axis] = value
-            found = training_steps('base', plain=False, profile=False, **changes)
-            times.append(statistics.median(found['fast']['seconds']))
-        slope = np.polyfit(np.log(points), np.log(times), 1)[0] if len(points) > 1 else 0.
-        results.append(dict(row=axis, points=points, seconds=times, slope=slope))
-        cells = [f'{value}: {time:.3g} s' for value, time in zip(points, times)]
-        rows.append([axis, *(cells + ['', ''])[:3], f'{slope:.2f}'])
-    print('\nTime of a base step; slope of log time over log size:\n\n'
-          + table(['over', '', '', '', 'slope'], rows), flush=True)
-    return results
+
+def make_inputs(folder, words):
+    """Random images, networks and statistics, and a flagfile that names them for all scripts."""
+    classes, size = (int(recipe('base')[name]) for name in ('class_num', 'img_size'))
+    for i in range(max(classes, *map(batch_size, SCRIPTS))):
+        file = folder / f'images/train/{i % classes:04}/{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.randint(256, size=(size, size, 3), dtype=np.uint8)).save(file)
+    for name in (recipe('rdd')['classifier'], 'convnet_small'):
+        network = build_classifier(name, classes)
+        checkpoint.save(folder / f'{name}.pt', dict(model=network.state_dict(), name=name))
+    features = network.num_features
+    np.savez(folder / 'real.npz', mu=np.zeros(features), sigma=np.eye(features))
+    values = dict(amp=FLAGS.amp, dataset='folder', data_root=folder / 'images', img_size=size, T=8,
+                  time_scale=128, base_ckpt=folder / 'base', until=0, sample_step=0, save_step=0,
+                  classifier_path=folder / f'{recipe("rdd")["classifier"]}.pt',
+                  feature_network=folder / 'convnet_small.pt', fid_cache=folder / 'real.npz')
+    lines = [f'--{name}={value}' for name, value in values.items()]
+    (folder / 'flags.txt').write_text('\n'.join(lines + words))
+    if 'base' not in FLAGS.rows:
+        start('base', folder, 1)
+
+
+def start(row, folder, steps, log_step=1, inside=''):
+    """Run a script for some steps, or batches; returns its --logdir. inside: see `run_inside`."""
+    logdir = folder / ('base' if row == 'sample' else row + inside)
+    words = [f'--flagfile={flagfile(row)}', f'--flagfile={folder}/flags.txt', f'--logdir={logdir}',
+             f'--batch_size={batch_size(row)}']
+    words += ([f'--num_images={steps * batch_size(row)}'] if row == 'sample' else
+              [f'--total_steps={steps}', f'--log_step={log_step}'])
+    words += ['--nocompile'] if inside == 'count' else []
+    before = [__file__, 'inside', inside, folder / 'found.txt'] if inside else []
+    done = subprocess.run([sys.executable, *before, SCRIPTS[row], *words], cwd=str(cli.ROOT),
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8')
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['nothing'])[-1]
+        raise cli.UserError(f'{SCRIPTS[row]} {" ".join(words)} ended with: {reason}', code=1)
+    return logdir
+
+
+def run_inside(kind, file, *argv):
+    """Run a script here, and write its number of operations (count) or the slowest (profile)."""
+    sys.argv = list(argv)
+    with FlopCounterMode(display=False) if kind == 'count' else torch.profiler.profile() as found:
+        try:
+            runpy.run_path(argv[0], run_name='__main__')
+        except SystemExit as leaving:
+            if leaving.code:
+                raise
+    key = f'self_{"cuda" if torch.cuda.is_initialized() else "cpu"}_time_total'
+    Path(file).write_text(str(found.get_total_flops()) if kind == 'count' else
+                          found.key_averages().table(key, 12, max_name_column_width=40))
 
 
 if __name__ == '__main__':
-    define_flags()
-    cli.run(main)
+    if sys.argv[1:2] == ['inside']:
+        run_inside(*sys.argv[2:])
+    else:
+        define_flags()
+        cli.run(main, words=True)

@@ -1,11 +1,13 @@
-"""Scores against the number of network evaluations: a table on the screen and a picture.
+"""Scores, curves of training and samples of several models in one picture.
 
-  python tools/plot.py ./logs/CIFAR10/1024 ./logs/CIFAR10/8 ./logs/8to4/rdd
-  python tools/plot.py "DDIM=./logs/CIFAR10/1024" ours=./logs/8to4/rdd/results.jsonl
-Words are results.jsonl files or folders, which are searched; NAME= before one names its curve.
-Every seed is shown. Results of different protocols (reference, features, number of images, pixels)
-get a panel each, since they do not compare. The picture needs matplotlib
-(pip install -r requirements-export.txt); the table does not.
+Scores over the number of network evaluations, as a table too, with a panel per protocol:
+  python tools/plot.py ./logs/CIFAR10/1024 "ours=./logs/8to4/rdd/results.jsonl"
+A value of metrics.jsonl over the steps of training:
+  python tools/plot.py --value loss ./logs/CIFAR10
+A row of samples per npz or folder that `ddim_eval.py --save_images` has written:
+  python tools/plot.py --samples "teacher=./teacher.npz" "PD, 1 step=./pd_1.npz"
+NAME= in front names the curve or row. Samples of one --seed start from the same noise: a column
+shows what each model makes of it.
 """
 
 import json
@@ -14,122 +16,138 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
+import numpy as np      # noqa: E402
+import torch    # noqa: E402
 from absl import flags      # noqa: E402
+from PIL import Image       # noqa: E402
 
-from runtime import cli     # noqa: E402
-from runtime.cli import UserError       # noqa: E402
+from runtime import cli, pictures       # noqa: E402
+from score import results       # noqa: E402
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('output', './scores.png', 'the picture: png, pdf or svg')
-flags.DEFINE_enum('score', 'fid', ['fid', 'inception_score'], 'what the picture shows')
-
 METHODS = dict(base='DDIM', pd='PD', rdd='RDD')
-SCORES = dict(fid='Frechet distance', inception_score='Inception score')
-NEEDED = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'weights', 'num_images')
-PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')
+PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')     # equal where scores compare
+
+
+def define_flags():
+    flags.DEFINE_string('output', './plot.png', 'the picture, a png or pdf')
+    flags.DEFINE_string('value', 'fid', 'fid or inception_score, or a name in metrics.jsonl')
+    flags.DEFINE_bool('samples', False, 'draw rows of samples instead of curves')
+    flags.DEFINE_integer('columns', 16, 'images per row of --samples', 1, 256)
+    flags.register_validator('output', lambda path: path.endswith(('.png', '.pdf')),
+                             'expected a file that ends in .png or .pdf')
 
 
 def main(words):
     if not words:
-        raise UserError('expected results.jsonl files or folders of evaluated runs, found none; as '
-                        'in: tools/plot.py ./logs/CIFAR10/1024 ./logs/8to4/rdd')
-    results = [result for word in words for result in read_word(word)]
-    results = sorted(newest(results), key=lambda r: (protocol(r), r['curve'], -r['nfe'], r['seed']))
-    print(table(results))
-    draw(results, Path(FLAGS.output))
-    print(f'\n{FLAGS.output} shows them.')
+        raise cli.UserError('found no file or folder; as in: tools/plot.py ./logs/digits')
+    named = [word.rpartition('=')[::2] for word in words]       # (name or '', path)
+    if FLAGS.samples:
+        draw_samples(named)
+    elif FLAGS.value in results.NUMBERS:
+        draw_curves(with_table(read(named, 'results.jsonl', results.read)), 'nfe')
+    else:
+        draw_curves(read(named, 'metrics.jsonl', read_metrics), 'step')
+    print(f'{FLAGS.output} shows them.')
 
 
-def read_word(word):
-    """Results of one word of the command line, each with its `file` and `curve`."""
-    name, _, path = word.rpartition('=')
-    path = Path(path).expanduser()
-    files = sorted(path.rglob('results.jsonl')) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f'{path} has no results.jsonl; score a run with ddim_eval.py first')
-    for file in files:
-        lines = file.read_text(errors='replace').splitlines()
-        if not lines:
-            raise UserError(f'{file} holds no results; score a run with ddim_eval.py first')
-        for number, line in enumerate(lines, 1):
-            try:
-                result = json.loads(line)
-                if not set(NEEDED) <= set(result):
-                    raise ValueError
-                yield dict(result, file=str(file), curve=name or curve(result, file))
-            except (ValueError, TypeError):
-                raise UserError(f'line {number} of {file} is no result of ddim_eval.py; remove it')
+def read(named, file_name, read_file):
+    """Lines of all files `file_name`, as dictionaries with a curve and the title of a panel."""
+    found = []
+    for name, path in named:
+        path, before = Path(path).expanduser(), len(found)
+        for file in sorted(path.rglob(file_name)) if path.is_dir() else [path]:
+            folder = file.resolve().parent.name
+            for line in read_file(file):
+                curve = line.get('method', folder) if folder.isdigit() else folder
+                title = ', '.join(f'{line[key]}' for key in PROTOCOL if key in line)
+                found.append(dict(line, title=title, curve=name or METHODS.get(curve, f'{curve}')))
+        if len(found) == before:
+            raise cli.UserError(f'{path} has no {file_name} with {FLAGS.value}; give a run that is '
+                                f'trained, and scored by ddim_eval.py')
+    return found
 
 
-def curve(result, file):
-    """Name of the curve a result belongs to: of its folder, or its method if that is a number."""
-    folder = file.resolve().parent.name
-    base = result.get('method') == 'base' or result['weights'] == 'ema_model'
-    method = METHODS.get(result.get('method'), 'DDIM' if base else 'PD')
-    return method if folder.isdigit() else METHODS.get(folder, folder)
+def read_metrics(file):
+    """Yield step and --value of the lines that have both."""
+    for line in file.read_text(errors='replace').splitlines() if file.is_file() else ():
+        try:
+            entries = json.loads(line)
+            yield {key: float(entries[key]) for key in ('step', FLAGS.value)}
+        except (ValueError, TypeError, KeyError):
+            continue
 
 
-def protocol(result):
-    """What has to agree for two scores to compare."""
-    return tuple(result.get(key) for key in PROTOCOL)
+def with_table(lines):
+    """Print and return them, sorted; of results made twice, as after more training, the last."""
+    keys = ('title', 'curve', 'ckpt', 'nfe', 'seed', 'weights', 'amp')
+    last = {tuple(map(line.get, keys)): line for line in lines}.values()
+    found = sorted(last, key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
+    columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'seed', *PROTOCOL)
+    print(f'| {" | ".join(columns)} |\n|{" :--- |" * len(columns)}')
+    for line in found:
+        print(f'| {" | ".join(str(line.get(key)) for key in columns)} |')
+    return found
 
 
-def newest(results):
-    """The last of the results that were made twice, as after more training."""
-    keys = ('file', 'curve', 'nfe', 'seed', 'weights', 'amp')
-    return list({protocol(r) + tuple(r.get(k) for k in keys): r for r in results}.values())
-
-
-def table(results):
-    """Markdown, one line per result."""
-    rows = ['| curve | NFE | Frechet distance | Inception score | images | seed | reference | '
-            'features | pixels |',
-            '| :--- | ---: | ---: | ---: | ---: | ---: | :--- | :--- | :--- |']
-    for r in results:
-        rows.append(f'| {r["curve"]} | {r["nfe"]} | {r["fid"]:.3f} | {r["inception_score"]:.3f} +- '
-                    f'{r["inception_std"]:.3f} | {r["num_images"]} | {r["seed"]} | '
-                    f'{r["reference"]} | {r["feature_network"]} | {r["pixels"]} |')
-    return '\n'.join(rows)
-
-
-def draw(results, path):
-    """The picture: a panel per protocol, a curve per name, a point per seed."""
+def draw_curves(lines, x):
+    """--value over `x`: a panel per protocol, a line through the means of each curve."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('the package matplotlib is missing, so there is no picture; run pip '
-                        'install -r requirements-export.txt', code=1)
-    protocols = sorted({protocol(r) for r in results}, key=str)
-    figure = Figure(figsize=(1 + 5 * len(protocols), 4.5), layout='constrained')
-    axes = figure.subplots(1, len(protocols), squeeze=False)[0]
-    for axis, shown in zip(axes, protocols):
-        draw_panel(axis, [r for r in results if protocol(r) == shown])
-        axis.set_title('{}\n{}, {} images, {}'.format(*shown), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise cli.UserError('matplotlib is missing; pip install -r requirements-export.txt', code=1)
+    titles = sorted({line['title'] for line in lines})
+    figure = Figure(figsize=(1 + 5 * len(titles), 4.5), layout='constrained')
+    for axis, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles):
+        axis.set(title=title, xlabel=x, ylabel=FLAGS.value)
+        for name in sorted({line['curve'] for line in lines if line['title'] == title}):
+            points = [(line[x], line[FLAGS.value]) for line in lines
+                      if (line['title'], line['curve']) == (title, name)]
+            places, values = np.array(points).T
+            steps = np.unique(places)
+            axis.plot(steps, [values[places == step].mean() for step in steps], label=name)
+            if x == 'nfe':      # a dot for every seed
+                axis.scatter(places, values, 18, color=axis.lines[-1].get_color())
+                axis.set_xscale('log', base=2)
+                axis.set_yscale('log')
+        axis.legend()
+    Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FLAGS.output, dpi=150)
+
+
+def draw_samples(named):
+    """A row per file; with labels in the first one, the columns go through the classes in turn."""
+    first, labels = read_samples(named[0][1])
+    order = np.arange(len(first)) if labels is None else pictures.classes_in_turn(labels)
+    chosen, rows = order[:FLAGS.columns], []
+    for _, path in named:
+        images, others = read_samples(path, max(chosen) + 1)
+        unequal = labels is not None and others is not None and labels[chosen] != others[chosen]
+        if images.shape[1:] != first.shape[1:] or np.any(unequal):
+            raise cli.UserError(f'{path} has another size of images or other labels than the first '
+                                f'file; give samples of the same --seed')
+        rows.append(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2))
+    pictures.save_labelled(FLAGS.output, '', rows, [name or path for name, path in named])
+
+
+def read_samples(path, count=1):
+    """(images uint8 (N, H, W, 3), labels (N,) or None) of an npz or folder of at least `count`."""
+    path, labels = Path(path).expanduser(), None
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--output {path} cannot be written ({error}); give a png, pdf or svg')
-
-
-def draw_panel(axis, results):
-    """One panel: the line of a curve goes through the means of its seeds."""
-    steps = sorted({r['nfe'] for r in results})
-    for number, name in enumerate(sorted({r['curve'] for r in results})):
-        mine, colour = [r for r in results if r['curve'] == name], f'C{number}'
-        at = {nfe: [r[FLAGS.score] for r in mine if r['nfe'] == nfe] for nfe in steps}
-        at = {nfe: values for nfe, values in at.items() if values}
-        axis.plot(list(at), [sum(v) / len(v) for v in at.values()], color=colour, label=name)
-        axis.scatter([r['nfe'] for r in mine], [r[FLAGS.score] for r in mine], s=18, color=colour)
-    axis.set_xscale('log', base=2)
-    axis.set_xticks(steps, [str(nfe) for nfe in steps])
-    axis.minorticks_off()
-    axis.set_xlabel('network evaluations per image (NFE)')
-    axis.set_ylabel(SCORES[FLAGS.score])
-    axis.set_yscale('log' if FLAGS.score == 'fid' else 'linear')
-    axis.grid(alpha=0.3)
-    axis.legend()
+        if path.is_dir():
+            images = np.stack([np.array(Image.open(file)) for file in sorted(path.glob('*.png'))])
+        else:
+            with np.load(str(path)) as file:
+                images = file['arr_0']
+                labels = file['arr_1'] if 'arr_1' in file.files else None
+    except Exception:       # what numpy raises depends on the bytes of the file
+        images = np.zeros(0)
+    if images.dtype != np.uint8 or images.shape[3:] != (3,) or len(images) < count:
+        raise cli.UserError(f'{path} is no npz or folder of {count} or more samples; give what '
+                            f'ddim_eval.py --save_images wrote')
+    return images, labels
 
 
 if __name__ == '__main__':
+    define_flags()
     cli.run(main, words=True)

@@ -1,1 +1,0 @@
-"""Commands for those who work on this repository: measurements, plots, long checks."""
