@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = ('--dataset=digits --img_size=8 --ch=32 --ch_mult=1 --ch_mult=1 --attn=1 '
-           '--num_res_blocks=1 --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1').split()
+DATA = '--dataset=digits --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1'.split()
+NETWORK = [*DATA, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
+           '--num_res_blocks=1']
 STEPS = ['--total_steps=4', '--save_step=2', '--sample_step=0']
 BASE = ['train_base.py', *NETWORK, *STEPS, '--T=8', '--warmup=3', '--ema_decay=0.5']
-PD = ['PD.py', *NETWORK, *STEPS, '--lr=1e-4']
-RDD = ['train_rdd.py', *NETWORK, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
+PD = ['PD.py', *DATA, *STEPS, '--lr=1e-4']
+RDD = ['train_rdd.py', *DATA, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_update=10',
        '--contrast_size=16', '--relation_group=2', '--temperature=0.1',
        '--intra_temperature=0.05', '--classifier=densenet_small']
 EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
@@ -53,7 +54,7 @@ def launch(words, cwd=ROOT):
 
 def fork_all(jobs):
     """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
-    done = start(['tools/forks.py'], input=json.dumps(jobs))
+    done = start(['tests/forks.py'], input=json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,8 +1,8 @@
 """The formulas of the method once more, plain and slow, in float64: what the scripts must compute.
 
-Nothing here comes from the product but the two networks. Images, times, noise, chosen pixels and
-contrast rows are given; see record.py. Loops are over images and pixels where the product has one
-matrix product; gradients are those of autograd.
+Nothing here comes from the product but the two networks and the seeds of dropout. Images, times,
+noise and chosen pixels are given; see record.py. Loops are over images and pixels where the product
+has one matrix product; gradients are those of autograd.
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import conv2d, one_hot
 
 from classifier import build_classifier
-from model import DropoutNoise, UNet
+from model import UNet
+from runtime import seeding
 
 TABLE = 'time_embedding.timembedding.0.weight'      # a table, not a parameter
 HEAD = {'conv1': 'project_head.0.weight', 'scale': 'project_head.1.weight',
@@ -32,7 +33,7 @@ def unet(weights, T, conditional=False, dropout=0., classes=10):
                         assign=True)
     net.requires_grad_(True)
     net.time_embedding.timembedding[0].requires_grad_(False)
-    return net.eval()
+    return net.to(memory_format=torch.channels_last).eval()     # dropout draws in this order
 
 
 def classifier(state, mean, std):
@@ -61,7 +62,7 @@ def schedule(N):
 
 
 class Grid:
-    """alpha_t, sigma_t of a base grid 0..N, and what a network with outputs `mean_type` says."""
+    """alpha_t, sigma_t of a base grid 0..N, and what a network with outputs `mean_type` means."""
 
     def __init__(self, N, mean_type='xstart'):
         self.alpha, self.sigma = schedule(N)
@@ -70,18 +71,23 @@ class Grid:
     def z(self, x, eps, t):
         return self.alpha[t] * x + self.sigma[t] * eps
 
-    def both(self, net, z, t, y, **noise):
+    def both(self, net, z, t, y):
         """x_pred and eps_pred."""
-        out = net(z, t, y, **noise)
+        out = net(z, t, y)
         if self.mean_type == 'xstart':
             return out, (z - self.alpha[t] * out) / self.sigma[t]
+        if self.mean_type == 'v':
+            return self.alpha[t] * z - self.sigma[t] * out, self.sigma[t] * z + self.alpha[t] * out
         return (z - self.sigma[t] * out) / self.alpha[t], out
 
     def two_steps(self, teacher, z, t, y, between):
-        """x_target: two unclipped DDIM steps of `between` grid points each, seen as one."""
+        """x_target: two DDIM steps of `between` grid points each, seen as one; clipped for eps."""
         now = z
         for u in (t, t - between):
             x, eps = self.both(teacher, now, u, y)
+            if self.mean_type == 'epsilon':
+                x = x.clamp(-1, 1)
+                eps = (now - self.alpha[u] * x) / self.sigma[u]
             now = self.z(x, eps, u - between)
         s = t - 2 * between
         r = self.sigma[s] / self.sigma[t]
@@ -224,8 +230,7 @@ def step_terms(flags, grid, net, part, head=None, teacher=None, features=None, q
     """
     x_0, eps, t, y = double(part['x_0']), double(part['eps']), part['t'], part['y']
     z = grid.z(x_0, eps, t)
-    noise = {} if part['noise'] is None else dict(noise=DropoutNoise(*part['noise']))
-    x, e = grid.both(net, z, t, y, **noise)
+    x, e = grid.both(net, z, t, y)
     script = flags['script']
     if script == 'train_base.py':
         kind = 'eps' if flags['mean_type'] == 'epsilon' else flags['loss_type']
@@ -265,13 +270,14 @@ def group_of(flags, part):
 
 
 def expected_step(flags, step, before, parts, chosen=None, contrast=None, teacher=None,
-                  features=None, teacher_step=1, N=8):
+                  teacher_type=None, features=None, teacher_step=1, N=8):
     """What a step must log and leave behind.
 
     Args:
         before: checkpoint before the step. parts: what the recorder kept of it. chosen, contrast:
         pixels that enter the queue, rows of it that are compared with. teacher: network of the
-        teacher, whose steps are `teacher_step` grid points. N: last point of the grid.
+        teacher, with outputs `teacher_type` and steps of `teacher_step` grid points. N: last point
+        of the grid.
     Returns:
         logged {name: value}; grads {name: gradient of the network, unclipped}; after: dict of
         net_model, moments, ema_model, queue, pointer, head, head_moments, running (mean, var).
@@ -283,9 +289,9 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
     after, head, queue = {}, None, None
     for part in parts if teacher is not None else ():
         with torch.no_grad():
-            z = grid.z(double(part['x_0']), double(part['eps']), part['t'])
-            part['x_target'] = grid.two_steps(teacher, z, part['t'], part['y'], teacher_step)
-            at = part['t']
+            at, z = part['t'], grid.z(double(part['x_0']), double(part['eps']), part['t'])
+            part['x_target'] = Grid(N, teacher_type).two_steps(teacher, z, at, part['y'],
+                                                               teacher_step)
             part['e_target'] = (z - grid.alpha[at] * part['x_target']) / grid.sigma[at]
     if chosen is not None:
         memory = before['memory']
@@ -297,7 +303,8 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
         queue = after['queue'][contrast]
         running = [double(memory[f'project_head.1.running_{what}']) for what in ('mean', 'var')]
     total, logged = 0., {}
-    for part in parts:
+    for number, part in enumerate(parts):
+        torch.manual_seed(seeding.mix(flags['seed'], seeding.DROPOUT, step, 0, number))
         terms, norm = step_terms(flags, grid, net, part, head, teacher, features, queue)
         loss = sum(weight * value for weight, value in terms.values())
         for name, value in dict({name: value for name, (_, value) in terms.items()},

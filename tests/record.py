@@ -2,13 +2,13 @@
 
 A new base model starts from weights that are not almost 0. FILE (torch.save) then holds
   initial    {key: state dict} of what is trained, before the first step of this start
-  steps      {step: dict(parts=[dict(x_0, y, t, eps, rows, noise)], chosen, contrast)} of a training
+  steps      {step: dict(parts=[dict(x_0, y, t, eps, rows)], chosen)} of a training; `chosen` are
+             the pixels that enter the queue
   x_T        noise that samples start from, one tensor per call
   inputs     (images, labels) of every training step of a classifier
   labels     labels of every evaluation of a U-Net, or None
 """
 
-import contextlib
 import os
 import runpy
 import sys
@@ -18,8 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-record = dict(steps={}, x_T=[], inputs=[], labels=[])
-now = {}            # the step that is under way
+record = dict(initial=None, steps={}, x_T=[], inputs=[], labels=[])
 
 
 def clone(value):
@@ -31,56 +30,37 @@ def clone(value):
     return [clone(item) for item in value] if isinstance(value, list) else value
 
 
-def disturb(*networks):
-    """New networks say almost 0 whatever they see: random weights, alike, let everything matter."""
-    for network in networks:
-        generator = torch.Generator().manual_seed(0)
-        for name, p in network.named_parameters():
-            if 'timembedding.0' not in name:
-                p.data += 0.05 * torch.randn(p.shape, generator=generator)
+def disturb(network):
+    """A new network predicts almost 0 for any input: random weights let everything matter."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in network.named_parameters():
+        if 'timembedding.0' not in name:
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
-def watch_run():
+def watch_training():
+    import training
     from losses import MemoryP2P
-    from runtime.run import Run
-    init, parts, forward = Run.__init__, Run.parts, Run.forward
-    choose_pixels, choose_contrast = MemoryP2P.choose_pixels, MemoryP2P.choose_contrast
+    noisy_parts, choose_pixels = training.noisy_parts, MemoryP2P.choose_pixels
 
-    def watched_init(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self.method == 'base' and not self.start:
-            disturb(self.net.module, self.ema)
-        record['initial'] = {key: clone(value.state_dict()) for key, value in self.saved().items()
-                             if value is not None}
-
-    def watched_parts(self, *args, **kwargs):
-        step = record['steps'][self.step] = dict(parts=[])
-        now['step'] = step
-        for part in parts(self, *args, **kwargs):
-            kept = dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps)
-            step['parts'].append(dict(clone(kept), noise=None,
-                                      rows=[part.rows.start, part.rows.stop]))
-            part.kept = step['parts'][-1]
+    def watched_parts(run, *args, **kwargs):
+        if not record['initial']:
+            if run.method == 'base' and not run.start:
+                disturb(run.net.module)
+                disturb(run.ema)
+            record['initial'] = {key: clone(value.state_dict())
+                                 for key, value in run.saved().items()}
+        parts = record['steps'].setdefault(run.step, dict(parts=[]))['parts']
+        for part in noisy_parts(run, *args, **kwargs):
+            parts.append(clone(dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps,
+                                    rows=[part.rows.start, part.rows.stop])))
             yield part
 
-    @contextlib.contextmanager
-    def watched_forward(self, part):
-        with forward(self, part):
-            noise = self.net.context.get('noise')
-            part.kept['noise'] = None if noise is None else [clone(noise.keys),
-                                                             clone(noise.positions)]
-            yield
-
     def watched_pixels(self, *args):
-        now['step']['chosen'] = choose_pixels(self, *args)
-        return now['step']['chosen']
+        record['steps'][max(record['steps'])]['chosen'] = choose_pixels(self, *args)
+        return record['steps'][max(record['steps'])]['chosen']
 
-    def watched_contrast(self, *args):
-        choose_contrast(self, *args)
-        now['step']['contrast'] = clone(self.contrast)
-
-    Run.__init__, Run.parts, Run.forward = watched_init, watched_parts, watched_forward
-    MemoryP2P.choose_pixels, MemoryP2P.choose_contrast = watched_pixels, watched_contrast
+    training.noisy_parts, MemoryP2P.choose_pixels = watched_parts, watched_pixels
 
 
 def watch_samples():
@@ -92,9 +72,9 @@ def watch_samples():
         record['x_T'].append(noise_of_images(*args))
         return record['x_T'][-1]
 
-    def watched_forward(self, x, t, y=None, noise=None):
+    def watched_forward(self, x, t, y=None):
         record['labels'].append(clone(y))
-        return forward(self, x, t, y, noise)
+        return forward(self, x, t, y)
 
     seeding.noise_of_images, UNet.forward = watched_noise, watched_forward
 
@@ -106,8 +86,7 @@ def watch_classifier():
 
     def watched_forward(self, x):
         if self.training:
-            if not record['inputs']:
-                record['initial'] = clone(dict(self.state_dict()))
+            record['initial'] = record['initial'] or clone(dict(self.state_dict()))
             record['inputs'].append([clone(x)])
         return forward(self, x)
 
@@ -126,7 +105,7 @@ def main():
     elif script.startswith('classifier'):
         watch_classifier()
     else:
-        watch_run()
+        watch_training()
     sys.path[0] = str((ROOT / script).parent)
     try:
         runpy.run_path(str(ROOT / script), run_name='__main__')

@@ -1,58 +1,67 @@
-"""Checkpoints: shapes tell the network, writing is atomic, broken files give one sentence."""
+"""Checkpoints: writing is atomic, broken files give one sentence, moments must fit."""
 
 import os
-from types import SimpleNamespace
+import stat
 
 import pytest
 import torch
+from torch import nn
 
-from model import UNet
-from runtime import checkpoint, models
+from runtime import checkpoint
 from runtime.cli import UserError
-
-TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
-            class_num=10)
-ARCHITECTURES = dict(
-    tiny=TINY,
-    no_attn=dict(TINY, attn=[]), first_attn=dict(TINY, attn=[0]), one_level=dict(
-        TINY, ch_mult=[2], attn=[0]),
-    conditional=dict(TINY, conditional=True, class_num=7, ch_mult=[1, 2, 3], attn=[0, 2],
-                     num_res_blocks=3),
-    cifar10=dict(T=1024, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2,
-                 conditional=False, class_num=10),
-    imagenet64=dict(T=1024, ch=128, ch_mult=[1, 2, 3, 4], attn=[2, 3], num_res_blocks=3,
-                    conditional=True, class_num=1000))
+from runtime.files import replacing
+from runtime.optim import adam
 
 
-@pytest.mark.parametrize('name', list(ARCHITECTURES))
-def test_architecture_is_read_off_the_shapes(name):
-    with torch.device('meta'):
-        state_dict = UNet(**ARCHITECTURES[name]).state_dict()
-    assert models.architecture(state_dict) == ARCHITECTURES[name]
+def names(folder):
+    return sorted(os.listdir(str(folder)))
 
 
-def filled(value, **changes):
-    network = UNet(**dict(TINY, **changes))
-    with torch.no_grad():
-        for p in network.parameters():
-            p.fill_(value)
-    return network.state_dict()
+# Files
+
+def test_replacing(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('before')
+    before = os.umask(0o027)
+    try:
+        with replacing(path) as one, replacing(path) as other:
+            assert len({one, other, path}) == 3 and one.parent == other.parent == tmp_path
+            other.write_text('second')
+            one.write_text('first')
+            assert path.read_text() == 'before'
+    finally:
+        os.umask(before)
+    assert path.read_text() == 'first' and names(tmp_path) == ['file']
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640       # as any new file
 
 
-def biases(network):
-    return network.tail[2].bias[0].item()
+def test_replacing_after_an_exception(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('before')
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text('half')
+        1 / 0
+    assert path.read_text() == 'before' and names(tmp_path) == ['file']
+
+
+def test_replacing_a_link(tmp_path):
+    """The link is replaced; the file that it names stays."""
+    (tmp_path / 'theirs').write_text('theirs')
+    (tmp_path / 'link').symlink_to(tmp_path / 'theirs')
+    with replacing(tmp_path / 'link') as temporary:
+        temporary.write_text('ours')
+    assert (tmp_path / 'theirs').read_text() == 'theirs'
+    assert (tmp_path / 'link').read_text() == 'ours' and not (tmp_path / 'link').is_symlink()
 
 
 def test_round_trip(tmp_path):
-    state = dict(net_model=filled(.5), T=8, time_scale=1, step=3, note='words',
-                 flags=[1, 2.5, None])
+    state = dict(net_model=dict(w=torch.ones(2)), step=3, note='words', flags=[1, 2.5, None])
     checkpoint.save(tmp_path / 'ckpt.pt', state)
-    assert os.listdir(str(tmp_path)) == ['ckpt.pt']
+    assert names(tmp_path) == ['ckpt.pt']
     for path in (tmp_path, tmp_path / 'ckpt.pt', str(tmp_path)):
         loaded = checkpoint.read(path)
-    assert list(loaded) == list(state) and loaded['flags'] == state['flags']
-    network, name = models.build_unet(loaded)
-    assert name == 'net_model' and biases(network) == .5
+        assert list(loaded) == list(state) and loaded['flags'] == state['flags']
+        assert torch.equal(loaded['net_model']['w'], torch.ones(2))
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -61,7 +70,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(state, file):
-        file.write(b'half a file')
+        file.write_bytes(b'half a file')
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half)
@@ -69,10 +78,6 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
         checkpoint.save(path, dict(step=2))
     assert caught.value.code == 1 and os.listdir(str(tmp_path)) == ['ckpt.pt']
     assert path.read_bytes() == before and checkpoint.read(path) == dict(step=1)
-
-
-def names(folder):
-    return sorted(os.listdir(str(folder)))
 
 
 def test_earlier_checkpoints(tmp_path):
@@ -105,8 +110,8 @@ def test_truncated_newest(tmp_path, capsys):
         checkpoint.save_run(tmp_path, 2, step=step)
     os.truncate(str(tmp_path / 'ckpt.pt'), 100)
     assert checkpoint.read_newest(tmp_path)['step'] == 2
-    said = capsys.readouterr().out
-    assert 'ckpt.pt is truncated' in said and 'ckpt_2.pt instead' in said
+    out = capsys.readouterr().out
+    assert 'ckpt.pt is truncated' in out and 'ckpt_2.pt instead' in out
     (tmp_path / 'ckpt.pt').unlink()
     (tmp_path / 'ckpt_3.pt').unlink()
     assert checkpoint.read_newest(tmp_path)['step'] == 2
@@ -125,7 +130,7 @@ def refused(path, *words):
 
 
 def test_broken_files(tmp_path):
-    checkpoint.save(tmp_path / 'good.pt', dict(net_model=filled(.5)))
+    checkpoint.save(tmp_path / 'good.pt', dict(net_model=dict(w=torch.ones(2000))))
     good = (tmp_path / 'good.pt').read_bytes()
     random = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     for name, content in [('empty', b''), ('random', bytes(random)), ('text', b'hello world\n'),
@@ -162,91 +167,105 @@ def test_code_in_a_file_does_not_run(tmp_path, zipped):
 
 
 def test_prefixes_of_wrapped_networks():
-    state = dict(net_model={'module.' + key: value for key, value in filled(.5).items()})
-    network, _ = models.build_unet(state)
-    assert biases(network) == .5
+    inner = {'head.weight': 1, 'module.bias': 2}
+    for prefix in ('module.', '_orig_mod.', 'module._orig_mod.', 'ema_model.'):
+        assert checkpoint.plain_keys({prefix + key: v for key, v in inner.items()}) == inner
+    assert checkpoint.plain_keys(inner) == inner and checkpoint.plain_keys({}) == {}
 
 
-@pytest.mark.parametrize('extra, wanted, expected', [
-    (dict(time_scale=1), 'auto', 'ema_model'), (dict(), 'auto', 'ema_model'),   # published base
-    (dict(time_scale=2), 'auto', 'net_model'),                          # published student
-    (dict(time_scale=2, use='ema_model'), 'auto', 'ema_model'),         # a base on a coarse grid
-    (dict(time_scale=1), 'net', 'net_model'), (dict(time_scale=2), 'ema', 'ema_model')])
-def test_which_weights(extra, wanted, expected):
-    state = dict(net_model=filled(1.), ema_model=filled(2.), T=8, **extra)
-    network, name = models.build_unet(state, weights_of=wanted)
-    assert name == expected and biases(network) == dict(net_model=1, ema_model=2)[expected]
+def test_differences():
+    found = dict(a=torch.ones(2), b=torch.ones(3), c='text')
+    expected = dict(a=torch.ones(2), b=torch.ones(4), d=torch.ones(1))
+    assert list(checkpoint.differences(found, found)) == []
+    assert list(checkpoint.differences(found, expected)) == [
+        ('b', (3,), (4,)), ('d', 'absent', (1,)), ('c', 'str', 'absent')]
 
 
-def test_without_average():
-    assert models.build_unet(dict(net_model=filled(1.), time_scale=1))[1] == 'net_model'
-    with pytest.raises(UserError, match='ema_model'):
-        models.build_unet(dict(net_model=filled(1.)), weights_of='ema')
+# What a run saves and takes
+
+def test_names_of_what_is_not_finite():
+    lost = torch.tensor([1., float('nan')])
+    state = dict(net_model=dict(w=lost), ema_model=dict(w=torch.ones(2), n=torch.ones(2).long()),
+                 optim=dict(state={0: dict(step=1, exp_avg=[lost])}), step=3)
+    assert checkpoint.not_finite(state) == ['net_model', 'optim']
 
 
-def test_other_kinds_of_files():
-    def fits_not(*words, **state):
-        with pytest.raises(UserError, match='FILE') as caught:
-            models.build_unet(state, 'FILE')
-        assert all(word in str(caught.value) for word in words), caught.value
-
-    fits_not('is a classifier, not a diffusion checkpoint with net_model', 'PD.py', model={})
-    fits_not('a file with weights, epoch,', 'not a diffusion', weights={}, epoch=3)
-    fits_not('a file with net_model,', net_model=torch.zeros(3))
-    fits_not('fit no U-Net', 'expected head.weight', 'found weight', net_model=dict(
-        weight=torch.zeros(3)))
-    for key, value, words in [
-            ('tail.2.bias', torch.zeros(4), 'tail.2.bias is (4,), expected (3,)'),
-            ('tail.2.bias', 'text', 'tail.2.bias is str, expected (3,)'),
-            ('middleblocks.0.attn.proj.bias', None, 'attn.proj.bias is absent, expected (32,)'),
-            ('extra.bias', torch.zeros(4), 'extra.bias is (4,), expected absent'),
-            ('head.weight', 3, 'found time_embedding.'), ('head.weight', None, 'expected head.')]:
-        broken = dict(filled(1.), **{key: value})
-        if value is None:
-            del broken[key]
-        fits_not('fit no U-Net', words, net_model=broken)
+def test_digest():
+    """Of names and values; their layout and order do not count."""
+    state = dict(a=torch.arange(16.).view(1, 2, 2, 4), b=torch.ones(2))
+    last = dict(b=state['b'], a=state['a'].to(memory_format=torch.channels_last))
+    assert checkpoint.digest(state) == checkpoint.digest(last)
+    for change in (dict(a=state['a'] + 1e-6), dict(c=torch.ones(2)), dict(b=torch.zeros(2))):
+        assert checkpoint.digest(dict(state, **change)) != checkpoint.digest(state)
 
 
-def test_grid():
-    assert models.grid(dict(T=4, time_scale=2), TINY)[:2] == (4, 2)
-    assert models.grid({}, TINY)[:2] == (8, 1)
-    assert models.grid(dict(T=2), TINY)[:2] == (2, 4)
+def trained(make=adam):
+    """A matrix and a vector after a step, and their optimiser."""
+    layer = nn.Linear(3, 2)
+    optim = make(layer.parameters(), 1e-3, 0.)
+    layer(torch.ones(1, 3)).sum().backward()
+    optim.step()
+    return layer, optim
 
 
-def check(changes, given, arch=TINY):
-    flags = SimpleNamespace(**dict(TINY, **changes))
-    models.check_flags(arch, 'file.pt', flags, lambda name: name in given)
+def sgd(params, lr, wd):
+    return torch.optim.SGD(params, lr=lr, momentum=.9)
 
 
-def test_flags_are_checked_against_the_network():
-    check({}, list(TINY))
-    check(dict(ch=64, attn=[0, 1]), [])     # defaults that nobody wrote
-    for name, value in [('ch', 64), ('ch_mult', [1, 2]), ('attn', [1, 2]), ('num_res_blocks', 2),
-                        ('conditional', True)]:
-        with pytest.raises(UserError, match=f'--{name} is .* the network in file.pt has'):
-            check({name: value}, [name])
-    check(dict(attn=[1, 0]), ['attn'], dict(TINY, attn=[0, 1]))     # order does not matter
-    check(dict(class_num=5), ['class_num'])     # without labels it means nothing
-    with pytest.raises(UserError, match='--class_num'):
-        check(dict(class_num=5), ['class_num'], dict(TINY, conditional=True))
+def restored(state, make=adam):
+    optim = make(nn.Linear(3, 2).parameters(), 5e-3, 0.1)
+    checkpoint.restore(dict(optim=state), dict(optim=optim), 'folder')
+    return optim
 
 
-def test_resume(tmp_path):
-    network = UNet(**TINY)
-    assert checkpoint.resume(tmp_path, network, 'pd', 8, 1) is None
-    state = dict(net_model=network.state_dict(), optim={}, step=2, T=8, time_scale=1,
-                 method='pd')
-    checkpoint.save(tmp_path / 'ckpt.pt', state)
-    with pytest.raises(UserError, match='makes a rdd model'):
-        checkpoint.resume(tmp_path, network, 'rdd', 8, 1)
-    assert checkpoint.resume(tmp_path, network, 'pd', 8, 1, tmp_path / 'teacher')['step'] == 2
-    for teacher in (tmp_path, tmp_path / 'ckpt.pt', str(tmp_path) + '/.'):
-        with pytest.raises(UserError, match='folder of the teacher'):
-            checkpoint.resume(tmp_path, network, 'pd', 8, 1, teacher)
-    with pytest.raises(UserError, match='8 steps of 1 .* 4 of 2'):
-        checkpoint.resume(tmp_path, network, 'pd', 4, 2)
-    with pytest.raises(UserError, match='another network'):
-        checkpoint.resume(tmp_path, UNet(**dict(TINY, num_res_blocks=2)), 'pd', 8, 1)
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(net_model=network.state_dict()))
-    with pytest.raises(UserError, match='cannot be continued'):
-        checkpoint.resume(tmp_path, network, 'pd', 8, 1)
+@pytest.mark.parametrize('make', [adam, sgd])
+def test_moments_come_from_the_file_and_rates_do_not(make):
+    state = trained(make)[1].state_dict()
+    found = restored(state, make)
+    assert found.param_groups[0]['lr'] == 5e-3
+    for i, values in found.state_dict()['state'].items():
+        assert all(torch.equal(value, state['state'][i][key]) for key, value in values.items())
+        assert set(values) == set(state['state'][i])
+
+
+def test_moments_of_other_strides_are_taken():
+    """Fused kernels walk through memory: a moment must lie there as its parameter does."""
+    state = trained()[1].state_dict()
+    exp_avg = torch.arange(6.).view(3, 2).t()       # (2, 3), columns first
+    state['state'][0]['exp_avg'] = exp_avg
+    found = restored(state).state_dict()['state'][0]['exp_avg']
+    assert torch.equal(found, exp_avg) and found.is_contiguous()
+
+
+@pytest.mark.parametrize('name, value', [
+    ('exp_avg', torch.zeros(3)), ('exp_avg_sq', torch.zeros(3, 2)), ('exp_avg', torch.zeros(7, 3)),
+    ('exp_avg', torch.zeros(2, 3).double()), ('exp_avg', torch.zeros(2, 3).long()),
+    ('exp_avg_sq', torch.zeros(2, 3).to_sparse()), ('exp_avg', 'text'), ('exp_avg', None),
+    ('lacking', None), ('step', torch.ones(2)), ('step', 3), ('extra', torch.zeros(2, 3))])
+def test_moments_that_do_not_fit(name, value):
+    state = trained()[1].state_dict()
+    state['state'][0][name] = value
+    if name == 'lacking':
+        state['state'][0] = dict(step=torch.ones(()))
+    with pytest.raises(UserError, match='optim of the checkpoint in folder does not fit') as caught:
+        restored(state)
+    assert '\n' not in str(caught.value) and 'parameter 0' in str(caught.value)
+
+
+@pytest.mark.parametrize('change', [
+    lambda state: state['state'].update({7: state['state'][0]}), lambda state: state.pop('state'),
+    lambda state: state.update(state=3), lambda state: state['state'].update({0: 3}),
+    lambda state: state.update(param_groups=[]), lambda state: state['param_groups'][0].clear(),
+    lambda state: state['param_groups'][0].update(params=[0])])
+def test_optimisers_of_another_form(change):
+    state = trained()[1].state_dict()
+    change(state)
+    with pytest.raises(UserError, match='optim of the checkpoint in folder does not fit'):
+        restored(state)
+
+
+@pytest.mark.parametrize('network', [dict(weight=torch.zeros(2, 4), bias=torch.zeros(2)), 3,
+                                     dict(weight=torch.zeros(2, 3)), dict(weight='text', bias=1)])
+def test_networks_that_do_not_fit(network):
+    with pytest.raises(UserError, match='net of the checkpoint in folder does not fit this run'):
+        checkpoint.restore(dict(net=network), dict(net=nn.Linear(3, 2)), 'folder')

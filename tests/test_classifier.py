@@ -1,16 +1,17 @@
 """Classifiers: outputs, input normalisation, checkpoints, and training as a user runs it."""
 
-from concurrent.futures import ThreadPoolExecutor
+import json
+import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from classifier import build_classifier, load_classifier
-from classifier.augment import Augment, cutout
-from classifier.train import measured, random_crop
+from classifier.augment import Augment, cutout, measured_normalisation, random_crop
+from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
 from runtime.cli import UserError
-from helpers import ROOT, command, fork_all, run_script
 
 
 def saved(path, name='convnet_small', num_classes=10, **extra):
@@ -84,9 +85,13 @@ def test_refusals(tmp_path):
     checkpoint.save(tmp_path / 'diffusion.pt', dict(net_model={}, T=8))
     checkpoint.save(tmp_path / 'other.pt', dict(weights=torch.zeros(2)))
     checkpoint.save(tmp_path / 'headless.pt', dict(model=dict(w=torch.zeros(2))))
+    saved(tmp_path / 'named.pt', name='convnet_small')
+    checkpoint.save(tmp_path / 'named.pt', dict(checkpoint.read(tmp_path / 'named.pt'),
+                                                name='convnet_small'))
     for file, args, words in [
             ('bare.pt', ('convnet_small', 100), '10 classes, expected 100'),
             ('bare.pt', (), 'does not say which network'),
+            ('named.pt', ('resnet18',), 'holds the classifier convnet_small, expected resnet18'),
             ('bare.pt', ('resnet18',), 'resnet18: conv1.weight is absent, expected .64, 3, 3'),
             ('pickle.pt', ('convnet_small',), 'refused'),
             ('diffusion.pt', ('convnet_small',), 'diffusion checkpoint'),
@@ -97,87 +102,26 @@ def test_refusals(tmp_path):
             load_classifier(tmp_path / file, *args)
 
 
-def test_wrong_name_refused(tmp_path):
-    model = build_classifier('convnet_small', 10)
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=model.state_dict(), name='convnet_small'))
-    with pytest.raises(UserError, match='holds the classifier convnet_small, expected resnet18'):
-        load_classifier(tmp_path, 'resnet18')
-
+# Images
 
 def test_random_crop_moves_whole_images():
-    x_0 = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
-    out = random_crop(x_0, 2, len(x_0), torch.Generator().manual_seed(3))
-    corner = torch.randint(0, 5, (2, 2, 1), generator=torch.Generator().manual_seed(3))
+    """By up to two pixels, as drawn for the total batch; black comes in."""
+    x_0 = torch.arange(4 * 3 * 8 * 8).float().view(4, 3, 8, 8)
+    whole, share = (random_crop(x_0[rows], 2, 4, rows, torch.Generator().manual_seed(3))
+                    for rows in (slice(0, 4), slice(2, 4)))
+    assert torch.equal(share, whole[2:])
+    corner = torch.randint(0, 5, (2, 4), generator=torch.Generator().manual_seed(3))
     padded = torch.nn.functional.pad(x_0, (2,) * 4, value=-1.)
-    for i in range(2):
-        top, left = corner[0, i].item(), corner[1, i].item()
-        assert torch.equal(out[i], padded[i, :, top:top + 8, left:left + 8])
+    for i, (top, left) in enumerate(corner.t().tolist()):
+        assert torch.equal(whole[i], padded[i, :, top:top + 8, left:left + 8])
 
 
 def test_measured_mean_and_std():
     digits = data.make_dataset('digits', '.', 16, train=True)
-    mean, std = measured(digits)
+    mean, std = measured_normalisation(digits)
     pixels = digits.images.double() / 255
     assert mean == [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
     assert std == [round(v, 4) for v in pixels.std((0, 2, 3), unbiased=False).tolist()]
-
-
-@pytest.fixture(scope='module')
-def halves(tmp_path_factory):
-    """The same run in one go and in two parts."""
-    folder = tmp_path_factory.mktemp('runs')
-    flags = ['--dataset', 'digits', '--model', 'convnet_small', '--seed', 5, '--batchsize', 32,
-             '--epoch', 1, '--num_workers', 0]
-    with ThreadPoolExecutor() as pool:      # side by side, to save time
-        whole = pool.submit(run_script, 'classifier/train.py', *flags, '--max_steps', 6,
-                            '--result_path', folder / 'whole')
-        parts = [run_script('train.py', *flags, '--max_steps', n, '--result_path',
-                            folder / 'parts', cwd=ROOT / 'classifier') for n in (2, 6)]
-    return folder, flags, whole.result(), parts
-
-
-def test_training_resumes_exactly(halves):
-    folder, _, whole, parts = halves
-    assert whole.returncode == 0, whole.stderr
-    assert [part.returncode for part in parts] == [0, 0], parts[-1].stderr
-    a, b = (checkpoint.read(folder / name / 'digits/convnet_small') for name in ('whole', 'parts'))
-    assert a['step'] == b['step'] == 6 and a['accuracy'] == b['accuracy']
-    assert all(torch.equal(a['model'][key], b['model'][key]) for key in a['model'])
-    assert 'test' in whole.stdout and 'Traceback' not in whole.stderr
-    assert load_classifier(folder / 'whole/digits/convnet_small', 'convnet_small', 10)
-
-
-def test_training_ends_or_refuses(halves):
-    folder, flags, _, _ = halves
-    again = run_script('classifier/train.py', *flags, '--max_steps', 6,
-                       '--result_path', folder / 'whole')
-    assert again.returncode == 0 and 'is finished' in again.stdout
-    other = run_script('classifier/train.py', *flags, '--init_lr', 0.5,
-                       '--result_path', folder / 'whole')
-    assert other.returncode == 2 and '--init_lr' in other.stderr
-    assert len(other.stderr.strip().splitlines()) == 1
-
-
-def test_same_result_on_several_processes(tmp_path):
-    """Batch norm sees the whole batch: what is left is the order of sums.
-
-    A higher rate would let rounding grow tenfold in every step.
-    """
-    words = ('classifier/train.py --model=densenet_small --dataset=digits --img_size=8 --seed=3 '
-             '--epoch=1 --max_steps=4 --batchsize=24 --num_workers=0 --init_lr=1e-3').split()
-    done = fork_all({f'{recipe}{ranks}': [command(
-        words, f'--recipe={recipe}', f'--result_path={tmp_path}/{recipe}{ranks}', ranks=ranks)]
-        for recipe in ('plain', 'released') for ranks in (1, 2)})
-    assert all(code == 0 for (code, *_), in done.values()), done
-    for recipe in ('plain', 'released'):
-        one, two = (checkpoint.read(tmp_path / f'{recipe}{ranks}/digits/densenet_small')
-                    for ranks in (1, 2))
-        assert one['accuracy'] == two['accuracy'] and one['step'] == two['step'] == 4
-        for key, value in one['model'].items():
-            torch.testing.assert_close(two['model'][key], value, rtol=1e-4, atol=1e-4)
-    moved = [checkpoint.read(tmp_path / f'{recipe}1/digits/densenet_small')['model']['fc.weight']
-             for recipe in ('plain', 'released')]
-    assert not torch.allclose(*moved, rtol=1e-4, atol=1e-4)
 
 
 def test_augment_is_a_function_of_seed_and_position():
@@ -215,3 +159,122 @@ def test_augment_crops_with_grey_and_mirrors():
         assert fits and 4 <= (~kept[0]).sum() <= 16
         seen.update(fits if len(fits) == 1 else [])
     assert len(seen) == len(shifts)
+
+
+# Training, as a user runs it
+
+WORDS = ('classifier/train.py --dataset=digits --model=convnet_small --seed=5 --batchsize=32 '
+         '--epoch=1 --num_workers=0').split()
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    """({name: results}, folder) of all trainings; each has a folder NAME/digits/MODEL."""
+    folder = tmp_path_factory.mktemp('classifier')
+
+    def train(name, *words, **how):
+        return command(WORDS, f'--result_path={folder / name}', *words, **how)
+
+    def same(name, *words, **how):
+        """Comparable with more processes: a higher rate lets rounding grow with every step."""
+        return train(name, '--model=densenet_small', '--img_size=8', '--batchsize=24',
+                     '--max_steps=4', '--init_lr=1e-3', *words, **how)
+
+    log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
+    workers = '--recipe=released', '--num_workers=2', '--max_steps=12', '--log_step=1'
+    old = folder / 'old/digits/convnet_small/ckpt.pt'
+    old.parent.mkdir(parents=True)
+    checkpoint.save(old, dict(
+        model=build_classifier('convnet_small', 10).state_dict(), step=3, name='convnet_small',
+        optim=dict(state={}, param_groups=[]), config=dict(epoch=1), seed=0, accuracy=.5))
+    Image.new('RGB', (8, 8)).save(str(picture(folder, 'one', 'dog')))
+    six = '--max_steps=6'
+    jobs = dict(
+        parts=[train('parts', '--max_steps=2'), dict(
+            train('parts', six), cwd=str(ROOT / 'classifier')), train('parts', six),
+            *(train('parts', '--max_steps=8', word) for word in (
+                '--init_lr=0.5', '--wd=0', '--amp=bf16', '--epoch=2', '--seed=6'))],
+        whole=[train('whole', six, '--log_step=1')],
+        stopped=[train('stopped', *workers, signal=[signal.SIGTERM, str(log), 3], group=True),
+                 train('stopped', *workers)],
+        unstopped=[train('unstopped', *workers)],
+        accum=[train('accum', '--grad_accum=2', '--max_steps=3')],
+        saved=[train('saved', '--save_step=2', '--keep=9', '--max_steps=5')],
+        bad=[train('bad', '--init_lr=1e30', '--max_steps=5')],
+        old=[train('old')],
+        one=[train('one', '--dataset=folder', f'--data_root={folder}/one', '--batchsize=1')])
+    for recipe in ('plain', 'released'):
+        jobs[f'{recipe}1'] = [same(f'{recipe}1', f'--recipe={recipe}')]
+        jobs[f'{recipe}2'] = [same(f'{recipe}2', f'--recipe={recipe}', ranks=2)]
+    return fork_all(jobs), folder
+
+
+def picture(folder, *names):
+    (folder.joinpath(*names)).mkdir(parents=True)
+    return folder.joinpath(*names) / '0.png'
+
+
+def result(ran, name, model='convnet_small'):
+    return checkpoint.read(ran[1] / name / 'digits' / model)
+
+
+def log_of(ran, name):
+    text = (ran[1] / name / 'digits/convnet_small/metrics.jsonl').read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_resumes_exactly(ran):
+    """In two parts, from another working directory; a finished one is left alone."""
+    assert_ran(ran[0]['parts'][:3])
+    assert_ran(ran[0]['whole'])
+    assert_same(result(ran, 'parts'), result(ran, 'whole'), skip=['flags'])
+    assert 'is finished: step 6' in ran[0]['parts'][2][1]
+    state = result(ran, 'whole')
+    assert state['step'] == 6 and state['total_steps'] == 47 and state['seed'] == 5
+    assert log_of(ran, 'whole')[-1]['test_accuracy'] == pytest.approx(state['accuracy'])
+    assert load_classifier(ran[1] / 'whole/digits/convnet_small').name == 'convnet_small'
+
+
+@pytest.mark.parametrize('number, flag', [(3, 'lr'), (4, 'wd'), (5, 'amp'), (6, 'epoch'),
+                                          (7, 'seed')])
+def test_flags_that_cannot_change(ran, number, flag):
+    code, _, err = ran[0]['parts'][number]
+    assert code == 2 and f'--{flag} is ' in err and 'choose another --result_path' in err, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_stopped_with_its_workers(ran):
+    """The signal goes to the processes that load images as well."""
+    assert_ran(ran[0]['stopped'], [143, 0])
+    assert_ran(ran[0]['unstopped'])
+    assert 'SIGTERM: stopped after step ' in ran[0]['stopped'][0][1]
+    assert_same(result(ran, 'stopped'), result(ran, 'unstopped'), skip=['flags'])
+    assert [line['step'] for line in log_of(ran, 'stopped')] == list(range(1, 13))
+
+
+@pytest.mark.parametrize('recipe', ['plain', 'released'])
+def test_same_result_on_several_processes(ran, recipe):
+    """Batch norm sees the whole batch: what is left is the order of sums."""
+    one, two = (result(ran, f'{recipe}{ranks}', 'densenet_small') for ranks in (1, 2))
+    assert one['accuracy'] == two['accuracy'] and one['step'] == two['step'] == 4
+    for key, value in one['model'].items():
+        torch.testing.assert_close(two['model'][key], value, rtol=1e-4, atol=1e-4)
+    other = result(ran, dict(plain='released1', released='plain1')[recipe], 'densenet_small')
+    assert not torch.allclose(one['model']['fc.weight'], other['model']['fc.weight'], rtol=1e-4)
+
+
+def test_parts_and_checkpoints_between(ran):
+    assert_ran(ran[0]['accum'] + ran[0]['saved'])
+    assert result(ran, 'accum')['step'] == 3
+    files = (ran[1] / 'saved/digits/convnet_small').glob('ckpt*.pt')
+    assert sorted(file.name for file in files) == ['ckpt.pt', 'ckpt_2.pt', 'ckpt_4.pt', 'ckpt_5.pt']
+
+
+@pytest.mark.parametrize('name, code, words', [
+    ('bad', 1, 'NaN or inf in model at step 5: nothing was saved'),
+    ('old', 2, 'without flags, so it cannot be continued'),
+    ('one', 2, '--dataset folder has one class, and a classifier learns nothing from it; make')])
+def test_refused(ran, name, code, words):
+    (found, _, err), = ran[0][name]
+    assert found == code and 'Traceback' not in err and words in err, err
+    assert len(list((ran[1] / name).rglob('*.pt'))) == (name == 'old')

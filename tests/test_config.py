@@ -1,4 +1,4 @@
-"""Every flagfile fits its script, and those of a data set agree on the network."""
+"""Every flagfile fits its script; the network is described once per data set, in BASE."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ from helpers import ROOT
 
 SCRIPTS = dict(train_base=['BASE'], PD=['PD'], train_rdd=['RDD', 'RCFD', 'BEST'],
                ddim_eval=['EVAL'])
-NETWORK = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
-           'class_num')
+NETWORK = {'ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
+           'class_num'}
 PROGRAM = '''
 import json, sys
 import {script}
@@ -23,14 +23,15 @@ for file in sys.argv[1:]:
         flag.unparse()
     cli.FLAGS(cli.without_foreign_flags(['x', '--flagfile=' + file]))
     cli.check_values()
-    found[file] = {{flag.name: flag.value for flag in cli.own_flags()}}
+    found[file] = dict({{flag.name: flag.value for flag in cli.own_flags()}},
+                       given=[flag.name for flag in cli.own_flags() if flag.present])
 print(json.dumps(found))
 '''
 
 
 @pytest.fixture(scope='module')
 def values():
-    """{(data set, stage): {flag: value}}"""
+    """{(data set, stage): {flag: value, 'given': names of the flags in the file}}"""
     found = {}
     for script, stages in SCRIPTS.items():
         files = [str(file) for stage in stages for file in (ROOT / 'config').glob(f'*_{stage}.txt')]
@@ -47,12 +48,23 @@ def test_every_file_is_read(values):
     assert len(values) == len(list((ROOT / 'config').glob('*.txt')))
 
 
-def test_one_network_per_data_set(values):
-    for name in {name for name, _ in values}:
-        networks = [{flag: flags[flag] for flag in NETWORK}
-                    for (other, _), flags in values.items() if other == name]
-        stages = 3 if name == 'TEACHER' else 4      # its network is in the folder of the teacher
-        assert len(networks) >= stages and all(network == networks[0] for network in networks)
+def test_the_network_comes_from_the_checkpoint(values):
+    for (_, stage), flags in values.items():
+        found = NETWORK & set(flags['given'])
+        assert found == (NETWORK if stage == 'BASE' else set())
+
+
+def test_variants_differ_from_rdd_in_their_objective_alone(values):
+    same = {'dataset', 'data_root', 'classifier', 'classifier_path', 'base_ckpt', 'lr', 'wd',
+            'batch_size', 'temperature', 'feature', 'amp', 'grad_clip', 'ema_decay', 'warmup'}
+    variants = [key for key in values if key[1] in ('BEST', 'RCFD')]
+    assert len(variants) == 5
+    for name, stage in variants:
+        flags, rdd = values[name, stage], values[name, 'RDD']
+        assert {key: flags[key] for key in same} == {key: rdd[key] for key in same}
+        assert flags['loss_type'] == 'none' != rdd['loss_type']
+        assert (flags['logits'], flags['logits_weight']) == (
+            (True, 10) if stage == 'BEST' else (False, 1))
 
 
 def test_no_two_files_write_into_one_folder(values):
@@ -62,8 +74,10 @@ def test_no_two_files_write_into_one_folder(values):
 
 def test_released_values(values):
     """Rows of the recipes that the paper's code, or RCFD's commands, fix."""
-    base, rdd, rcfd = (values['CIFAR10', stage] for stage in ('BASE', 'RDD', 'RCFD'))
+    base, pd, rdd, rcfd = (values['CIFAR10', stage] for stage in ('BASE', 'PD', 'RDD', 'RCFD'))
     assert (base['T'], base['lr'], base['total_steps'], base['dropout']) == (1024, 2e-4, 800000, .1)
+    assert (pd['lr'], pd['total_steps'], pd['dropout']) == (5e-5, 10000, 0)
+    assert pd['mean_type'] == 'xstart'
     assert (rdd['temperature'], rdd['total_steps'], rdd['loss_type']) == (.9, 20000, 'mp2p')
     assert (rcfd['temperature'], rcfd['total_steps'], rcfd['loss_type']) == (.9, 10000, 'none')
     assert rcfd['alpha'] == rcfd['beta'] == 0

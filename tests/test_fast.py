@@ -1,21 +1,25 @@
-"""Every fast path against the plain one: numbers and gradients."""
+"""Fast forms against what they replace: outputs and gradients; precision; settings for GPUs."""
 
 import copy
-import functools
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import runtime.run
 from classifier import build_classifier
-from losses import MemoryP2P, intra_sample_p2p
-from model import UNet, draw_dropout_noise, dropout
-from runtime import data, precision, seeding
+from classifier.frozen import fold_batch_norms, load_frozen
+from classifier.imagenet import ImageNetClassifier
+from classifier.networks import DenseBlock
+from losses import MemoryP2P, intra_sample_p2p, unit_pixels
+from model import AttnBlock, GroupNorm, ResBlock, UNet
+from runtime import checkpoint, distributed, precision
 from runtime.cli import UserError
 from runtime.optim import frozen
-from tools import bench_rows
-from tools.measure import Peak
-from tools.plain import PlainMemory, plain, plain_intra
+from runtime.torchvision_cpu import torchvision
 
 CPU = torch.device('cpu')
 
@@ -24,27 +28,21 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small_unet(ch_mult=(1, 2)):
+def small_unet(ch_mult=(1, 2), **how):
     torch.manual_seed(0)
-    net = UNet(8, 32, ch_mult, [len(ch_mult) - 1], 1)
+    net = UNet(8, 32, ch_mult, [len(ch_mult) - 1], 1, **how)
     for module in net.modules():        # layers that start near 0 would hide the rest
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.xavier_uniform_(module.weight)
     return net
 
 
-def channels_last(net):
-    """As the scripts do it, and `plain` undoes it."""
-    return net.to(memory_format=torch.channels_last)
-
-
-def step(net, amp='none', **inputs):
+def step(net):
     """Output of a network on four images, and the gradient of a sum of its squares."""
-    with precision.autocast(amp, CPU):
-        out = net(randn(4, 3, 8, 8), torch.arange(4), **inputs)
-        out.float().square().sum().backward()
+    out = net(randn(4, 3, 8, 8), torch.arange(4))
+    out.square().sum().backward()
     # in one vector: the gradient of some biases is 0 but for rounding
-    return [out.detach().float(),
+    return [out.detach(),
             torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad])]
 
 
@@ -56,100 +54,228 @@ def assert_near(found, expected, rel):
         assert ((one - other).abs().max() / other.abs().max()).item() <= rel
 
 
-# Networks
+# Precision
 
-@pytest.fixture(scope='module')
-def expected():
-    with plain():
-        net = channels_last(small_unet())
-        assert net.head.weight.is_contiguous()
-        return step(net)
-
-
-def test_unet_in_channels_last_with_fused_attention(expected):
-    net = channels_last(small_unet())
-    assert net.head.weight.is_contiguous(memory_format=torch.channels_last)
-    assert_near(step(net), expected, 1e-5)
-
-
-def test_plain_attention_is_explicit(monkeypatch):
-    """Without the replacement, the plain side would compare fused attention with itself."""
-    def refused(*args):
-        raise AssertionError('fused attention')
-    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', refused)
-    with plain():
-        step(small_unet())
-    with pytest.raises(AssertionError, match='fused'):
-        step(small_unet())
-
-
-def test_unet_in_bfloat16(expected):
-    """Three significant digits in every product: near, not equal."""
-    found = step(channels_last(small_unet()), amp='bf16')
-    assert not torch.equal(found[0], expected[0])
-    assert_near(found[:1], expected[:1], 0.03)
+def test_frozen_weights_in_bfloat16_change_no_bit():
+    """Autocast converts them to the same values; output and gradient of the input are equal."""
+    unet = small_unet(conditional=True, class_num=10)
+    for network, inputs in ((unet, (torch.arange(2), torch.arange(2))),
+                            (build_classifier('densenet_small', 10), ())):
+        found = []
+        for prepared in (False, True):
+            network = frozen(copy.deepcopy(network).to(memory_format=torch.channels_last))
+            if prepared:
+                precision.prepare('bf16', False, CPU, network)
+            x = randn(2, 3, 8, 8).requires_grad_()
+            with precision.autocast('bf16', CPU):
+                out = network(x, *inputs)
+            out = out if isinstance(out, tuple) else (out,)
+            sum(v.float().square().sum() for v in out).backward()
+            found.append([v.detach() for v in out] + [x.grad])
+        assert all(torch.equal(one, other) for one, other in zip(*found))
+        dtypes = {name: p.dtype for name, p in network.named_parameters()}
+        assert torch.bfloat16 in dtypes.values()
+        assert all(dtype == torch.float32 for name, dtype in dtypes.items()
+                   if 'norm' in name or name.startswith(UNet.in_float32))
+    with pytest.raises(ValueError, match='is trained'):
+        precision.prepare('bf16', False, CPU, small_unet())
 
 
-def test_classifier_in_channels_last():
+def test_group_norm_in_float32():
+    """On a CPU as on a GPU: bfloat16 goes in, and nothing is rounded inside."""
+    norm, x = GroupNorm(64), randn(2, 64, 4, 4).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.nn.GroupNorm(32, 64)(x.float()))
+
+
+def test_last_layers_in_float32():
+    """Under autocast, the tail gets what the blocks made and keeps all digits of its own."""
+    net, seen = small_unet().to(memory_format=torch.channels_last), []
+    exact, _ = step(net)
+    net.tail.register_forward_hook(lambda tail, inputs, out: seen.append((inputs[0], out)))
+    with torch.no_grad(), precision.autocast('bf16', CPU):
+        out = net(randn(4, 3, 8, 8), torch.arange(4))
+    (h, _), = seen
+    assert h.dtype == out.dtype == torch.float32
+    assert torch.equal(out, net.tail(h)) and not torch.equal(out, out.bfloat16().float())
+    assert not torch.equal(out, exact)      # three significant digits in every other product
+    assert_near([out], [exact], .03)
+
+
+@pytest.mark.parametrize('cpu, fast', [
+    ('fpu avx512f avx512_bf16', True), ('fpu amx_bf16', True), ('fpu avx512f avx_vnni', False)])
+def test_amp_auto(cpu, fast, monkeypatch):
+    """bfloat16 where the hardware has it, but not to distil from fine grids."""
+    monkeypatch.setattr(Path, 'read_text', lambda file: f'flags : {cpu}')
+    choices = [precision.choose('auto', CPU, steps) for steps in (0, 64, 65, 512)]
+    assert choices == (['bf16', 'bf16', 'none', 'none'] if fast else ['none'] * 4)
+    assert precision.choose('bf16', CPU, 512) == 'bf16' and precision.choose('none', CPU) == 'none'
+
+
+# Layers
+
+def test_time_projections_in_one_product():
+    """Shift of every block as its own layer makes it; gradients of these layers and of temb."""
+    net, shifts = small_unet(), []
+    blocks = [module for module in net.modules() if isinstance(module, ResBlock)]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, inputs: shifts.append((block, inputs[1])))
+    t = torch.arange(4)
+    net(randn(4, 3, 8, 8), t)
+    assert len(shifts) == len(blocks) == 8
+    weights = [p for module in (net.time_embedding, *(block.temb_proj for block in blocks))
+               for p in module.parameters() if p.requires_grad]
+    found = []
+    for form in (lambda block, shift: shift,
+                 lambda block, _: block.temb_proj(net.time_embedding(t))):
+        values = [form(*pair) for pair in shifts]
+        loss = sum((i + 1) * value.square().sum() for i, value in enumerate(values))
+        found.append([*(v.detach() for v in values), *torch.autograd.grad(loss, weights)])
+    assert_near(*found, 1e-5)
+
+
+def test_queries_keys_and_values_in_one_product():
+    """Output and gradients of attention whose projections are layers of their own."""
     torch.manual_seed(0)
-    net, found = build_classifier('densenet_small', 10).eval(), []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = randn(2, 3, 8, 8).requires_grad_()
-        out = net.to(memory_format=memory_format)(x)
-        sum(v.square().sum() for v in out).backward()
-        found.append([v.detach() for v in out] + [x.grad])
-    assert_near(found[1], found[0], 1e-4)
+    block, found = AttnBlock(32).double(), []
+    weights = [p for name, p in block.named_parameters() if name != 'proj_k.bias']  # no effect
+    for p in block.parameters():
+        p.data += .1 * torch.randn_like(p)
+
+    def layer_by_layer(x):
+        h = block.group_norm(x)
+        q, k, v = (proj(h).flatten(2).mT for proj in (block.proj_q, block.proj_k, block.proj_v))
+        h = (q @ k.mT * 32 ** -.5).softmax(-1) @ v
+        return x + block.proj(h.mT.reshape(x.shape))
+
+    for form in (block, layer_by_layer):
+        x = randn(2, 32, 4, 2).double().to(memory_format=torch.channels_last).requires_grad_()
+        out = form(x)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *weights])])
+    assert_near(*found, 1e-10)
 
 
-@pytest.fixture
-def captured(monkeypatch):
-    """torch.compile that runs the captured graphs without generating code, which takes minutes."""
+def batch_norms(network):
+    return [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize('name, left', [
+    ('densenet_small', 1 + 14 + 1), ('resnet18', 0), ('resnet50', 0), ('convnet_small', 0),
+    ('imagenet_densenet121', 1 + 58 + 3), ('imagenet_resnet18', 0)])
+def test_batch_norms_in_the_convolutions(name, left):
+    """The same outputs and gradient; only batch norms that come before a convolution are left."""
+    torch.manual_seed(0)
+    if name.startswith('imagenet'):
+        network = ImageNetClassifier(name, getattr(torchvision().models, name[9:])(weights=None))
+    else:
+        network = build_classifier(name, 10)
+    for norm in batch_norms(network):
+        for values in (norm.running_mean, norm.bias):
+            values.data.normal_(0, .1)
+        for values in (norm.running_var, norm.weight):
+            values.data.uniform_(.5, 1.5)
+    network, found = frozen(network).double(), []
+    for prepare in (frozen, fold_batch_norms):      # as it is, and folded
+        x = randn(1, 3, 8, 8).double().requires_grad_()
+        outputs = prepare(network)(x)
+        found.append([*outputs, *torch.autograd.grad(outputs[2].square().sum(), x)])
+    assert_near(*found, 1e-10)
+    assert len(batch_norms(network)) == left
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_the_classifier_of_a_distillation_is_folded(tmp_path):
+    network = build_classifier('convnet_small', 10)
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=network.state_dict()))
+    dataset = Mock(num_classes=10, img_size=8)
+    folded = load_frozen('convnet_small', tmp_path, dataset, 'stored', CPU)
+    assert not batch_norms(folded)
+    x = randn(2, 3, 8, 8)
+    assert_near(folded(x), network.eval()(x), 1e-5)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_dense_block_against_torchvision(training):
+    """The layers of torchvision's block; equal outputs, gradients added up in another order."""
+    torch.manual_seed(0)
+    block = DenseBlock(torchvision().models.DenseNet(8, (4,), 16, 2).features.denseblock1.items())
+    theirs = torchvision().models.densenet._DenseBlock(4, 16, 2, 8, 0)
+    theirs.load_state_dict(block.state_dict())
+    found = []
+    for form in (block.train(training), theirs.train(training)):
+        x = randn(4, 16, 4, 4).requires_grad_()
+        out = form(x)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, *(p.grad for p in form.parameters())])
+    assert torch.equal(found[0][0], found[1][0])
+    assert_near(*found, 1e-4)
+
+
+# Relational losses in chunks; test_losses.py has the definition of IS_P2P
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that is made inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+def test_memory_in_chunks(monkeypatch):
+    """Value and gradient of autograd with all similarities; they are never held together."""
+    monkeypatch.setattr('losses.CHUNK_ENTRIES', 16 * 400)
+    torch.manual_seed(0)
+    memory = MemoryP2P(8, 1000, 400, temperature=.5)
+    projected_S, map_T = randn(32, 8, 4, 4).requires_grad_(), randn(32, 8, 4, 4, seed=1)
+    log_p_S, log_p_T = ((unit_pixels(v) @ memory.queue[memory.contrast].t() / .05).log_softmax(1)
+                        for v in (projected_S, map_T))
+    expected = F.kl_div(log_p_S, log_p_T, reduction='batchmean', log_target=True)
+    with Largest() as largest:
+        loss = memory(projected_S, map_T)
+        grad, = torch.autograd.grad(loss, projected_S)
+    expected_grad, = torch.autograd.grad(expected, projected_S)
+    assert_near([loss[None], grad], [expected[None], expected_grad], 1e-5)
+    assert largest.entries == 16 * 400 < 32 * 16 * 400
+
+
+def test_relations_of_a_batch_in_chunks():
+    map_S, map_T = randn(32, 8, 4, 4).requires_grad_(), randn(32, 8, 4, 4, seed=1)
+    with Largest() as largest:
+        intra_sample_p2p(map_S, map_T, chunk_entries=16 * 512).backward()
+    assert largest.entries == 16 * 512 < 512 ** 2
+
+
+# torch.compile
+
+def test_compiled_is_eager(monkeypatch):
+    """In place, with the same names, in one graph; without generating code, which takes minutes."""
     if precision.TORCH < (2, 2):
         pytest.skip(f'--compile needs torch 2.2, this is {torch.__version__}')
     with_code = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda function, **how: with_code(
         function, backend='aot_eager', **how))
     torch._dynamo.reset()
-
-
-def test_compiled_is_eager(captured):
-    """In place, with the same names, in one graph."""
-    eager, found = small_unet([1]), []
+    eager = small_unet([1])
     compiled = copy.deepcopy(eager)
     precision.compile_networks(True, CPU, compiled)
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
-    for net in (eager, compiled):
-        found.append(step(net))
-    assert list(compiled.state_dict()) == list(eager.state_dict())
+    found = step(compiled)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == before + 1
-    assert_near(found[1], found[0], 1e-5)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    assert_near(found, step(eager), 1e-5)
     copy.deepcopy(compiled)
 
 
-class Half(torch.nn.Module):
-    """Dropout at rate 1/2."""
-
-    def forward(self, x, keys, positions):
-        return dropout(x, .5, keys, positions)
-
-
-def test_compiled_dropout_is_eager(captured):
-    """The same masks, for the whole batch and for shares of it."""
-    rng = seeding.generator(CPU, 1)
-    keys, positions = draw_dropout_noise(small_unet([1]), 8, 4, slice(0, 4), rng)
-    layer, x = Half(), torch.ones(4, 8, 3, 3)
-    whole = layer(x, keys[0], positions)
-    precision.compile_networks(True, CPU, layer)
-    for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
-        assert torch.equal(layer(x[rows], keys[0, rows], positions), whole[rows])
-    assert whole.unique().tolist() == [0, 2] and not torch.equal(whole[:2], whole[2:])
-
-
-def test_compiling_that_fails_is_told(monkeypatch):
+def test_compiling_that_fails_is_one_sentence(monkeypatch):
     monkeypatch.setattr(precision, 'TORCH', (2, 2))
-    def broken(*args, **how):
-        raise RuntimeError('no C++ compiler\nand a long story')
-    monkeypatch.setattr(torch, 'compile', broken)
+    monkeypatch.setattr(torch, 'compile', Mock(
+        side_effect=RuntimeError('no C++ compiler\nand a long story')))
     precision.compile_networks(False, CPU)
     with pytest.raises(UserError, match=r'--compile .*\(no C\+\+ compiler\); leave it out') as e:
         precision.compile_networks(True, CPU)
@@ -159,124 +285,48 @@ def test_compiling_that_fails_is_told(monkeypatch):
         precision.compile_networks(True, CPU)
 
 
-# Losses: their definition is tested in test_losses.py, here the two forms at a larger size
-
-def value_and_gradients(loss, inputs):
-    return [loss.detach()[None]] + list(torch.autograd.grad(loss, inputs))
-
-
-@pytest.mark.parametrize('group, chunk', [(None, 2 ** 22), (2, 2 ** 22), (2, 1000)])
-def test_intra(group, chunk):
-    map_S, map_T = randn(8, 48, 4, 4).requires_grad_(), randn(8, 48, 4, 4, seed=1)
-    chunked = functools.partial(intra_sample_p2p, chunk_entries=chunk)
-    fast, plain = (value_and_gradients(form(map_S, map_T, .3, group), [map_S])
-                   for form in (chunked, plain_intra))
-    assert_near(fast[1:], plain[1:], 1e-5)
-    assert fast[0].item() == pytest.approx(plain[0].item(), rel=1e-5)
+@pytest.mark.parametrize('device, graphs, mode', [
+    ('cuda', True, dict(mode='reduce-overhead')), ('cuda', False, {}), ('cpu', True, {})])
+def test_graphs_on_a_gpu_alone(device, graphs, mode, monkeypatch):
+    layer = Mock()
+    monkeypatch.setattr(precision, 'TORCH', (2, 13))
+    monkeypatch.setattr(torch, 'compile', Mock())
+    monkeypatch.setattr(torch, 'zeros', Mock())
+    precision.compile_networks(True, torch.device(device), layer, graphs=graphs)
+    layer.compile.assert_called_once_with(dynamic=False, **mode)
 
 
-def test_memory():
-    map_S, map_T = randn(8, 48, 4, 4).requires_grad_(), randn(8, 48, 4, 4, seed=1)
-    found = []
-    for form in (MemoryP2P, PlainMemory):
-        torch.manual_seed(0)
-        memory = form(48, 400, 100, temperature=.5)
-        found.append(value_and_gradients(memory(map_S, map_T), [map_S, *memory.parameters()]))
-    scale = [max(v.abs().max(), 1e-6) for v in found[1]]
-    assert_near(*([v / s for v, s in zip(values, scale)] for values in found), 1e-5)
+# GPUs
+
+def test_set_up_gpu():
+    """Whether convolutions and matrix products may round to TF32; by default what torch allows."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    try:
+        for tf32, allowed in (('none', (False, False)), ('all', (True, True)),
+                              ('conv', (True, False))):
+            distributed.set_up_gpu(tf32)
+            assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (*allowed, True)
+        assert allowed == before[:2]
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
-@pytest.mark.parametrize('form, keys', [('intra', 512), ('memory', 400)])
-def test_one_chunk_of_similarities(form, keys, monkeypatch):
-    """The fast forms hold a few chunks beyond vectors of the pixels; the plain ones all."""
-    monkeypatch.setattr('losses.CHUNK_ENTRIES', 16 * keys)
-    map_S, map_T = randn(32, 8, 4, 4).requires_grad_(), randn(32, 8, 4, 4, seed=1)
-    found, vectors, everything = {}, 512 * 8 * 4 / 2 ** 20, 512 * keys * 4 / 2 ** 20
-    pairs = dict(fast=(intra_sample_p2p, MemoryP2P), plain=(plain_intra, PlainMemory))
-    for side, (intra, memory) in pairs.items():
-        how = dict(chunk_entries=16 * keys) if side == 'fast' and form == 'intra' else {}
-        loss = functools.partial(intra, **how) if form == 'intra' else memory(8, 1000, keys)
-        with Peak(CPU) as peak:
-            torch.autograd.grad(loss(map_S, map_T), [map_S])
-        found[side] = peak.mib
-    assert found['fast'] < 16 * vectors + 6 * everything * 16 / 512 < everything
-    assert found['plain'] > 3 * everything
+@pytest.mark.parametrize('device, backend', [('cuda:1', 'nccl'), ('cpu', 'gloo')])
+def test_group_of_processes(device, backend, monkeypatch):
+    """NCCL has its device, a shorter timeout than gloo, and a group of the hosts beside it."""
+    joined, gpu, device = {}, backend == 'nccl', torch.device(device)
 
+    def init_process_group(backend, device_id=None, **more):
+        joined.update(more, backend=backend, device_id=device_id)
 
-# Optimiser
-
-def trained(steps=3):
-    """Parameters and averages after some steps with the functions that a run uses."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
-    ema = frozen(copy.deepcopy(net))
-    params = list(net.parameters())
-    optim = runtime.run.adam(params, 1e-2, 1e-3)
-    for i in range(steps):
-        (10 * net(randn(4, 5, seed=i))).square().sum().backward()
-        finite = runtime.run.clip_gradient(params, 1.).isfinite()
-        runtime.run.step_optimizer(optim, finite, 2e-2)
-        runtime.run.ema_update(ema, net, .9)
-    return [p.detach() for p in (*params, *ema.parameters())], optim.param_groups[0]['fused']
-
-
-def test_fused_adam_and_average():
-    fast, _ = trained()
-    with plain(runtime.run):
-        expected, fused = trained()
-    assert_near(fast, expected, 1e-5)
-    assert not torch.equal(expected[0], expected[4])      # the average lags behind
-    assert fused is False
-
-
-# Scores
-
-def test_frechet():
-    features, probs = randn(60, 8).double(), torch.full((60, 2), .5)
-    other = [v.numpy() for v in (randn(8).double(), torch.eye(8).double())]
-    fast = bench_rows.frechet(features, probs, *other)
-    with plain(bench_rows):
-        expected = bench_rows.frechet(features, probs, *other)
-    assert fast == pytest.approx(expected, rel=1e-9) and fast > 1 and fast != expected
-
-
-def test_plain_replaces_and_restores():
-    """In the modules that it is given, for as long as the block lasts."""
-    before = dict(vars(bench_rows)), dict(vars(runtime.run))
-    with plain(bench_rows):
-        assert bench_rows.intra_sample_p2p is plain_intra and bench_rows.MemoryP2P is PlainMemory
-        assert torch.channels_last is torch.contiguous_format
-        assert vars(runtime.run) == before[1]
-        with bench_rows.autocast('bf16', CPU):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert (vars(bench_rows), vars(runtime.run)) == before
-    assert torch.channels_last is not torch.contiguous_format
-
-
-# A GPU
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_nothing_waits_for_the_gpu():
-    """Batches, the queue and both relational losses, without a copy that stops the host."""
-    device = torch.device('cuda')
-    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
-    batches = data.batches(data.Images('random', 'train', 8, [0] * 32, 10, images), 8, 0, device)
-    memory = MemoryP2P(16, 100, 20, 10).to(device)
-    maps = [randn(8, 16, 4, 4, seed=i).to(device).requires_grad_() for i in range(2)]
-    for mode in ('default', 'error'):       # the first time allocates
-        next(batches)
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            next(batches)
-            rng = seeding.generator(device, 0, seeding.PIXELS, 1)
-            indices = memory.choose_pixels(8 * 16, rng)
-            memory.enqueue(memory.pixels_at(maps[1].detach(), indices, 0, 8))
-            memory.choose_contrast(rng)
-            loss = intra_sample_p2p(*maps) + memory(*maps)
-            loss.backward()
-            if mode == 'error':         # it does notice a host that waits
-                with pytest.raises(RuntimeError, match='synchroni'):
-                    loss.item()
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    assert loss.isfinite() and maps[0].grad.abs().sum() > 0
+    monkeypatch.setattr(distributed, '_hosts', None)
+    monkeypatch.setattr(distributed, 'check_agreement', lambda: None)
+    monkeypatch.setattr(distributed.dist, 'rendezvous', lambda url: iter([(Mock(), 1, 2)]))
+    monkeypatch.setattr(distributed.dist, 'new_group', Mock())
+    monkeypatch.setattr(distributed.dist, 'init_process_group', init_process_group)
+    distributed.join(device, 2)
+    del joined['store']
+    assert distributed.dist.new_group.call_count == gpu
+    assert joined == dict(backend=backend, rank=1, world_size=2, device_id=device if gpu else None,
+                          timeout=timedelta(minutes=30) if gpu else timedelta(hours=6))

@@ -1,4 +1,4 @@
-"""The lock of a folder, and signals."""
+"""The folder of a run, its lock, and signals."""
 
 import os
 import signal
@@ -8,17 +8,25 @@ import pytest
 from helpers import is_locked, launch
 from runtime import guard
 from runtime.cli import UserError
-from runtime.guard import Folder, Stop, leave_after
+from runtime.guard import Folder, Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
+
+def handlers():
+    return [signal.getsignal(n) for n in SIGNALS]
+
+
+# The folder
 
 def test_second_run_in_a_folder_is_refused(tmp_path):
     """The lock belongs to the process and is gone with it, however it ended."""
     code = """
 import sys
 sys.path.insert(0, '.')
+from absl import flags
 from runtime.guard import Folder, UserError
+flags.DEFINE_string('logdir', None, '')
 try:
     Folder(sys.argv[1], 'flags of another')
 except UserError as error:
@@ -29,26 +37,60 @@ print('free')
     mine, other = tmp_path / 'mine', tmp_path / 'other'
     folder = Folder(mine, '--T=8')
     assert is_locked(mine)
-    said = launch(['-c', code, mine, other])
-    assert f'--logdir {mine} is in use by process {os.getpid()} on ' in said and 'free' in said
+    out = launch(['-c', code, mine, other])
+    assert f'--logdir {mine} is in use by process {os.getpid()} on ' in out and 'free' in out
     assert (mine / 'flagfile.txt').read_text() == '--T=8\n'
     assert (other / 'flagfile.txt').is_file() and not is_locked(other)
     assert is_locked(mine)
     folder.close()
     assert not is_locked(mine)
+    Folder(mine, '--T=4').close()       # a run goes on in its own folder
+    assert (mine / 'flagfile.txt').read_text() == '--T=4\n'
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=r'--logdir .*file/run cannot be written to \(Not a dir'):
+    with pytest.raises(UserError, match=r'file/run cannot be written to \(Not a dir.*; choose an'):
         Folder(str(tmp_path / 'file/run'), '')
-    with pytest.raises(UserError, match='--result_path folder .* cannot be written to'):
-        Folder(str(tmp_path / 'file/run'), '', '--result_path folder')
 
 
-def test_stop(capsys):
-    """What was received is remembered; the handlers from before are back after the block."""
-    before, stop = [signal.getsignal(n) for n in SIGNALS], Stop()
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'flagfile.txt'])
+@pytest.mark.parametrize('linked', [False, True])
+def test_files_of_something_else_are_kept(tmp_path, name, linked):
+    """A folder without a run whose files a run would overwrite, through a link as well."""
+    file = tmp_path / 'elsewhere' if linked else tmp_path / name
+    file.write_text('mine')
+    if linked:
+        (tmp_path / name).symlink_to(file)
+    with pytest.raises(UserError, match=f'has a file {name} that no run has written'):
+        Folder(tmp_path, '--T=8')
+    assert file.read_text() == 'mine' and not (tmp_path / 'ckpt.pt').exists()
+    (tmp_path / 'ckpt.pt').write_text('of a run')       # copied without its lock
+    Folder(tmp_path, '--T=8').close()
+    assert (tmp_path / 'flagfile.txt').read_text() == '--T=8\n'
+    assert not linked or file.read_text() == 'mine'
+
+
+def test_a_folder_where_a_file_must_be(tmp_path):
+    (tmp_path / 'metrics.jsonl').mkdir()
+    with pytest.raises(UserError, match='has a folder metrics.jsonl, where a run writes a file'):
+        Folder(tmp_path, '')
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    """Of its own files; the user's stay."""
+    for name in ('ckpt.pt.x1.tmp', 'ckpt_3.pt.x2.tmp', 'metrics.jsonl.x3.tmp',
+                 'flagfile.txt.x4.tmp', 'notes.tmp'):
+        (tmp_path / name).write_text('half')
+    Folder(tmp_path, '').close()
+    assert sorted(os.listdir(str(tmp_path))) == ['.lock', 'flagfile.txt', 'notes.tmp']
+
+
+# Signals
+
+def test_stop():
+    """A signal is remembered; the handlers from before are back after the block."""
+    before, stop = handlers(), Stop()
     with stop:
         assert not stop.asked()
         assert signal.getsignal(signal.SIGINT) != before[1]
@@ -56,44 +98,36 @@ def test_stop(capsys):
         assert stop.asked() == signal.SIGTERM
         signal.raise_signal(signal.SIGINT)      # passed on by a launcher within two seconds
         assert stop.asked() == signal.SIGTERM
-    assert [signal.getsignal(n) for n in SIGNALS] == before
+    assert handlers() == before
     with stop:                                  # the next stage of a chain
         assert stop.asked() == signal.SIGTERM
-    with pytest.raises(SystemExit) as leaving:
-        leave_after(stop.asked(), 'folder', 3)
-    assert leaving.value.code == 143
-    assert 'SIGTERM: stopped after step 3, saved in folder' in capsys.readouterr().out
 
 
-def test_processes_agree_now_and_then(monkeypatch):
-    """In the first step, a quarter of a second later, and in the last; the slowest one counts."""
-    asked, clock, slowest, theirs = [], [0.], [10 ** 7], [0]
+def test_hangup_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
-    def largest(received, nanoseconds):
-        asked.append(step)
-        return max(received, theirs[0]), max(nanoseconds, slowest[0])
 
+@pytest.mark.parametrize('on_gpus, expected', [(False, list(range(1, 9))), (True, [10, 20, 25])])
+def test_processes_agree(monkeypatch, on_gpus, expected):
+    """On CPUs after every step, on GPUs after every tenth and the last one."""
+    asked, theirs = [], [0]
     monkeypatch.setattr(guard.distributed, 'world_size', lambda: 2)
-    monkeypatch.setattr(guard.distributed, 'largest', largest)
-    monkeypatch.setattr(guard.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(guard.distributed, 'on_gpus', lambda: on_gpus)
+    monkeypatch.setattr(guard.distributed, 'largest',
+                        lambda received: asked.append(step) or max(received, theirs[0]))
     with Stop() as stop:
-        for step in range(1, 81):           # 1 ms here and 10 there, from step 41 on 1 s
-            clock[0] += .001 if step <= 40 else 1.
-            theirs[0] = signal.SIGTERM if step >= 78 else 0
-            if stop.asked(step, step == 80):
+        for step in range(1, 26):
+            theirs[0] = signal.SIGTERM if step == expected[-1] else 0
+            if stop.asked(step, step == 25):
                 break
-    assert asked == [1, 26, 51, *range(52, 79)] and step == 78
-    with Stop() as stop:
-        asked.clear()
-        for step in (1, 2):
-            stop.asked(step, last=step == 2)
-    assert asked == [1, 2]
-    with Stop() as stop:
-        asked.clear()
-        for step in range(5001, 5004):      # of a resumed run, 10 s each
-            clock[0] += 10.
-            stop.asked(step, last=False)
-    assert asked == [5001, 5002, 5003]
+    assert asked == expected and step == expected[-1]
 
 
 def test_second_signal_ends_the_process(monkeypatch):
@@ -105,10 +139,3 @@ def test_second_signal_ends_the_process(monkeypatch):
         stop.since -= 2.1
         signal.raise_signal(signal.SIGINT)
     assert codes == [130]
-
-
-def test_handlers_are_restored_after_an_exception():
-    before = [signal.getsignal(n) for n in SIGNALS]
-    with pytest.raises(ZeroDivisionError), Stop():
-        1 / 0
-    assert [signal.getsignal(n) for n in SIGNALS] == before

@@ -1,62 +1,94 @@
 """What a run reports: means of finite values, steps that are not finite, the last line."""
 
-import json
 import math
 import re
 
 import pytest
 import torch
+from absl import flags
 
 from helpers import FINISHED
 from runtime.cli import UserError
-from runtime.log import Meter, summary
+from runtime.log import Log, Meter
+
+FLAGS = flags.FLAGS
 
 
-def test_meter():
+@pytest.fixture(autouse=True)
+def max_bad_steps():
+    flags.DEFINE_integer('max_bad_steps', 3, '')
+    FLAGS.mark_as_parsed()
+    yield
+    delattr(FLAGS, 'max_bad_steps')
+
+
+def steps(meter, *losses):
+    """Steps with these losses, of which those that are not finite are not applied."""
+    for loss in losses:
+        meter.add(loss=torch.tensor(loss), loss_intra=torch.tensor(loss), loss_feature=1.)
+        meter.end_step(torch.tensor(math.isfinite(loss)))
+
+
+def test_means_are_those_of_finite_values():
     meter = Meter()
-    for value in (1., math.nan, 3., -math.inf):
-        meter.add(loss=torch.tensor(value), norm=2.)
-        meter.end_step(torch.tensor(math.isfinite(value)))
-    assert meter.mean() == dict(loss=2., norm=2., bad_steps=2)
-    meter.add(loss=torch.tensor(math.nan))
-    meter.end_step(torch.tensor(False))
-    means = meter.mean()
+    steps(meter, 1., math.nan, 3., -math.inf)
+    assert meter.means(4, 0, 9) == dict(loss=2., loss_intra=2., loss_feature=1., bad_steps=2)
+    steps(meter, math.nan)
+    means = meter.means(5, 0, 9)
     assert math.isnan(means['loss']) and means['bad_steps'] == 1
 
 
-def test_meter_stops_after_steps_in_a_row():
+def test_steps_in_a_row_end_the_run():
+    """Counted through log lines; a good step in between starts anew."""
     meter = Meter()
-    for step, value in enumerate((math.nan, 1., math.nan, math.nan, math.nan), 1):
-        meter.add(loss=torch.tensor(value), loss_intra=torch.tensor(value), loss_feature=1.)
-        meter.end_step(torch.tensor(math.isfinite(value)))
-        if step < 5:
-            meter.check(step, 3)
-    meter.check(5, 0)       # 0: never
-    with pytest.raises(UserError, match=r'step 5 the last 3 steps in a row .*\(loss_intra\)') as e:
-        meter.check(5, 3)
+    steps(meter, math.nan, math.nan, 1., math.nan)
+    meter.means(4, 0, 9)
+    steps(meter, math.nan)
+    meter.means(5, 0, 9)
+    steps(meter, math.nan)
+    with pytest.raises(UserError, match=r'step 6 the last 3 steps in a row .*\(loss_intra\)') as e:
+        meter.means(6, 0, 9)
     assert e.value.code == 1
 
 
-def test_meter_goes_on_from_its_state():
-    whole, half = Meter(), Meter()
-    for meter in (whole, half):
-        meter.add(loss=torch.tensor(.1), grad_norm=torch.tensor(.7))
-        meter.end_step(torch.tensor(False))
-    state = half.state_dict()
-    state['sums']['old'] = [1., 1., 0.]         # a term that is not used any more
-    half = Meter(json.loads(json.dumps(state)))
-    for meter in (whole, half):
-        meter.add(loss=torch.tensor(.3), grad_norm=torch.tensor(math.inf))
-        meter.end_step(torch.tensor(False))
-    with pytest.raises(UserError, match='last 2 steps'):
-        half.check(2, 2)
-    assert whole.mean() == half.mean() and Meter(None).state_dict()['sums'] == {}
+def test_never():
+    FLAGS.max_bad_steps = 0
+    meter = Meter()
+    steps(meter, *[math.nan] * 30)
+    meter.means(30, 0, 99)
+
+
+@pytest.mark.parametrize('step, start, total, ends', [(2, 0, 2, True), (2, 0, 3, False),
+                                                      (7, 5, 7, True), (7, 4, 7, False)])
+def test_a_start_without_a_good_step_is_no_end(step, start, total, ends):
+    """Of the steps of this process, all until the last one were bad."""
+    meter = Meter()
+    steps(meter, *[1.] * (step - start - 2), math.nan, math.nan)
+    if ends:
+        with pytest.raises(UserError, match='last 2 steps in a row'):
+            meter.means(step, start, total)
+    else:
+        assert meter.means(step, start, total)['bad_steps'] == 2
+
+
+def test_lines_of_an_earlier_start(tmp_path):
+    """After resuming at step 2, no line of a later step is kept, nor a broken one."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'\xff\xfe\n' + b''.join(b'{"step": %d}\n' % i for i in (1, 2, 3))
+                     + b'[1]\n{"loss": 1}\n{"step": 1, "l')
+    log = Log(tmp_path, 'name', 2, 5, 8, '--T=8')
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize('seconds, time, rate', [(3.25, '3.2 s', 30.8), (59.96, '1 min 0 s', 1.7),
                                                  (200, '3 min 20 s', .5)])
-def test_summary(seconds, time, rate):
-    line = summary(5, seconds, 100, './logs/a')
+def test_summary(tmp_path, monkeypatch, seconds, time, rate):
+    clock = iter([0., seconds])
+    monkeypatch.setattr('runtime.log.time.perf_counter', lambda: next(clock))
+    log = Log(tmp_path, 'name', 0, 5, 20, '--T=8')
+    line = log.summary(5, './logs/a')
+    log.close()
     assert re.match(FINISHED.format(5, './logs/a'), line) and f' in {time}, ' in line
     shown = float(re.search(r'([\d.]+) images/s', line).group(1))
     assert shown == pytest.approx(rate, abs=.5)

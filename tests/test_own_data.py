@@ -68,7 +68,7 @@ def photos(tmp_path_factory):
     env = dict(XDG_CACHE_HOME=f'{folder}/cache')
     commands = [dict(argv=[*words, *overrides(words, folder)], cwd=str(folder), env=env)
                 for words in chain + without_labels]
-    done = subprocess.run([sys.executable, str(ROOT / 'tools/forks.py')], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, str(ROOT / 'tests/forks.py')], stdout=subprocess.PIPE,
                           input=json.dumps(dict(it=commands)), universal_newlines=True, check=True)
     return folder, [(words[0], *result) for words, result in zip(
         chain + without_labels, json.loads(done.stdout)['it'])]

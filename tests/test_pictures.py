@@ -15,6 +15,13 @@ IMAGES = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8,
 LABELS = torch.tensor([2, 0, 2, 2, 0])
 
 
+def test_eight_bits():
+    """uint8 / 127.5 - 1 comes back; values outside are clamped."""
+    images = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(pictures.to_uint8(images.float() / 127.5 - 1), images)
+    assert pictures.to_uint8(torch.tensor([-3., 3.])).tolist() == [0, 255]
+
+
 def test_npz_is_what_the_evaluator_of_guided_diffusion_reads(tmp_path):
     pictures.save_images(tmp_path / 'new/all.npz', IMAGES, LABELS)
     with np.load(tmp_path / 'new/all.npz') as file:
@@ -34,13 +41,38 @@ def test_folder_is_what_pytorch_fid_reads(tmp_path):
     assert all(torch.equal(read[i], IMAGES[i]) for i in range(5))
 
 
-def test_folder_with_images_is_refused_before_sampling(tmp_path):
-    pictures.check_place(tmp_path / 'new')
-    pictures.check_place(tmp_path)              # empty
-    pictures.check_place(tmp_path / 'again.npz')
-    (tmp_path / '000000.png').write_text('')
-    with pytest.raises(UserError, match='--save_images'):
-        pictures.check_place(tmp_path)
+def test_places_that_hold_something_else_are_refused(tmp_path):
+    def check(name, *suffixes):
+        pictures.check_place(tmp_path / name, '--flag', suffixes or ('.npz',))
+
+    pictures.save_labelled(tmp_path / 'here/grid.png', 'x', [IMAGES])
+    pictures.save_images(tmp_path / 'here/samples.npz', IMAGES)
+    np.savez(str(tmp_path / 'here/mine.npz'), a=np.zeros(2))
+    (tmp_path / 'here/text.png').write_text('')
+    (tmp_path / 'empty').mkdir()
+    for words in (('new',), ('empty',), ('deep/er/new.npz',), ('here/samples.npz',),
+                  ('here/grid.png', '.npz', '.png')):
+        check(*words)
+    for words in (('here',), ('here/mine.npz',), ('new.png',), ('here/grid.png',),
+                  ('here/text.png', '.png')):
+        with pytest.raises(UserError, match='--flag .* is neither a new or empty folder'):
+            check(*words)
+    with pytest.raises(OSError):
+        check('here/text.png/new.npz')
+
+
+@pytest.mark.parametrize('name', ['all.npz', 'all'])
+def test_a_kill_while_samples_are_written_leaves_what_was_there(tmp_path, monkeypatch, name):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, 'savez', killed)
+    monkeypatch.setattr(Image.Image, 'save', killed)
+    (tmp_path / 'all.npz').write_text('before')
+    with pytest.raises(KeyboardInterrupt):
+        pictures.save_images(tmp_path / name, IMAGES, LABELS)
+    assert [p.name for p in tmp_path.iterdir()] == ['all.npz']
+    assert (tmp_path / 'all.npz').read_text() == 'before'
 
 
 def test_rows_by_class():

@@ -1,74 +1,140 @@
-"""tools/plot.py: which results become which curve, and the picture."""
+"""tools/plot.py: which lines become which curve, rows of samples, and the pictures."""
 
 import json
+import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from absl import flags
+from PIL import Image
 
-from helpers import ROOT, launch
+from runtime import pictures
 from runtime.cli import UserError
 from tools import plot
 
 RESULT = dict(ckpt='c', step=9, weights='net_model', T=4, stride=1, nfe=4, seed=0, num_images=50,
               fid=3.5, inception_score=2., inception_std=0.1, reference='r.npz',
               reference_images=50, feature_network='n', pixels='8-bit', amp='none', method='pd')
+ODD = [b'', b'{"nfe": 4', b'{"a": 1}', b'[1, 2]', b'\xff\xfe',
+       json.dumps(dict(RESULT, fid=None)).encode()]
 
 
-def write(folder, *changes):
-    folder.mkdir(parents=True)
-    lines = [json.dumps(dict(RESULT, **change)) for change in changes]
-    (folder / 'results.jsonl').write_text('\n'.join(lines) + '\n')
+@pytest.fixture(autouse=True)
+def values(monkeypatch, tmp_path):
+    """The flags, and the folder of the tests as working directory."""
+    found = SimpleNamespace(output='new/plot.png', value='fid', samples=False, columns=16)
+    monkeypatch.setattr(plot, 'FLAGS', found)
+    monkeypatch.chdir(tmp_path)
+    return found
 
 
 @pytest.fixture
 def logs(tmp_path):
-    write(tmp_path / '64', *[dict(nfe=n, stride=64 // n, fid=64. / n, method='base',
-                                  weights='ema_model') for n in (64, 8, 4)])
-    write(tmp_path / '4', {}, dict(seed=1, fid=4.5), dict(step=12, fid=2.5))
-    write(tmp_path / '8to4/rdd', dict(method='rdd', fid=1.))
-    write(tmp_path / '8to4/none', dict(method='rdd', fid=2., num_images=20))
+    def write(folder, *changes):
+        (tmp_path / folder).mkdir(parents=True)
+        lines = [json.dumps(dict(RESULT, **change)) for change in changes]
+        (tmp_path / folder / 'results.jsonl').write_text('\n'.join(lines) + '\n')
+
+    write('64', *[dict(nfe=n, fid=64. / n, method='base', ckpt='b') for n in (64, 8, 4)])
+    write('4', {}, dict(seed=1, fid=4.5), dict(step=12, fid=2.5))
+    write('8to4/rdd', dict(method='rdd', fid=1.))
+    write('8to4/none', dict(method='rdd', fid=2., num_images=20))
     return tmp_path
 
 
-def read(*words):
-    return plot.newest([result for word in words for result in plot.read_word(str(word))])
+def read(*named):
+    return plot.with_table(plot.read(named, 'results.jsonl', plot.results.read))
 
 
 def test_names_of_curves(logs):
-    assert {(r['curve'], r['fid']) for r in read(logs)} == {
+    assert {(r['curve'], r['fid']) for r in read(('', logs))} == {
         ('DDIM', 1.), ('DDIM', 8.), ('DDIM', 16.), ('PD', 4.5), ('PD', 2.5), ('RDD', 1.),
         ('none', 2.)}           # 3.5 was measured again after more steps
-    assert [r['curve'] for r in read(f'our own={logs}/8to4/rdd/results.jsonl')] == ['our own']
+    named, = read(('our own', logs / '8to4/rdd/results.jsonl'))
+    assert named['curve'] == 'our own'
 
 
-def test_table_has_a_line_per_result(logs):
-    lines = plot.table(read(logs / '4')).splitlines()
+def test_table_has_a_line_per_result(logs, capsys):
+    read(('', logs / '4'))
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and len({line.count('|') for line in lines}) == 1
-    assert '| PD | 4 | 4.500 | 2.000 +- 0.100 | 50 | 1 | r.npz | n | 8-bit |' in lines
+    assert '| PD | 4 | 4.5 | 2.0 | 0.1 | 1 | r.npz | n | 50 | 8-bit |' in lines
 
 
-def test_mistakes(logs):
-    (logs / 'bad').mkdir()
-    (logs / 'bad/results.jsonl').write_text('{"nfe": 4')
-    for word, sentence in ((logs / 'bad', 'line 1'), (logs / 'nothing', 'ddim_eval.py')):
-        with pytest.raises(UserError, match=sentence):
-            list(plot.read_word(str(word)))
+@pytest.mark.parametrize('line', ODD)
+def test_odd_lines_are_left_out_and_named(logs, capsys, line):
+    file = logs / '4/results.jsonl'
+    file.write_bytes(line + b'\n' + file.read_bytes())
+    assert len(read(('', logs))) == 7
+    assert (f'line 1 of {file} is left out' in capsys.readouterr().out) == bool(line)
+    file.write_bytes(line)
+    with pytest.raises(UserError, match=f'{logs}/4 has no results.jsonl with fid'):
+        read(('', logs), ('', logs / '4'))
 
 
-def test_command(logs):
-    pytest.importorskip('matplotlib', reason='optional, see requirements-export.txt')
-    picture = logs / 'new/scores.png'
-    out = launch([ROOT / 'tools/plot.py', logs, f'--output={picture}'], cwd=logs)
-    assert out.count('\n| ') == 8 and picture.stat().st_size > 5000
+def test_pictures(logs, values, monkeypatch):
+    """A panel per protocol, a line through the means of the seeds; a line per training."""
+    figure = pytest.importorskip('matplotlib.figure', reason='see requirements-export.txt').Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(figure, 'savefig', lambda self, *how, **more: (
+        drawn.append(self), save(self, *how, **more)))
+    plot.main([str(logs)])
+    assert (logs / values.output).stat().st_size > 5000
+    (logs / '64/metrics.jsonl').write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": null}\n'
+                                           '{"step": 3, "loss": 2}\n{"step": 4, "lo')
+    values.value = 'loss'
+    plot.main(['mine=64', '64'])
+    lines = [{line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+             for picture in drawn for axis in picture.axes]
+    assert lines == [{'none': [[4, 2]]},
+                     {'DDIM': [[4, 16], [8, 8], [64, 1]], 'PD': [[4, 3.5]], 'RDD': [[4, 1]]},
+                     {'64': [[1, 3], [3, 2]], 'mine': [[1, 3], [3, 2]]}]
 
 
-def test_panels(logs):
-    pytest.importorskip('matplotlib', reason='optional, see requirements-export.txt')
-    from matplotlib.figure import Figure
-    flags.FLAGS.mark_as_parsed()
-    axis = Figure().subplots()
-    plot.draw_panel(axis, [r for r in read(logs) if r['num_images'] == 50])
-    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-             for line in axis.get_lines()}
-    assert lines == {'DDIM': ([4, 8, 64], [16., 8., 1.]), 'PD': ([4], [3.5]), 'RDD': ([4], [1.])}
-    assert [label.get_text() for label in axis.get_xticklabels()] == ['4', '8', '64']
+@pytest.fixture
+def files(tmp_path, values):
+    """40 images of 8 px whose grey is 10 + 5 times their index, of classes 0, 0, .., 1, 1, .."""
+    values.samples = True
+    grey = 10 + 5 * np.arange(40, dtype=np.uint8)
+    images, labels = np.zeros((40, 8, 8, 3), np.uint8) + grey[:, None, None, None], [0, 1]
+    np.savez(tmp_path / 'one.npz', images, np.repeat(labels, 20))
+    np.savez(tmp_path / 'seed1.npz', images[:30], np.repeat(labels[::-1], 15))
+    for name, array in dict(other=255 - images, few=images[:3], none=images[:0], float=images / 255,
+                            large=np.zeros((40, 16, 16, 3), np.uint8)).items():
+        np.savez(tmp_path / f'{name}.npz', array)
+    (tmp_path / 'text.npz').write_text('no samples')
+    (tmp_path / 'folder').mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f'folder/{i:06d}.png')
+
+
+def greys(path, rows, columns):
+    """Grey values of a picture's tiles of 64 px with 2 px between them, from its lower right."""
+    picture = np.asarray(Image.open(path).convert('L')).astype(int)
+    at = [[-(i * 66 + 32 + 2 + pictures.MARGIN // 2) for i in reversed(range(count))]
+          for count in (rows, columns)]
+    return picture[np.ix_(*at)].tolist()
+
+
+@pytest.mark.parametrize('first, second, columns', [
+    ('one.npz', 'other.npz', [10, 110, 15, 115]),       # images 0, 20, 1, 21: the classes in turn
+    ('other.npz', 'folder', [245, 240, 235, 230])])     # no labels: the first images
+def test_samples(files, values, first, second, columns):
+    values.columns = 4
+    plot.main([f'A={first}', f'B, 1 step={second}'])
+    assert greys(values.output, 2, 4) == [columns, [255 - grey for grey in columns]]
+
+
+@pytest.mark.parametrize('words, sentence', [
+    ([], 'found no file or folder'),
+    (['A=one.npz', 'text.npz'], 'text.npz is no npz or folder of 28 or more samples'),
+    (['missing.npz'], 'missing.npz is no npz or folder of 1 or more samples'),
+    (['float.npz'], 'float.npz is no npz or folder'),
+    (['none.npz'], 'none.npz is no npz or folder'),
+    (['.'], '. is no npz or folder'),
+    (['one.npz', 'large.npz'], 'large.npz has another size of images or other labels than the'),
+    (['one.npz', 'few.npz'], 'few.npz is no npz or folder of 28 or more samples'),
+    (['one.npz', 'seed1.npz'], 'seed1.npz has another size of images or other labels than the')])
+def test_mistakes(files, words, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plot.main(words)

@@ -1,23 +1,35 @@
-"""The loop of `Run`: what it refuses, and what it leaves behind however it ends."""
+"""`Run`: the order of calls, what a step does, how runs end, what resuming takes and refuses."""
 
+import contextlib
+import copy
+import functools
 import json
+import math
 import re
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from absl import flags
+from torch import nn
+from torch.nn.functional import dropout
 
 from diffusion import Diffusion, distillation_loss
-from helpers import FINISHED, is_locked
+from helpers import FINISHED, assert_same, is_locked
 from model import UNet
-from runtime import checkpoint, data, precision
-from runtime.flags import define_training_flags
+from runtime import checkpoint, data, distributed, precision
+from runtime.cli import UserError
+from runtime.guard import stop
 from runtime.run import Run
+from training import define_training_flags, noisy_parts, start_run
 
 FLAGS = flags.FLAGS
 TINY = ['', '--dataset=digits', '--batch_size=4', '--img_size=8', '--num_workers=0',
         '--sample_size=1', '--log_step=1', '--sample_step=0', '--lr=1e-3', '--total_steps=3']
+DIFFUSION = Diffusion(8)
+digits = functools.lru_cache(None)(lambda: data.make_dataset('digits', '.', 8, train=True))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -30,233 +42,354 @@ def training_flags():
         delattr(FLAGS, name)
 
 
+def network(seed=0):
+    torch.manual_seed(seed)
+    return UNet(8, 32, [1], [], 1, FLAGS.dropout)
+
+
+def teacher(seed):
+    return SimpleNamespace(network=network(seed), file='teacher/ckpt.pt')
+
+
 @pytest.fixture
 def make(tmp_path):
-    """A function that makes a run of a tiny network on random images, with further flags."""
-    def make(*words):
+    """A function that makes a run of a tiny network, with further flags."""
+    def make(*words, method='base', T=8, images='first', folder='run', **more):
         FLAGS.unparse_flags()
         FLAGS([*TINY, *words])
-        torch.manual_seed(0)
-        images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
-        dataset = data.Images('digits', 'train', 8, [0] * 16, 10, images)
-        net = UNet(8, 32, [1], [], 1, FLAGS.dropout)
-        return Run(FLAGS, 'base', net, Diffusion(8), dataset, str(tmp_path / 'run'))
+        dataset = copy.copy(digits())
+        dataset.fingerprint = images
+        return start_run(method, network(), Diffusion(T), dataset, str(tmp_path / folder),
+                         FLAGS.total_steps, **more)
     return make
 
 
-def compute(run, part):
-    """Forward and backward of a part."""
-    forward(run, part)
-    backward(run, part)
-
-
 def forward(run, part):
-    x_0, y, t, eps = part
-    with run.forward(part):
-        part.pred = run.diffusion.predict(run.net, run.diffusion.add_noise(x_0, eps, t), t, y)
+    with run.training(part):
+        z_t = DIFFUSION.add_noise(part.x_0, part.eps, part.t)
+        part.pred = DIFFUSION.predict(run.net, z_t, part.t, part.y)
 
 
-def backward(run, part):
-    run.backward(loss=(1., distillation_loss(*part.pred, part.x_0, part.eps).mean()))
+def do_step(run, factor=1., lr=1e-3):
+    """What a script does in a step; the loss is multiplied by `factor`."""
+    for part in noisy_parts(run, DIFFUSION):
+        forward(run, part)
+        loss = distillation_loss(*part.pred, part.x_0, part.eps).mean()
+        run.backward(loss=(1., factor * loss))
+    run.update(lr)
 
 
-def train(run, last=None):
-    """All steps of a run, or those up to `last`."""
+def train(run, last=None, lr=1e-3, bad=()):
+    """All steps of a run, or those up to `last`; the loss of the steps `bad` is NaN."""
     for step in run:
-        for part in run.parts():
-            compute(run, part)
-        run.update(1e-3)
+        do_step(run, math.nan if step in bad else 1., lr)
         if step == last:
             break
+    return run
+
+
+def log_of(run):
+    return [json.loads(line) for line in open(f'{run.logdir}/metrics.jsonl').read().splitlines()]
 
 
 def steps_in_log(run):
-    lines = open(f'{run.logdir}/metrics.jsonl').read().splitlines()
-    return [json.loads(line)['step'] for line in lines]
+    return [line['step'] for line in log_of(run)]
 
 
 def handlers():
-    return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
+    return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                                          signal.SIGCHLD)]
 
 
 # Order of the calls in a step
 
-def refused(run, sentence, *calls):
-    """A step that makes these calls ends with a RuntimeError that says `sentence`."""
+@pytest.mark.parametrize('parts, calls, sentence', [
+    (1, 'B', r'^run\.backward\(\) was called without run\.training\(\); call the net'),
+    (1, 'TBB', r'^run\.backward\(\) was called without run\.training\(\)'),
+    (2, 'TT', r'^run\.training\(\) was called twice in a row; call run\.back'),
+    (2, 'TBU', r'^run\.update\(\) was called after 1 of 2 parts; call run\.'),
+    (1, 'TBTBU', r'^run\.update\(\) was called after 2 of 1 parts'),
+    (1, 'TBUU', r'^run\.update\(\) was called .* and run\.update\(\) once$'),
+    (1, 'TB', r'^step 1 ended without run\.update\(\)$')])
+def test_wrong_order(make, parts, calls, sentence):
+    """T: run.training, B: run.backward, U: run.update."""
+    run = make(f'--grad_accum={parts}')
+    value = torch.zeros((), requires_grad=True)
     with pytest.raises(RuntimeError, match=sentence):
         for _ in run:
-            parts = list(run.parts())
+            part = next(noisy_parts(run, DIFFUSION))
             for call in calls:
-                call(run, parts)
+                if call == 'T':
+                    forward(run, part)
+                elif call == 'B':
+                    run.backward(loss=(1., value * 0))
+                else:
+                    run.update(1e-3)
 
 
-def test_backward_without_forward(make):
-    def wrong(run, parts):
-        run.backward(loss=(1., torch.zeros((), requires_grad=True)))
-    refused(make(), r'^run\.backward\(\) was called without run\.forward\(\); call the net', wrong)
+def test_misspelt_arguments_are_refused(make, tmp_path):
+    make()
+    with pytest.raises(TypeError, match='total_step'):
+        Run('base', network(), digits(), tmp_path / 'run', 3, total_step=100)
 
 
-def test_two_backwards(make):
-    refused(make(), r'^run\.backward\(\) was called without run\.forward\(\)',
-            lambda run, parts: compute(run, parts[0]), lambda run, parts: backward(run, parts[0]))
-
-
-def test_two_forwards(make):
-    refused(make('--grad_accum=2'), r'^run\.forward\(\) was called twice in a row; call run\.back',
-            lambda run, parts: forward(run, parts[0]), lambda run, parts: forward(run, parts[1]))
-
-
-def test_update_before_all_parts(make):
-    refused(make('--grad_accum=2'), r'^run\.update\(\) was called after 1 of 2 parts; call run\.',
-            lambda run, parts: compute(run, parts[0]), lambda run, parts: run.update(1e-3))
-
-
-def test_more_parts_than_there_are(make):
-    refused(make(), r'^run\.update\(\) was called after 2 of 1 parts',
-            lambda run, parts: compute(run, parts[0]), lambda run, parts: compute(run, parts[0]),
-            lambda run, parts: run.update(1e-3))
-
-
-def test_two_updates(make):
-    refused(make(), r'^run\.update\(\) was called .* and run\.update\(\) once$',
-            lambda run, parts: compute(run, parts[0]), lambda run, parts: run.update(1e-3),
-            lambda run, parts: run.update(1e-3))
-
-
-def test_step_without_update(make):
-    refused(make(), r'^step 1 ended without run\.update\(\)$',
-            lambda run, parts: compute(run, parts[0]))
-
-
-def test_right_order_is_not_refused(make):
-    """The calls above are wrong for their order, not for what this file passes to them."""
-    run = make('--grad_accum=2')
-    train(run)
-    assert steps_in_log(run) == [1, 2, 3] and checkpoint.read(run.logdir)['step'] == 3
+def test_total_steps_given_count(make, tmp_path):
+    make()
+    run = train(Run('base', network(), digits(), tmp_path / 'run', 2))
+    assert FLAGS.total_steps == 3 and steps_in_log(run) == [1, 2]
+    assert checkpoint.read(run.logdir)['step'] == 2
 
 
 # Ends of a loop
 
 def test_whole_run(make, capsys):
-    before, run = handlers(), make()
-    train(run)
-    assert handlers() == before and not is_locked(run.logdir) and run.log.file.closed
+    before, run = handlers(), train(make('--grad_accum=2'))
+    assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
     line = capsys.readouterr().out.splitlines()[-1]
     assert re.match(FINISHED.format(3, re.escape(run.logdir)), line)
-    again = make()
-    train(again)
+    again = train(make('--grad_accum=2'))
     assert f'{run.logdir} is finished: step 3.' in capsys.readouterr().out
     assert again.start == 3 and steps_in_log(run) == [1, 2, 3]
 
 
-def test_break_ends_the_run(make, capsys):
+@pytest.mark.parametrize('how', ['break', 'exception'])
+def test_loop_that_is_left(make, capsys, how):
     """Log and lock are closed, the handlers of signals are back; the folder can be used again."""
     before, run = handlers(), make('--save_step=1')
-    for step in run:
-        assert is_locked(run.logdir) and not run.log.file.closed
-        assert handlers()[:2] != before[:2]
-        compute(run, next(run.parts()))
-        run.update(1e-3)
-        if step == 2:
-            break
-    assert handlers() == before and not is_locked(run.logdir) and run.log.file.closed
-    assert 'finished' not in capsys.readouterr().out
-    second = make()
-    assert second.start == 1            # the step of the break had not ended
-    train(second)
-    assert steps_in_log(second) == [1, 2, 3]
-
-
-def test_exception_ends_the_run(make, capsys):
-    before, run = handlers(), make('--save_step=1')
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) if how == 'exception' else contextlib.nullcontext():
         for step in run:
-            for part in run.parts():
-                with run.forward(part):
-                    1 / (2 - step)
-                    part.pred = run.diffusion.predict(run.net, part.x_0, part.t)
-                backward(run, part)
-            run.update(1e-3)
-    assert handlers() == before and not is_locked(run.logdir) and run.log.file.closed
+            assert is_locked(run.logdir) and not run.log.file.closed
+            assert handlers()[:3] != before[:3]
+            do_step(run, 1 / (2 - step) if how == 'exception' else 1.)
+            if step == 2:
+                break
+    assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
     assert 'finished' not in capsys.readouterr().out
-    second = make()
-    assert second.start == 1
-    train(second)
-    assert steps_in_log(second) == [1, 2, 3] and checkpoint.read(second.logdir)['step'] == 3
+    again = train(make())
+    assert again.start == 1 and steps_in_log(again) == [1, 2, 3]    # the step had not ended
 
 
-def test_signal_ends_the_run(make, capsys, monkeypatch):
+@pytest.mark.parametrize('name, code', [('SIGTERM', 143), ('SIGHUP', 129)])
+def test_signal_ends_the_run(make, capsys, monkeypatch, name, code):
     """After the step in which it came, with a checkpoint, and with the code of the signal."""
-    from runtime.guard import stop
     monkeypatch.setattr(stop, 'received', 0)
     before, run = handlers(), make()
     with pytest.raises(SystemExit) as leaving:
         for step in run:
             if step == 2:
-                signal.raise_signal(signal.SIGTERM)
-            compute(run, next(run.parts()))
-            run.update(1e-3)
-    assert leaving.value.code == 143 and handlers() == before and not is_locked(run.logdir)
-    assert 'SIGTERM: stopped after step 2, saved in' in capsys.readouterr().out
+                signal.raise_signal(getattr(signal, name))
+            do_step(run)
+    assert leaving.value.code == code and handlers() == before and not is_locked(run.logdir)
+    assert f'{name}: stopped after step 2, saved in' in capsys.readouterr().out
     assert checkpoint.read(run.logdir)['step'] == 2 and steps_in_log(run) == [1, 2]
 
 
-@pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])
-def test_fine_grids_are_distilled_in_float32(make, monkeypatch, capsys, tmp_path, T, found):
-    """Under --amp auto, where bfloat16 is fast; a line says so. Base models are not concerned."""
-    monkeypatch.setattr(precision, 'has_fast_bf16', lambda device: True)
-    base = make('--amp=auto')
-    run = Run(FLAGS, 'pd', base.net.module, Diffusion(T), base.dataset, str(tmp_path / 'student'),
-              str(tmp_path / 'teacher'))
-    assert (base.amp, run.amp) == ('bf16', found)
-    assert ('--amp auto means float32' in capsys.readouterr().out) == (found == 'none')
+def test_a_run_that_learnt_nothing_is_not_finished(make, capsys):
+    run = make()
+    with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the') as e:
+        train(run, bad=(1, 2, 3))
+    assert e.value.code == 1 and 'finished' not in capsys.readouterr().out
+    assert not list(Path(run.logdir).glob('*.pt'))
+
+
+def test_a_step_that_is_not_finite_is_left_out(make):
+    """It is counted; weights and moments are those of a run without it, at the same rates."""
+    run = train(make('--ema_decay=0.5'), bad=[2])
+    assert [line['bad_steps'] for line in log_of(run)] == [0, 1, 0]
+    assert log_of(run)[1]['loss'] is None
+    state = checkpoint.read(run.logdir)
+    assert all(value.isfinite().all() for value in state['net_model'].values())
+    assert state['step'] == 3 and state['optim']['state'][0]['step'] == 2
+
+
+def test_weights_that_are_lost_are_not_saved(make):
+    """Finite gradients and a rate that no number holds: the checkpoint before stays."""
+    run = train(make('--save_step=1'), last=2)
+    with pytest.raises(UserError, match='NaN or inf in net_model.* at step 2: nothing was saved'):
+        train(make('--save_step=1'), lr=1e39)
+    assert checkpoint.read(run.logdir)['step'] == 1
+
+
+def test_full_disk_ends_the_log_alone(make, capsys):
+    run = make()
+    for step in run:
+        do_step(run)
+        if step == 1:
+            run.log.file.close()
+            run.log.file = open('/dev/full', 'w')
+    out = capsys.readouterr().out
+    assert 'note: the log in /dev/full ends at step 1 (No space left' in out and 'finished: ' in out
+    assert checkpoint.read(run.logdir)['step'] == 3
 
 
 # What a step does
 
 def test_parts_are_rows_of_one_batch(make):
-    """Rows, times and noise do not depend on the number of parts; gradients add up to the same."""
-    whole, halves = make(), make('--grad_accum=2')
-    for run in (whole, halves):
+    """Rows, times and noise do not depend on the number of parts."""
+    kept = []
+    for accum in (1, 2):
+        run = make(f'--grad_accum={accum}', folder=f'{accum}')
         for _ in run:
-            run.kept = list(run.parts())
+            kept.append(list(noisy_parts(run, DIFFUSION)))
             break
-    (one,), two = whole.kept, halves.kept
+    (one,), two = kept
     for name in ('x_0', 'y', 't', 'eps'):
         assert torch.equal(torch.cat([getattr(part, name) for part in two]), getattr(one, name))
     assert [part.rows for part in two] == [slice(0, 2), slice(2, 4)]
-    assert [part.last for part in two] == [False, True] and one.last
+    assert [part.number for part in two] == [0, 1]
     assert one.t.min() >= 1 and one.t.max() <= 8
 
 
 def test_weights_of_terms(make):
     """The gradient is that of sum(weight * value); the log has the values themselves."""
-    run, parameter = make('--grad_clip=0'), None
+    run = make('--grad_clip=0')
     for _ in run:
         parameter = run.net.params[0]
-        with run.forward(next(run.parts())):
+        with run.training(next(run.parts())):
             value = parameter.sum()
         run.backward(one=(2., value), other=(-.5, value))
         assert torch.equal(parameter.grad, torch.full_like(parameter, 1.5))
-        found, means = value.item(), run.meter.mean()
-        assert means['one'] == means['other'] == pytest.approx(found)
-        assert means['loss'] == pytest.approx(1.5 * found)
-        break
+        run.update(0.)
+    line = log_of(run)[0]
+    assert line['one'] == line['other'] == pytest.approx(value.item())
+    assert line['loss'] == pytest.approx(1.5 * value.item())
 
 
-def test_dropout_noise_is_given_to_the_network(make):
-    """Other masks in every step, and those of the step again after resuming."""
-    found = []
-    for _ in range(2):
-        run = make('--dropout=0.5')
+def test_masks_of_dropout(make, monkeypatch):
+    """A function of (seed, step, process, part), each of which matters."""
+    def masks(seed, rank):
+        run = make('--dropout=0.5', '--grad_accum=2', f'--seed={seed}')
         for step in run:
             for part in run.parts():
-                forward(run, part)
-                found.append(run.net.context['noise'].keys)
-                backward(run, part)
+                with monkeypatch.context() as patch:
+                    patch.setattr(distributed, 'rank', lambda: rank)
+                    with run.training(part):
+                        mask = dropout(torch.ones(64), .5)
+                yield tuple(mask.tolist())
+                run.backward(loss=(1., run.net.params[0].sum()))
             run.update(0.)
             if step == 2:
                 break
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
-    assert not torch.equal(found[0], found[1])
-    assert found[0].shape == (5, 4)         # residual blocks, images
+
+    found = [mask for seed in (0, 1) for rank in (0, 1) for mask in masks(seed, rank)]
+    assert len(set(found)) == len(found) == 16 and found[:4] == list(masks(0, 0))
+
+
+@pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])
+def test_fine_grids_are_distilled_in_float32(make, monkeypatch, capsys, T, found):
+    """Under --amp auto, where bfloat16 is fast; a line names it. Base models are not concerned."""
+    monkeypatch.setattr(precision, 'has_fast_bf16', lambda device: True)
+    assert make('--amp=auto', T=T).amp == 'bf16'
+    assert make('--amp=auto', T=T, method='pd', teacher=teacher(0)).amp == found
+    assert ('--amp auto means float32' in capsys.readouterr().out) == (found == 'none')
+
+
+# Resuming
+
+def test_resuming_is_exact(make):
+    """Also with dropout and averaged weights; the log has every step once."""
+    words = '--dropout=0.5', '--ema_decay=0.5', '--save_step=1', '--grad_accum=2'
+    whole = train(make(*words, folder='whole'))
+    train(make(*words), last=2)
+    run = train(make(*words))
+    assert run.start == 1 and steps_in_log(run) == [1, 2, 3]
+    one, two = (checkpoint.read(r.logdir) for r in (whole, run))
+    assert_same(one, two, skip=['flags'])
+
+
+@pytest.mark.parametrize('word, sentence', [
+    ('--seed=9', '--seed is 9 and the run in .* was started with 0, which cannot change'),
+    ('--batch_size=8', '--batch_size is 8 and the run .* with 4'),
+    ('--dataset=cifar10', "--dataset is cifar10 and the run .* with digits"),
+    ('--img_size=16', '--img_size is 16 and the run'), ('--mean_type=v', '--mean_type is v and')])
+def test_flags_that_cannot_change(make, word, sentence):
+    train(make('--save_step=1'), last=2)
+    with pytest.raises(UserError, match=sentence + '.*give the same, or choose another --logdir'):
+        make(word)
+
+
+@pytest.mark.parametrize('word, note', [
+    ('--lr=2e-3', '--lr=0.002 (was 0.001)'), ('--total_steps=4', '--total_steps=4 (was 3)'),
+    ('--wd=0.1', '--wd=0.1 (was 0.0)'), ('--nodistributed', ''), ('--dropout=0.1', '--dropout=0.1'),
+    ('--amp=bf16', '--amp=bf16 (was none)'), ('--skip_bad_images', ''), ('--save_step=2', ''),
+    ('--keep=3', ''), ('--log_step=2', ''), ('--sample_size=2', ''), ('--num_workers=1', ''),
+    ('--data_root=there', ''), ('--max_bad_steps=5', ''), ('--logdir=there', '')])
+def test_flags_that_may_change(make, capsys, word, note):
+    """With a note if they change the result."""
+    train(make('--save_step=1'), last=2)
+    assert make(word).start == 1
+    out = capsys.readouterr().out
+    assert ('note: resuming with other flags than before: ' in out) == bool(note) and note in out
+
+
+@pytest.mark.parametrize('change, sentence', [
+    (dict(T=4), 'holds a run with T 8, and this one has 4'),
+    (dict(method='pd', teacher=True), 'holds a run with method base, and this one has pd'),
+    (dict(words=['--ema_decay=0.5'], use='ema_model'), 'lacks ema_model, so its run was started '
+     'with other flags'),
+    (dict(memory=SimpleNamespace(project_head=nn.Linear(2, 2), state_dict=dict)),
+     'lacks memory, optim_head, so')])
+def test_another_run_is_refused(make, change, sentence):
+    train(make('--save_step=1'), last=2)
+    change = dict(change, **(dict(teacher=teacher(0)) if 'teacher' in change else {}))
+    with pytest.raises(UserError, match=sentence):
+        make(*change.pop('words', ()), **change)
+
+
+def test_state_that_would_be_lost(make):
+    train(make('--ema_decay=0.5'))
+    with pytest.raises(UserError, match='has ema_model, so its run was started with other flags'):
+        make('--ema_decay=0')
+
+
+@pytest.mark.parametrize('last', [2, None])
+def test_another_teacher_or_classifier_is_refused(make, capsys, last):
+    """Their weights are compared, in runs that are finished as well; of images, there is a note."""
+    def student(of=0, by=0, images='first'):
+        torch.manual_seed(by)
+        classifier = nn.Linear(2, 2)
+        return make('--save_step=1', method='pd', teacher=teacher(of), classifier=classifier,
+                    images=images)
+
+    train(student(), last)
+    assert student().start == (1 if last else 3) and 'other images' not in capsys.readouterr().out
+    with pytest.raises(UserError, match='holds a run with another teacher, whose weights'):
+        student(of=1)
+    with pytest.raises(UserError, match='holds a run with another classifier, whose weights'):
+        student(by=1)
+    student(images='second')
+    assert 'note: resuming with other images than before' in capsys.readouterr().out
+
+
+def altered(run, **changes):
+    """The checkpoint of a run gets other entries; those that are None are left out."""
+    state = dict(checkpoint.read(run.logdir), **changes)
+    checkpoint.save(f'{run.logdir}/ckpt.pt', {k: v for k, v in state.items() if v is not None})
+
+
+@pytest.mark.parametrize('changes, sentence', [
+    (dict(step='x'), 'whose step is x, expected a whole number'),
+    (dict(step=-7), 'whose step is -7'), (dict(step=2.5), 'whose step is 2.5'),
+    (dict(optim={}), 'optim of the checkpoint in .* does not fit this run'),
+    (dict(net_model=dict(w=torch.tensor(math.nan))), 'weights are missing or not finite; replace'),
+    (dict(net_model=3), 'weights are missing or not finite'),
+    (dict(net_model=dict(w=torch.ones(2))), 'net_model of the checkpoint in .* does not fit this'),
+    (dict(flags=None), 'holds a checkpoint without flags, so it cannot be continued'),
+    (dict(net_model=None, model={}, config={}, flags=None), 'without net_model, flags, so it')])
+def test_checkpoints_that_cannot_be_continued(make, changes, sentence):
+    run = train(make('--keep=0', '--total_steps=1'))
+    altered(run, **changes)
+    with pytest.raises(UserError, match=sentence) as caught:
+        make()
+    assert '\n' not in str(caught.value) and '--logdir' in str(caught.value)
+
+
+def test_checkpoint_of_an_earlier_version(make):
+    """It has the sums of a log line in `meter`, and no digests of what the run builds on."""
+    whole = train(make(folder='whole', method='pd', teacher=teacher(0)))
+    run = train(make('--save_step=1', '--keep=0', method='pd', teacher=teacher(0)), last=2)
+    altered(run, inputs=None, meter=dict(sums=dict(loss=[1., 1., 0.]), bad=0, streak=0))
+    run = train(make(method='pd', teacher=teacher(0)))
+    assert run.start == 1
+    one, two = (checkpoint.read(r.logdir) for r in (whole, run))
+    assert_same(one, two, skip=['flags'])

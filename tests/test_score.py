@@ -1,25 +1,25 @@
-"""Scores against closed forms, statistics files, and get_npz as a user runs it."""
+"""Scores against closed forms, files of statistics and results, and get_npz as a user runs it."""
 
-from concurrent.futures import ThreadPoolExecutor
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from classifier import build_classifier
 from diffusion import Diffusion
-from model import UNet
-from runtime import checkpoint, data, distributed, seeding
+from helpers import assert_ran, command, fork_all
+from runtime import checkpoint, data, distributed
 from runtime.cli import UserError
-from runtime.pictures import to_uint8
 from runtime.torchvision_cpu import torchvision
-from score import (ActivationStats, check_network, frechet_distance, inception_score,
-                   load_feature_network, load_statistics, save_statistics)
-from score.metrics import split_sums
-from score.networks import build_inception, images_01
-from score.reference import Statistics, check_writable, command_for
-from helpers import ROOT, run_script
+from score import (ActivationStats, check_reference, frechet_distance, inception_score,
+                   get_npz, load_feature_network, load_statistics, results, sampling,
+                   save_statistics)
+from score.compare import compare
+from score.reference import Statistics, version_of_score
 
 rng = np.random.RandomState(0)
 
@@ -30,29 +30,18 @@ def random_covariance(size, samples=50):
 
 # Frechet distance
 
-def test_equal_covariances():
+def test_closed_forms():
     mu1, mu2, sigma = rng.standard_normal(8), rng.standard_normal(8), random_covariance(8)
     assert frechet_distance(mu1, sigma, mu2, sigma) == pytest.approx(np.sum((mu1 - mu2) ** 2))
     assert frechet_distance(mu1, sigma, mu1, sigma) == pytest.approx(0, abs=1e-10)
-
-
-def test_diagonal_covariances():
     a, b, mu = rng.uniform(0, 2, 8), rng.uniform(0, 2, 8), np.zeros(8)
     expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
     assert frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(expected)
-
-
-def test_rank_deficient_covariances():
-    # u u^T and v v^T: the trace of the root of their product is |u . v|
-    u, v, mu = rng.standard_normal(8), rng.standard_normal(8), np.zeros(8)
+    # of rank 1, u u^T and v v^T: the trace of the root of their product is |u . v|
+    u, v = rng.standard_normal(8), rng.standard_normal(8)
     expected = u @ u + v @ v - 2 * abs(u @ v)
     found = frechet_distance(mu, np.outer(u, u), mu, np.outer(v, v))
     assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_symmetric():
-    one, two = (np.zeros(8), random_covariance(8)), (np.ones(8), random_covariance(8))
-    assert frechet_distance(*one, *two) == pytest.approx(frechet_distance(*two, *one))
 
 
 def test_same_distance_as_pytorch_fid(monkeypatch):
@@ -68,32 +57,22 @@ def test_same_distance_as_pytorch_fid(monkeypatch):
     assert expected > 100 and frechet_distance(*stats) == pytest.approx(expected, rel=1e-9)
 
 
-def test_arrays_and_tensors_of_any_precision():
-    mu, sigma = rng.standard_normal(8), random_covariance(8)
-    tensors = [torch.from_numpy(v) for v in (mu, sigma)]
-    expected = frechet_distance(mu, sigma, mu + 1, np.eye(8))
-    assert frechet_distance(*tensors, mu + 1, np.eye(8, dtype=np.float32)) == expected
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_same_distance_on_the_gpu():
     mu, sigma, other = rng.standard_normal(64), random_covariance(64, 500), random_covariance(64)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.max_memory_allocated()
     found = frechet_distance(mu, sigma, mu + 1, other, device='cuda')
-    assert torch.cuda.max_memory_allocated() > before       # it was there
     assert found == pytest.approx(frechet_distance(mu, sigma, mu + 1, other), rel=1e-9)
 
 
 def test_statistics_that_cannot_be_compared():
     mu, sigma = np.zeros(3), np.eye(3)
-    with pytest.raises(UserError, match='different shapes'):
+    with pytest.raises(UserError, match='different widths, 3 and 4'):
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     with pytest.raises(UserError, match='not finite'):
         frechet_distance(mu, sigma, mu * np.nan, sigma)
 
 
-# Inception score
+# Inception score, and the sums of both scores
 
 def test_inception_score_bounds():
     uniform = np.full((100, 5), 0.2)
@@ -101,20 +80,21 @@ def test_inception_score_bounds():
     one_hot = np.eye(5)[np.arange(100) % 5]
     assert inception_score(one_hot) == pytest.approx((5, 0))
     assert inception_score(one_hot[:1]) == pytest.approx((1, 0))      # fewer images than splits
+    with pytest.raises(UserError, match='not finite'):
+        inception_score(one_hot * np.nan)
 
 
-def test_inception_score_is_the_definition():
-    probs = torch.from_numpy(rng.standard_normal((40, 6))).softmax(1).numpy()
-    scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, 4)]
+@pytest.mark.parametrize('number, cuts', [(40, [10, 20, 30]), (10, [3, 5, 8])])
+def test_inception_score_is_the_definition(number, cuts):
+    """Splits are contiguous; with 10 images in 4 splits they differ by one image."""
+    probs = torch.from_numpy(rng.standard_normal((number, 6))).softmax(1).numpy()
+    scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, cuts)]
     assert inception_score(probs, splits=4) == pytest.approx((np.mean(scores), np.std(scores)))
 
 
-# Streaming statistics
-
-def streamed(features, probs, cuts, splits=3):
-    stats = ActivationStats(len(features), splits)
-    order = torch.arange(len(features))
-    for part in torch.tensor_split(order, cuts):
+def streamed(features, probs, cuts):
+    stats = ActivationStats(len(features), splits=3)
+    for part in torch.tensor_split(torch.arange(len(features)), cuts):
         stats.update(features[part], probs[part], part)
     return stats
 
@@ -142,80 +122,16 @@ def test_stats_of_two_processes(monkeypatch):
     one, two = (ActivationStats(20) for _ in range(2))
     one.update(features[:5], probs[:5], torch.arange(5))
     two.update(features[5:], probs[5:], torch.arange(5, 20))
+    with pytest.raises(UserError, match='5 images were scored, expected 20'):
+        one.reduce()
     others = iter(two.sums)
     monkeypatch.setattr(distributed, 'all_reduce_sum', lambda value: value.add_(next(others)))
     one.reduce()
-    one.reduce()        # a second call changes nothing
     assert np.allclose(one.mean_cov()[1], np.cov(features.numpy(), rowvar=False), atol=1e-12)
     assert one.inception_score() == pytest.approx(inception_score(probs.numpy()))
 
 
-def test_scores_depend_neither_on_batches_nor_on_processes(classifier_folder, monkeypatch):
-    """The stream of ddim_eval.py: noise, samples, features, sums; of one process and of three."""
-    torch.manual_seed(0)
-    unet, diffusion = UNet(8, 32, [1], [0], 1).eval(), Diffusion(2, 4)
-    torch.nn.init.xavier_uniform_(unet.tail[2].weight)
-    network, total = load_feature_network(str(classifier_folder), 'cpu'), 24
-
-    def stream(indices, batch_size):
-        stats = ActivationStats(total)
-        for part in indices.split(batch_size):
-            with torch.no_grad():
-                x_0 = diffusion.sample(unet, seeding.noise_of_images(0, part, (3, 8, 8), 'cpu'))
-            stats.update(*network(x_0), part)
-        return stats
-
-    def scores(batch_size, processes):
-        first, *others = (stream(indices, batch_size)
-                          for indices in torch.arange(total).tensor_split(processes))
-        values = iter(zip(*(other.sums for other in others)))
-        monkeypatch.setattr(distributed, 'all_reduce_sum',
-                            lambda value: value.add_(sum(next(values))) if others else value)
-        mu, sigma = first.reduce().mean_cov()
-        return [frechet_distance(mu, sigma, mu * 0, np.eye(len(mu))), *first.inception_score()]
-
-    expected = scores(total, 1)
-    assert expected[0] > 1 and expected[1] > 1
-    for batch_size, processes in ((7, 1), (1, 1), (24, 3), (5, 3)):
-        assert scores(batch_size, processes) == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_memory_does_not_grow_with_the_images():
-    sizes = []
-    for count in (20, 2000):
-        stats = streamed(torch.rand(count, 6), torch.full((count, 3), 1 / 3), [count // 2])
-        sizes.append(sum(value.numel() for value in stats.sums))
-    assert sizes[0] == sizes[1]
-
-
-def test_stats_refusals():
-    with pytest.raises(UserError, match='no images'):
-        ActivationStats(3).reduce()
-    stats = streamed(torch.zeros(1, 2), torch.ones(1, 1), [])
-    with pytest.raises(UserError, match='two images'):
-        stats.mean_cov()
-    stats.total = 5
-    with pytest.raises(UserError, match='expected 5'):
-        stats.reduce()
-
-
-def test_splits_are_contiguous():
-    count, _, _ = split_sums(torch.ones(10, 1).double(), torch.arange(10), 10, 4)
-    assert count.tolist() == [3, 2, 3, 2]
-
-
 # Networks
-
-def test_one_input_range():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    x = images.float() / 127.5 - 1
-    assert torch.equal(to_uint8(x), images)
-    torch.testing.assert_close(images_01(x), images_01(images))
-    assert images_01(images).min() == 0 and images_01(images).max() == 1
-    assert to_uint8(torch.tensor([-3., 3.])).tolist() == [0, 255]
-    with pytest.raises(UserError, match='not finite'):
-        to_uint8(torch.tensor([float('nan')]))
-
 
 @pytest.fixture(scope='module')
 def classifier_folder(tmp_path_factory):
@@ -240,20 +156,6 @@ def test_classifier_as_feature_network(classifier_folder, tmp_path):
     assert load_feature_network(str(tmp_path), 'cpu').name != network.name
 
 
-def test_missing_inception_weights(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='--inception_weights'):
-        load_feature_network('inception', 'cpu', str(tmp_path / 'none.pth'))
-
-    def offline(*args, **kwargs):
-        raise OSError('no route to host')
-
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
-    with pytest.raises(UserError, match='--inception_weights') as caught:
-        load_feature_network('inception', 'cpu')
-    assert caught.value.code == 1
-
-
 @pytest.fixture(scope='module')
 def inception_weights():
     """State dict of pytorch-fid's Inception with random weights that keep the signal alive."""
@@ -269,33 +171,52 @@ def inception_weights():
             value.mul_(6 ** 0.5)
         elif value.is_floating_point() and 'bn.' in key:
             value.add_(torch.rand(value.shape, generator=rng) * 0.1)
+    weights['fc.bias'] = torch.randn(1008, generator=rng)       # large enough to be noticed
     return weights
 
 
 def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch, inception_weights):
-    weights = inception_weights
-    torch.save(weights, str(tmp_path / 'weights.pth'))
+    """Its features; probabilities without the bias, as of the released code and OpenAI's."""
+    torch.save(inception_weights, str(tmp_path / 'weights.pth'))
     network = load_feature_network('inception', 'cpu', str(tmp_path / 'weights.pth'))
     assert network.dim == 2048 and network.name.startswith('inception-')
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     features, probs = network(images)
-    assert probs.shape == (1, 1008) and probs.sum().item() == pytest.approx(1, abs=1e-5)
     from pytorch_fid import inception
-    monkeypatch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
+    monkeypatch.setattr(inception, 'load_state_dict_from_url',
+                        lambda *args, **kwargs: inception_weights)
     with torch.no_grad():
         expected = inception.InceptionV3([3]).eval()(images.float() / 255)[0].flatten(1)
-        original = inception.fid_inception_v3().eval()
-        big = torch.nn.functional.interpolate(images.float() / 255, (299, 299), mode='bilinear')
-        logits = original(2 * big - 1)
-    assert features.std() > 0.1 and probs.std() > 1e-5
-    assert torch.equal(features, expected)
-    assert torch.equal(probs, logits.softmax(1))
-    ours = build_inception(weights, 'weights.pth')
-    assert str(ours) == str(original) and list(ours.state_dict()) == list(original.state_dict())
-    assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+    assert features.std() > 0.1 and torch.equal(features, expected)
+    logits = expected @ inception_weights['fc.weight'].T
+    torch.testing.assert_close(probs, logits.softmax(1))
+    assert (probs - (logits + inception_weights['fc.bias']).softmax(1)).abs().max() > 1e-4
+
+
+def test_inception_is_downloaded(tmp_path, monkeypatch, inception_weights):
+    """Once, into torch's cache; a failure is one sentence, and so is a damaged file."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    file = tmp_path / 'checkpoints/pt_inception-2015-12-05-6726825d.pth'
+
+    def offline(*args):
+        raise OSError('no route to host')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    with pytest.raises(UserError, match=r'no route to host.*--inception_weights') as caught:
+        load_feature_network('inception', 'cpu')
+    assert caught.value.code == 1
+    file.write_bytes(b'half')
+    with pytest.raises(UserError, match=file.name):
+        load_feature_network('inception', 'cpu')
+    file.unlink()
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, digest: (
+        torch.save(inception_weights, path)))
+    assert load_feature_network('inception', 'cpu').dim == 2048 and file.exists()
 
 
 def test_other_inception_weights_refused(tmp_path, inception_weights):
+    with pytest.raises(UserError, match='--inception_weights .*none.pth does not exist'):
+        load_feature_network('inception', 'cpu', str(tmp_path / 'none.pth'))
     weights = dict(inception_weights)
     weights['fc.weight'] = weights['fc.weight'][:1000]      # torchvision's own has 1000 classes
     for name, state in (('classes', weights), ('other', dict(net_model={}, T=8)), ('keys', {1: 2})):
@@ -309,80 +230,98 @@ def test_other_inception_weights_refused(tmp_path, inception_weights):
 
 def statistics(**changes):
     facts = dict(mu=np.zeros(64), sigma=np.eye(64), dataset='digits', split='train', half=0,
-                 num_images=9, img_size=16, network='convnet_small-0', inception_mean=2.)
+                 num_images=9, img_size=16, network='convnet_small-0', inception_mean=2.,
+                 fingerprint='ab', class_counts=np.array([4, 5]))
     return Statistics(**dict(facts, **changes))
 
 
 def test_statistics_round_trip(tmp_path):
     save_statistics(tmp_path / 'a.npz', statistics())
     loaded = load_statistics(tmp_path / 'a.npz')
-    assert loaded.origin() == statistics().origin() and loaded.inception_mean == 2.
     assert np.array_equal(loaded.sigma, np.eye(64)) and loaded.inception_std is None
+    assert loaded.class_counts.tolist() == [4, 5] and loaded.path == str(tmp_path / 'a.npz')
+    for name in ('dataset', 'split', 'half', 'num_images', 'network', 'fingerprint'):
+        assert getattr(loaded, name) == getattr(statistics(), name)
     assert [p.name for p in tmp_path.iterdir()] == ['a.npz']
 
 
-def test_old_statistics(tmp_path, classifier_folder):
-    np.savez(str(tmp_path / 'old.npz'), mu=np.zeros(64), sigma=np.eye(64))
-    loaded = load_statistics(tmp_path / 'old.npz')
-    assert loaded.network is None
-    check_network(loaded, load_feature_network(str(classifier_folder), 'cpu'))
+@pytest.mark.parametrize('words, changes', [
+    ('holds mu, expected mu and sigma', dict(sigma=None)),
+    (r'mu \(64,\) and sigma \(4, 4\), expected \(D,\)', dict(sigma=np.eye(4))),
+    ('values that are not finite in mu', dict(mu=np.full(64, np.nan))),
+    ('mu of type int64 with 1 dimensions, expected floating-point', dict(mu=np.zeros(64, int))),
+    ('network of type int64', dict(network=3)), ('img_size of type <U2', dict(img_size='16')),
+    ('img_size of type int64 with 1 dim', dict(img_size=np.array([16]))),
+    ('negative numbers in class_counts', dict(class_counts=np.array([-1, 5]))),
+    ('inception_mean of type <U1', dict(inception_mean='2')),
+    ('damaged', dict(mu=np.array([{}], dtype=object))),
+    ('damaged', b'no npz'), ('damaged', b'PK\x03\x04 cut'), ('there are no statistics', None)])
+def test_files_that_are_no_statistics(tmp_path, words, changes):
+    file = tmp_path / 'a.npz'
+    if isinstance(changes, bytes):
+        file.write_bytes(changes)
+    elif changes:
+        entries = dict(dict(mu=np.zeros(64), sigma=np.eye(64)), **changes)
+        np.savez(str(file), **{key: v for key, v in entries.items() if v is not None})
+    with pytest.raises(UserError, match=f'{words}.*score/get_npz.py --dataset') as caught:
+        load_statistics(file)
+    assert 'a.npz' in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_statistics_refusals(tmp_path):
-    def npz(name, **arrays):
-        np.savez(str(tmp_path / name), **arrays)
-    npz('keys.npz', mu=np.zeros(3))
-    npz('shape.npz', mu=np.zeros(3), sigma=np.eye(4))
-    npz('nan.npz', mu=np.full(3, np.nan), sigma=np.eye(3))
-    npz('objects.npz', mu=np.array([{}], dtype=object), sigma=np.eye(1))
-    np.save(str(tmp_path / 'array.npz.npy'), np.zeros(3))
-    (tmp_path / 'text.npz').write_text('not an npz')
-    (tmp_path / 'cut.npz').write_bytes((tmp_path / 'shape.npz').read_bytes()[:100])
-    for name, words in [('cifar10.train.npz', 'get_npz.py --dataset cifar10'),
-                        ('keys.npz', 'expected mu and sigma'), ('shape.npz', r'\(4, 4\)'),
-                        ('nan.npz', 'not finite'), ('objects.npz', 'damaged'),
-                        ('array.npz.npy', 'damaged'), ('text.npz', 'damaged'),
-                        ('cut.npz', 'damaged')]:
-        with pytest.raises(UserError, match=words) as caught:
-            load_statistics(tmp_path / name)
-        assert name in str(caught.value) and '\n' not in str(caught.value)
-
-
-def test_other_network_refused(classifier_folder):
+def test_reference_must_fit_the_samples(tmp_path, classifier_folder):
     network = load_feature_network(str(classifier_folder), 'cpu')
-    with pytest.raises(UserError, match='feature network convnet_small-0'):
-        check_network(statistics(), network)
+    ours = statistics(network=network.name)
+    check_reference(ours, network, 16)
+    np.savez(str(tmp_path / 'old.npz'), mu=np.zeros(64), sigma=np.eye(64))
+    check_reference(load_statistics(tmp_path / 'old.npz'), network, 16)     # it names nothing
+    with pytest.raises(UserError, match='feature network convnet_small-0.*--feature_network'):
+        check_reference(statistics(), network, 16)
     with pytest.raises(UserError, match='width 3'):
-        check_network(statistics(network=None, mu=np.zeros(3), sigma=np.eye(3)), network)
+        check_reference(statistics(network=None, mu=np.zeros(3), sigma=np.eye(3)), network, 16)
+    with pytest.raises(UserError, match='from images of 16 px, the samples have 8 px;.* --img_si'):
+        check_reference(ours, network, 8)
 
 
-def test_writable(tmp_path):
-    check_writable(tmp_path / 'new/folder/a.npz')
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='--output'):
-        check_writable(tmp_path / 'file/a.npz')
+def test_compare(tmp_path):
+    for name, changes in dict(a={}, b=dict(mu=np.full(64, .5)), size=dict(img_size=8),
+                              network=dict(network='x')).items():
+        save_statistics(tmp_path / f'{name}.npz', statistics(**changes))
+    assert compare(tmp_path / 'a.npz', tmp_path / 'b.npz')[0] == pytest.approx(16)
+    for name, words in dict(size='img_size 16 and .* with 8', network='npz with x; make').items():
+        with pytest.raises(UserError, match=words):
+            compare(tmp_path / 'a.npz', tmp_path / f'{name}.npz')
 
 
-def test_command_for():
-    assert command_for('x/cifar10.test.half2.npz').endswith('--dataset cifar10 --split test '
-                                                            '--half 2')
-    assert command_for('x/mine.npz').endswith('--dataset DATASET')
+def test_statistics_of_other_images_or_with_a_bias_are_stale(monkeypatch, tmp_path):
+    monkeypatch.setattr(get_npz, 'FLAGS', SimpleNamespace(overwrite=False))
+    network, path = 'inception-2015-12-05', tmp_path / 'a.npz'
+    save_statistics(path, statistics(network=network))
+    origin = dict(network=network, score_version=version_of_score(network))
+    assert not get_npz.up_to_date(path, origin)
+    save_statistics(path, statistics(**origin))
+    assert get_npz.up_to_date(path, origin)
+    assert not get_npz.up_to_date(path, dict(origin, fingerprint='of another folder'))
+    assert version_of_score('convnet_small-0') is None
 
 
 def test_get_npz(tmp_path, classifier_folder):
-    flags = ['--dataset', 'digits', '--half', 1, '--max_images', 100, '--batchsize', 32,
-             '--num_workers', 0, '--feature_network', classifier_folder, '--output']
-    output = tmp_path / 'stats/digits.train.half1.npz'
-    with ThreadPoolExecutor() as pool:      # side by side, to save time
-        two = pool.submit(run_script, '-m', 'torch.distributed.run', '--standalone',
-                          '--nproc_per_node=2', 'score/get_npz.py', *flags, tmp_path / 'two.npz')
-        first = run_script('get_npz.py', *flags, output, cwd=ROOT / 'score')
-    again = run_script('score/get_npz.py', *flags, output)
-    assert first.returncode == 0, first.stderr
-    assert again.returncode == 0 and 'already holds' in again.stdout
-    loaded = load_statistics(output)
-    network = load_feature_network(str(classifier_folder), 'cpu')
-    check_network(loaded, network)
+    words = ['score/get_npz.py', '--dataset=digits', '--half=1', '--max_images=100',
+             '--batchsize=32', '--num_workers=0', f'--feature_network={classifier_folder}']
+    output, here = tmp_path / 'stats/digits.train.half1.npz', dict(cwd=str(tmp_path))
+    np.savez(str(tmp_path / 'mine.npz'), a=np.zeros(2))
+    one, two, refused = fork_all(dict(
+        one=[command(words, f'--output={output}', **here)] * 2
+        + [command(words, f'--output={output}', '--img_size=16')],
+        two=[command(words, f'--output={tmp_path}/two.npz', ranks=2)],
+        refused=[command(words, f'--output={tmp_path}/mine.npz')])).values()
+    assert_ran([*one, *two])
+    assert 'already holds' in one[1][1] and 'overwriting' in one[2][1]
+    assert refused[0][0] == 2 and 'mine.npz exists and holds no statistics' in refused[0][2]
+    assert np.load(str(tmp_path / 'mine.npz')).files == ['a']
+    loaded, network = load_statistics(tmp_path / 'two.npz'), load_feature_network(
+        str(classifier_folder), 'cpu')
+    check_reference(loaded, network, 8)
+    assert load_statistics(output).img_size == 16
     assert loaded.num_images == 100 and loaded.half == 1 and loaded.inception_mean >= 1
     digits = data.make_dataset('digits', '.', 8, train=True)
     chosen = torch.arange(len(digits))[::2]
@@ -390,8 +329,62 @@ def test_get_npz(tmp_path, classifier_folder):
     features = network(digits.images[chosen])[0].double().numpy()
     assert np.allclose(loaded.mu, features.mean(0), atol=1e-6)
     assert np.allclose(loaded.sigma, np.cov(features, rowvar=False), atol=1e-6)
+    assert loaded.fingerprint == digits.fingerprint
+    assert loaded.class_counts.tolist() == digits.labels[chosen].bincount(minlength=10).tolist()
 
-    assert two.result().returncode == 0, two.result().stderr
-    other = load_statistics(tmp_path / 'two.npz')
-    assert np.allclose(loaded.sigma, other.sigma, atol=1e-9) and loaded.origin() == other.origin()
-    assert loaded.inception_mean == pytest.approx(other.inception_mean)
+
+def test_get_npz_checks_every_file(tmp_path):
+    for i in range(6):
+        path = tmp_path / f'train/{"ab"[i % 2]}/{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (20 * i, 0, 0)).save(str(path))
+    check = command(['score/get_npz.py', '--check', '--dataset=folder', f'--data_root={tmp_path}',
+                     '--num_workers=0', '--img_size=8'])
+    (good,), = fork_all(dict(good=[check])).values()
+    assert_ran([good])
+    assert '6 images of 2 classes' in good[1] and 'every file can be used' in good[1]
+    (tmp_path / 'train/a/0.png').write_bytes(b'no picture')
+    ((code, output, error),), = fork_all(dict(bad=[check])).values()
+    assert code == 1 and '1 of 6 files cannot be used' in error
+    assert re.search('train/a/0.png cannot be read', output), output
+
+
+# Labels and results
+
+def test_labels_follow_the_reference_where_its_classes_are_unequal(monkeypatch):
+    monkeypatch.setattr(sampling, 'FLAGS', SimpleNamespace(seed=0, num_images=20000))
+    model = SimpleNamespace(arch=dict(conditional=True, class_num=4), diffusion=Diffusion(2))
+    uniform, how = sampling.draw_labels(model)
+    assert how == 'uniform' and len(uniform) == 20000
+    assert (uniform.bincount() / 20000).tolist() == pytest.approx([.25] * 4, abs=.01)
+    for counts in ([10, 11, 9, 18], [1, 2, 3]):     # equal enough; of other classes
+        assert torch.equal(sampling.draw_labels(model, np.array(counts))[0], uniform)
+    y, how = sampling.draw_labels(model, np.array([100, 300, 0, 600]))
+    shares = (y.bincount(minlength=4) / 20000).tolist()
+    assert how == 'as in the reference' and shares[2] == 0
+    assert shares == pytest.approx([.1, .3, 0, .6], abs=.01)
+    model.arch['conditional'] = False
+    assert sampling.draw_labels(model, np.array([1, 9])) == (None, None)
+
+
+def test_images_that_are_not_finite_are_refused(monkeypatch):
+    monkeypatch.setattr(sampling, 'FLAGS', SimpleNamespace(
+        seed=0, num_images=3, batch_size=2, stride=1, amp='none'))
+    diffusion = SimpleNamespace(alpha=torch.ones(1), T=1,
+                                sample=lambda network, x_T, stride, y: x_T / (x_T[:1] - x_T))
+    model = SimpleNamespace(diffusion=diffusion, network=None, img_size=8, file='a.pt')
+    with pytest.raises(UserError, match='not finite; the model in a.pt has diverged'):
+        list(sampling.sampled(model, None))
+
+
+def test_bad_lines_of_results_are_left_out_and_named(tmp_path, capsys):
+    good = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9)
+    lines = [b'{"half', json.dumps(good).encode(), b'[1, 2]', b'\xff', b'',
+             json.dumps(dict(good, fid=float('nan'))).encode(), b'{"fid": 1}', b'{"cut']
+    file = tmp_path / 'results.jsonl'
+    file.write_bytes(b'\n'.join(lines))
+    results.append(file, dict(good, seed=1))
+    assert [result['seed'] for result in results.read(file)] == [0, 1]
+    named = [line.split(' of ')[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == [f'note: line {n}' for n in (1, 3, 4, 6, 7, 8)]
+    assert results.read(tmp_path / 'none') == []

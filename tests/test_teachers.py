@@ -1,40 +1,39 @@
-"""Teachers of diffusers and pytorch-ddpm: the same images, students, exports; odd folders."""
+"""Teachers of diffusers: the same images, students, layouts that people have, odd folders."""
 
 import copy
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion import Diffusion, clean_linear
+from classifier import build_classifier
+from diffusion import Diffusion
 from formats import diffusers_scheduler
-from model import UNet
-from runtime import checkpoint, models
+from formats.load import load_model
+from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
-from helpers import assert_ran, command, fork_all
+from score import save_statistics
+from score.reference import Statistics
+from helpers import ROOT, assert_ran, command, fork_all
 
 SIZE = 8
 SMALL = dict(sample_size=SIZE, layers_per_block=1, block_out_channels=(32, 64),
              down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
              up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
-# the structure of published networks, in widths and a size that a test can afford
-GOOGLE = dict(norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-              attention_head_dim=None)
-CIFAR10 = dict(GOOGLE, sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64, 64),
-               down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'),
-               up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'))
-CELEBAHQ = dict(GOOGLE, sample_size=64, layers_per_block=2,
-                block_out_channels=(32, 32, 64, 64, 128, 128),
-                down_block_types=('DownBlock2D',) * 4 + ('AttnDownBlock2D', 'DownBlock2D'),
-                up_block_types=('UpBlock2D', 'AttnUpBlock2D') + ('UpBlock2D',) * 4)
-HEADS = dict(sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64, 128),
-             down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
-             up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'))
+# the structure of google/ddpm-cifar10-32, in widths and a size that a test can afford
+GOOGLE = dict(sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64, 64),
+              norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+              attention_head_dim=None,
+              down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'),
+              up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'))
 TRAINING = ['--dataset=digits', '--batch_size=4', '--num_workers=0', '--sample_size=2',
             '--log_step=1', '--sample_step=0', '--save_step=0', '--total_steps=1', '--lr=1e-4']
+SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1] \
+    .split('\n## ')[0]
 
 
 def diffusers():
@@ -71,8 +70,8 @@ def their_images(unet, scheduler, z, y=None):
 
 
 @torch.no_grad()
-def our_images(model, z, stride=1, y=None):
-    return model.diffusion.sample(model.network, z, stride, y=y)
+def our_images(model, z, y=None):
+    return model.diffusion.sample(model.network, z, y=y)
 
 
 def noise(count=3, size=SIZE):
@@ -92,8 +91,7 @@ def test_ddim_of_diffusers(beta_schedule, prediction, steps):
     def network(z, t, y=None):
         return torch.tanh(convolution(z) + torch.sin(t / 300.).reshape(-1, 1, 1, 1))
 
-    grid = diffusers_scheduler.grid_of_scheduler(
-        json.loads(scheduler.to_json_string()))
+    grid = diffusers_scheduler.grid_of_scheduler(json.loads(scheduler.to_json_string()))
     diffusion = Diffusion(**grid).with_steps(steps)
     theirs = their_images(network, ddim(scheduler, prediction, steps), noise())
     with torch.no_grad():
@@ -109,176 +107,246 @@ def test_rounded_times_are_those_of_trailing_spacing(steps):
     assert Diffusion(steps, N=1000).times()[:-1] == (scheduler.timesteps + 1).tolist()
 
 
-# Networks
+# Networks and students
 
-@pytest.mark.parametrize('name, conditional, ours', [
-    ('CIFAR10', False, True), ('CIFAR10', True, True), ('CELEBAHQ', False, True),
-    ('HEADS', False, False), ('HEADS', True, False)])
-def test_a_network_is_loaded_trained_and_exported(tmp_path, name, conditional, ours):
-    config = dict(globals()[name], num_class_embeds=10 if conditional else None)
+@pytest.mark.parametrize('config', [GOOGLE, dict(SMALL, num_class_embeds=10)],
+                         ids=['google', 'labels'])
+def test_a_network_is_loaded_trained_and_exported(tmp_path, config):
     unet, scheduler = pipeline(tmp_path / 'given', **config)
-    y, x_T = (torch.tensor([3, 9]) if conditional else None), noise(2, config['sample_size'])
-    model = models.load_model(tmp_path / 'given', steps=4)
-    assert isinstance(model.network, UNet) == ours and model.img_size == config['sample_size']
+    size = config['sample_size']
+    y, x_T = (torch.tensor([3, 9]) if 'num_class_embeds' in config else None), noise(2, size)
+    model = load_model(tmp_path / 'given', steps=4)
+    assert model.img_size == size and not unet.training
     unet.double(), model.network.double()   # random weights enlarge the rounding of float32
+    theirs = their_images(unet, ddim(scheduler, 'epsilon', 4), x_T.double(), y)
+    assert (our_images(model, x_T.double(), y) - theirs).abs().max() < 1e-3
     with torch.no_grad():
         t = torch.tensor([0, 999])
-        assert (unet(x_T.double(), t, y).sample - model.network(x_T.double(), t + 1, y)
-                ).abs().max() < 1e-9
-    theirs = their_images(unet, ddim(scheduler, 'epsilon', 4), x_T.double(), y)
-    assert (our_images(model, x_T.double(), y=y) - theirs).abs().max() < 1e-3
+        found = model.network(x_T.double(), t + 1, y)
+        assert (unet(x_T.double(), t, y).sample - found).abs().max() < 1e-9
 
-    given = [f'--base_ckpt={tmp_path}/given', '--teacher_steps=4', *TRAINING,
-             f'--img_size={config["sample_size"]}']
+    given = [f'--base_ckpt={tmp_path}/given', '--teacher_steps=4', *TRAINING, f'--img_size={size}']
     made = f'--logdir={tmp_path}/student'
     assert_ran(fork_all(dict(run=[
         command(['PD.py'], *given, made), command(['PD.py'], *given, made, '--total_steps=2'),
         command(['export.py'], made, f'--output={tmp_path}/diffusers')]))['run'])
-    student = models.load_model(tmp_path / 'student')
+    student = load_model(tmp_path / 'student')
     assert (student.diffusion.T, student.diffusion.N, student.diffusion.mean_type) == (2, 1000, 'v')
-    assert student.facts['origin'] == 'given' and student.facts['step'] == 2
+    assert student.entries['origin'] == 'given' and student.entries['step'] == 2
     assert '`given`' in (tmp_path / 'diffusers/README.md').read_text()
     lib = diffusers()
     unet = lib.UNet2DModel.from_pretrained(str(tmp_path / 'diffusers/unet')).eval()
     scheduler = lib.DDIMScheduler.from_pretrained(str(tmp_path / 'diffusers/scheduler'))
     scheduler.set_timesteps(2)
-    wanted = our_images(student, x_T, y=y)
+    wanted, again = our_images(student, x_T, y), load_model(tmp_path / 'diffusers')
     assert (their_images(unet, scheduler, x_T, y) - wanted).abs().max() < 1e-4
-    again = models.load_model(tmp_path / 'diffusers')
-    assert (again.diffusion.T, again.diffusion.mean_type) == (2, 'v')
-    difference = (our_images(again, x_T, y=y) - wanted).abs().max()
-    assert difference == 0 or conditional and difference < 1e-5     # biases of labels are merged
+    assert again.diffusion.arguments() == student.diffusion.arguments()
+    assert torch.equal(our_images(again, x_T, y), wanted)
 
 
-def test_group_norms_in_float32(tmp_path):
-    """Under bfloat16 autocast on a CPU, in copies too, as in our U-Net; convolutions are not."""
-    pipeline(tmp_path, **HEADS)
-    network, seen = copy.deepcopy(models.load_model(tmp_path, steps=4).network), {}
+def test_precision_and_dropout(tmp_path):
+    """Group norms in float32 under bfloat16 autocast, in copies too; --dropout in training only."""
+    pipeline(tmp_path, dropout=.5)
+    model, seen = load_model(tmp_path, steps=4, dropout=.25), {}
+    network = copy.deepcopy(model.network)
     for module in network.modules():
         if isinstance(module, (torch.nn.GroupNorm, torch.nn.Conv2d)):
             module.register_forward_hook(
                 lambda module, _, out: seen.setdefault(type(module), set()).add(out.dtype))
+    x, t = noise(2), torch.tensor([1, 1000])
     with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
-        network(noise(2, 16), torch.tensor([1, 1000]))
+        network(x, t)
     assert seen == {torch.nn.GroupNorm: {torch.float32}, torch.nn.Conv2d: {torch.bfloat16}}
+    assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {.25, 0.}
+    student, _ = model.student('v')
+    assert torch.equal(network(x, t), network(x, t)) and not network.training
+    assert not torch.equal(student(x, t), student(x, t))
+    assert all(p.requires_grad for p in student.parameters())
 
 
 def test_students_of_every_output(tmp_path):
     """One training step to each; the default of a teacher that predicts x_0 is x_0."""
     pipeline(tmp_path / 'eps')
     pipeline(tmp_path / 'x', dict(prediction_type='sample'))
-    pipeline(tmp_path / 'v', dict(prediction_type='v_prediction', rescale_betas_zero_snr=True))
+    pipeline(tmp_path / 'zero', dict(prediction_type='v_prediction', rescale_betas_zero_snr=True))
     cases = [('eps', None, 'v'), ('eps', 'epsilon', 'epsilon'), ('eps', 'xstart', 'xstart'),
-             ('x', None, 'xstart'), ('v', None, 'v'), ('v', 'xstart', 'xstart')]
+             ('x', None, 'xstart'), ('zero', None, 'v'), ('zero', 'xstart', 'xstart'),
+             ('zero', 'epsilon', None)]
     jobs = {}
     for teacher, wanted, _ in cases:
-        words = [f'--base_ckpt={tmp_path}/{teacher}', '--teacher_steps=128', '--img_size=8',
+        words = [f'--base_ckpt={tmp_path}/{teacher}', '--teacher_steps=8', '--img_size=8',
                  f'--logdir={tmp_path}/{teacher}_{wanted}', *TRAINING]
         words += [f'--mean_type={wanted}'] if wanted else []
         jobs[f'{teacher}_{wanted}'] = [command(['PD.py'], *words)]
+    jobs['zero_None'].append(command(['export.py'], f'--logdir={tmp_path}/zero_None',
+                                     f'--output={tmp_path}/diffusers'))
     results = fork_all(jobs)
-    for teacher, wanted, found in cases:
+    (code, _, error), = results.pop('zero_epsilon')
+    assert code == 2 and 'ends with alpha 0' in error and '--mean_type=v' in error, error
+    assert not (tmp_path / 'zero_epsilon').exists()
+    for teacher, wanted, found in cases[:-1]:
         name = f'{teacher}_{wanted}'
         assert_ran(results[name])
-        student = models.load_model(tmp_path / name)
-        assert (student.diffusion.T, student.diffusion.mean_type) == (64, found), name
-        note = dict(eps='epsilon', x='xstart').get(teacher, teacher) != found
+        student = load_model(tmp_path / name)
+        assert (student.diffusion.T, student.diffusion.mean_type) == (4, found), name
+        note = dict(eps='epsilon', x='xstart', zero='v')[teacher] != found
         assert ('note: the student predicts' in results[name][0][1]) == note
-        losses = [json.loads(line)['loss']
-                  for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
-        assert np.isfinite(losses).all()
-    assert models.load_model(tmp_path / 'v').diffusion.alpha[-1] == 0
+        line = json.loads((tmp_path / name / 'metrics.jsonl').read_text())
+        assert np.isfinite(line['loss'])
+    assert load_model(tmp_path / 'zero').diffusion.alpha[-1] == 0
+    for name in ('DDIMScheduler', 'DPMSolverMultistepScheduler'):       # of the export
+        kind = getattr(diffusers(), name)
+        scheduler = kind.from_pretrained(str(tmp_path / 'diffusers/scheduler'))
+        scheduler.set_timesteps(4)
+        z = noise()
+        for t in scheduler.timesteps:
+            z = scheduler.step(z, t, z).prev_sample
+        assert z.isfinite().all(), name
 
 
-# pytorch-ddpm
+# README's section and the other commands
 
-def test_a_file_of_pytorch_ddpm_becomes_a_teacher(tmp_path):
-    """Its times 0..999 are 1..1000 behind a clean end, and its average is distilled."""
-    torch.manual_seed(0)
-    old, average = (UNet(999, 32, [1, 1], [1], 1).eval() for _ in range(2))
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(net_model=old.state_dict(),
-                                               ema_model=average.state_dict()))
-    model, t = models.load_model(tmp_path, steps=128), torch.tensor([0, 999])
-    with torch.no_grad():
-        assert torch.equal(model.network(noise(2), t + 1), average(noise(2), t))
-    d = model.diffusion
-    assert (d.T, d.N, d.mean_type, d.schedule) == (128, 1000, 'epsilon', clean_linear())
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, .02, 1000).double(), 0)
-    torch.testing.assert_close(d.alpha[1:] ** 2, alpha_bar, rtol=1e-5, atol=0)
-    assert_ran(fork_all(dict(run=[command(
-        ['PD.py'], f'--base_ckpt={tmp_path}', '--teacher_steps=8', '--until=2', '--img_size=8',
-        f'--logdir={tmp_path}/students', *TRAINING)]))['run'])
-    student = models.load_model(tmp_path / 'students/2').diffusion
-    assert (student.times(), student.mean_type) == ([1000, 500, 0], 'v')
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Two pipelines, as the commands of the README name them; statistics and a classifier."""
+    folder = tmp_path_factory.mktemp('teacher')
+    (folder / 'config').symlink_to(ROOT / 'config')
+    pipeline(folder / 'ddpm-cifar10-32', attention_head_dim=None)
+    pipeline(folder / 'labels', num_class_embeds=10)
+    network = build_classifier('densenet_small', 10)
+    checkpoint.save(folder / 'classifier.pt', dict(model=network.state_dict(),
+                                                   name='densenet_small'))
+    size = network.num_features
+    save_statistics(folder / 'stats.npz', Statistics(np.zeros(size), np.eye(size)))
+    return folder
 
 
-# Odd folders
+def scoring(folder):
+    return [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt',
+            '--num_images=4', '--batch_size=4', '--sample_size=2', '--img_size=8']
+
+
+def test_the_section_is_short_and_runs_as_written(folder):
+    assert len(SECTION.strip().splitlines()) < 25
+    lines = [line.split()[1:] for line in SECTION.split('```')[1].strip().splitlines()
+             if line.startswith('python')]
+    assert [words[0] for words in lines] == ['PD.py', 'score/get_npz.py', 'ddim_eval.py']
+    del lines[1]        # it would download CIFAR-10
+    more = {'PD.py': [*TRAINING, '--img_size=8'], 'ddim_eval.py': scoring(folder)}
+    results = fork_all(dict(run=[command(words, *more[words[0]], cwd=str(folder))
+                                 for words in lines]))['run']
+    assert_ran(results)
+    assert results[0][1].count('note: the student predicts v') == 1     # in the first stage
+    for T in (64, 32, 16, 8, 4, 2, 1):
+        student = load_model(folder / f'logs/mine/{T}')
+        assert student.diffusion.times()[::-1] == [round(k * 1000 / T) for k in range(T + 1)]
+        assert student.diffusion.mean_type == 'v' and student.entries['origin'] == 'ddpm-cifar10-32'
+    assert student.entries['step'] == 2     # twice as long, as for the last two halvings
+    result = json.loads((folder / 'logs/mine/1/results.jsonl').read_text())
+    assert (result['nfe'], result['T'], result['method']) == (1, 1, 'pd')
+
+
+def test_a_teacher_is_scored_distilled_and_studied(folder):
+    """By RDD, whose flagfile fits; its run goes on from its own flagfile."""
+    train = [*TRAINING, '--img_size=8']
+    rdd = ['train_rdd.py', '--flagfile=config/TEACHER_RDD.txt', *train, '--queue_size=64',
+           '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
+           '--classifier=densenet_small', f'--classifier_path={folder}/classifier.pt',
+           f'--base_ckpt={folder}/labels', f'--logdir={folder}/rdd']
+    again = ['train_rdd.py', f'--flagfile={folder}/rdd/flagfile.txt']
+    study = ['study.py', '--config=TEACHER', f'--base_ckpt={folder}/labels', '--teacher_steps=4',
+             '--methods=DDIM,PD', '--seeds=1', '--until=2', f'--logdir={folder}/study',
+             f'--train_flags={" ".join(train)}', f'--eval_flags={" ".join(scoring(folder))}']
+    results = fork_all(dict(
+        teacher=[command(['ddim_eval.py'], f'--logdir={folder}/labels', '--teacher_steps=128',
+                         '--stride=16', *scoring(folder))],
+        rdd=[command(rdd, cwd=str(folder)), command(again, '--total_steps=2'),
+             command(['ddim_eval.py'], f'--logdir={folder}/rdd', *scoring(folder)),
+             command(again, '--total_steps=3', '--mean_type=xstart')], study=[command(study)]))
+    code, _, error = results['rdd'].pop()
+    assert code == 2 and '--mean_type is xstart and the run in' in error
+    for name in results:
+        assert_ran(results[name])
+    result = json.loads((folder / 'labels/results.jsonl').read_text())
+    assert (result['T'], result['nfe'], result['stride']) == (128, 8, 16)
+    assert 'resuming at step 1' in results['rdd'][1][1]
+    model = load_model(folder / 'rdd')
+    assert (model.diffusion.times(), model.diffusion.mean_type) == ([1000, 750, 500, 250, 0], 'v')
+    assert model.entries['origin'] == 'labels' and 'unet_config' in model.entries
+    table = (folder / 'study/table.md').read_text()
+    assert re.search(r'\| PD \| - \| \d', table) and re.search(r'\| DDIM \| \d.* \| \d', table)
+
+
+# Folders that people have
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('odd') / 'good'
+    pipeline(folder)
+    return folder
+
 
 def edited(file, **changes):
-    """Other settings in a JSON file; None takes one out."""
+    """Other settings in a JSON file; ... takes one out."""
     config = dict(json.loads(file.read_text()), **changes)
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def no_scheduler(folder):
-    shutil.rmtree(str(folder / 'scheduler'))
+def weights(folder):
+    return folder / 'unet/diffusion_pytorch_model.safetensors'
 
 
-def unknown_class(folder):
-    edited(folder / 'unet/config.json', _class_name='UNet2DConditionModel')
+def resaved(folder, **how):
+    unet = diffusers().UNet2DModel.from_pretrained(str(folder / 'unet'))
+    weights(folder).unlink()
+    unet.save_pretrained(str(folder / 'unet'), **how)
 
 
-def unknown_scheduler(folder):
-    edited(folder / 'scheduler/scheduler_config.json', _class_name='EDMEulerScheduler')
+def renamed(folder, new_name):
+    from safetensors.torch import load_file, save_file
+    save_file({new_name(key): value for key, value in load_file(str(weights(folder))).items()},
+              str(weights(folder)))
 
 
-def zero_alpha(folder):
-    edited(folder / 'scheduler/scheduler_config.json', rescale_betas_zero_snr=True)
+OLD_NAMES = dict(to_q='query', to_k='key', to_v='value', to_out='proj_attn')
+GROWN = dict(use_ema_warmup=True, decay=.999, optimization_step=5, inv_gamma=1., power=.75)
+TAKEN = dict(
+    plain=lambda f: None, average=lambda f: edited(f / 'unet/config.json', **GROWN),
+    beside=lambda f: shutil.move(str(f / 'unet'), str(f / 'checkpoint-5/unet_ema')),
+    old_scheduler=lambda f: edited(f / 'scheduler/scheduler_config.json', tensor_format='pt',
+                                   timestep_values=None, skip_prk_steps=True),
+    old_attention=lambda f: renamed(f, lambda key: re.sub(
+        r'\.(to_[qkv]|to_out)(\.0)?\.', lambda found: f'.{OLD_NAMES[found.group(1)]}.', key)),
+    size_pair=lambda f: edited(f / 'unet/config.json', sample_size=[8, 8]),
+    size_null=lambda f: edited(f / 'unet/config.json', sample_size=None),
+    variant=lambda f: resaved(f, variant='fp16'), shards=lambda f: resaved(f, max_shard_size='1MB'),
+    pickled=lambda f: resaved(f, safe_serialization=False))
 
 
-def unknown_prediction(folder):
-    edited(folder / 'scheduler/scheduler_config.json', prediction_type='flow')
+@pytest.mark.parametrize('layout', list(TAKEN))
+def test_layouts_that_people_have(good, tmp_path, layout):
+    place = tmp_path / 'given'
+    shutil.copytree(str(good), str(place))
+    (place / 'checkpoint-5').mkdir()
+    TAKEN[layout](place)
+    place = place / 'checkpoint-5/unet_ema' if layout == 'beside' else place
+    model, plain = load_model(place, img_size=8), load_model(good)
+    assert model.img_size == 8 and model.diffusion.T == 1000
+    t = torch.tensor([1, 500, 1000])
+    assert torch.equal(model.network(noise(), t), plain.network(noise(), t))
 
 
-def unknown_betas(folder):
-    edited(folder / 'scheduler/scheduler_config.json', beta_schedule='mine')
-
-
-def no_time(folder):
-    edited(folder / 'scheduler/scheduler_config.json', num_train_timesteps='many')
-
-
-def truncated(folder):
-    file = folder / 'unet/diffusion_pytorch_model.safetensors'
-    file.write_bytes(file.read_bytes()[:5000])
-
-
-def no_weights(folder):
-    (folder / 'unet/diffusion_pytorch_model.safetensors').unlink()
-
-
-def unknown_field(folder):
-    edited(folder / 'unet/config.json', use_novelty=True)
-
-
-def impossible_field(folder):
-    edited(folder / 'unet/config.json', down_block_types=['DownBlock2D', 'NoBlock2D'])
-
-
-def no_json(folder):
-    (folder / 'unet/config.json').write_text('{"act_fn": ')
-
-
-def other_widths(folder):
-    edited(folder / 'unet/config.json', block_out_channels=[32, 32])
-
-
-def grey(folder):
-    edited(folder / 'unet/config.json', in_channels=1)
-
-
-def latents(folder):
-    edited(folder / 'model_index.json', vqvae=['diffusers', 'VQModel'])
+def test_settings_that_change_a_teacher(good, tmp_path, capsys):
+    scheduler = tmp_path / 'given/scheduler/scheduler_config.json'
+    shutil.copytree(str(good), str(tmp_path / 'given'))
+    edited(scheduler, predict_epsilon=False, clip_sample=False)
+    assert load_model(tmp_path / 'given').diffusion.mean_type == 'xstart'
+    assert 'note: clip_sample False in' in capsys.readouterr().out
+    edited(scheduler, clip_sample=True, clip_sample_range=2., thresholding=True)
+    load_model(tmp_path / 'given')
+    assert 'clip_sample_range 2.0, thresholding True in' in capsys.readouterr().out
+    load_model(good)
+    assert 'note' not in capsys.readouterr().out
 
 
 class Evil:
@@ -289,59 +357,65 @@ class Evil:
         return open, (str(self.place), 'w')
 
 
-def pickle_for_safetensors(folder):
-    torch.save(dict(a=Evil(folder / 'ran')), folder / 'unet/diffusion_pytorch_model.safetensors')
+def without_weights(folder, evil=None):
+    weights(folder).unlink()
+    if evil:
+        torch.save(dict(a=Evil(folder / 'ran')), str(folder / 'unet' / evil))
 
 
-def pickle_alone(folder):
-    no_weights(folder)
-    torch.save(dict(a=Evil(folder / 'ran')), folder / 'unet/diffusion_pytorch_model.bin')
+def not_finite(folder):
+    from safetensors.torch import load_file, save_file
+    found = load_file(str(weights(folder)))
+    found['conv_out.bias'][1] = float('nan')
+    save_file(found, str(weights(folder)))
 
 
-ODD = {no_scheduler: 'no scheduler_config.json', unknown_class: 'is UNet2DConditionModel, expected',
-       unknown_scheduler: 'is EDMEulerScheduler, expected DDPMScheduler',
-       zero_alpha: 'ends with alpha 0', unknown_prediction: 'prediction_type in .* is flow',
-       unknown_betas: 'no schedule that diffusers can compute',
-       no_time: 'no schedule that diffusers can compute',
-       truncated: 'truncated or no file of safetensors', no_weights: 'the weights of its U-Net',
-       unknown_field: 'has use_novelty, which UNet2DModel', no_json: 'is no dictionary in JSON',
-       impossible_field: 'no network that diffusers can build',
-       other_widths: 'not those of its config.json', grey: 'in_channels in .* is 1, expected 3',
-       latents: 'has vqvae besides', pickle_alone: 'could run code',
-       pickle_for_safetensors: 'no file of safetensors'}
+def unet(**changes):
+    return lambda folder: edited(folder / 'unet/config.json', **changes)
 
 
-@pytest.fixture(scope='module')
-def good(tmp_path_factory):
-    diffusers()
-    folder = tmp_path_factory.mktemp('odd') / 'good'
-    pipeline(folder)
-    return folder
+def scheduler(**changes):
+    return lambda folder: edited(folder / 'scheduler/scheduler_config.json', **changes)
 
 
-@pytest.mark.parametrize('damage', list(ODD), ids=lambda damage: damage.__name__)
-def test_an_odd_folder_is_refused(good, tmp_path, damage):
+ODD = {
+    'no scheduler_config.json': lambda f: shutil.rmtree(str(f / 'scheduler')),
+    'is UNet2DConditionModel, expected': unet(_class_name='UNet2DConditionModel'),
+    'has use_novelty, which UNet2DModel': unet(use_novelty=True),
+    'quantization_config': unet(quantization_config=dict(quant_method='bitsandbytes')),
+    'no network that diffusers can load': unet(down_block_types=['DownBlock2D', 'NoBlock2D']),
+    'class_embed_type in .* is .timestep., expected null': unet(class_embed_type='timestep'),
+    'is missing or no dictionary': lambda f: (f / 'unet/config.json').write_text('{"act_fn": '),
+    'those of its config.json': unet(block_out_channels=[32, 32]),
+    'in_channels in .* is 1, expected 3': unet(in_channels=1),
+    'time_embedding_type in .* is .fourier., expected': unet(time_embedding_type='fourier'),
+    r'sample_size in .* is \[8, 16\], expected': unet(sample_size=[8, 16]),
+    'expected a multiple of 2': unet(sample_size=15),
+    'layers_per_block in .* is 10000000, expected': unet(layers_per_block=10 ** 7),
+    'larger than its weights': unet(layers_per_block=64, block_out_channels=[16384] * 2),
+    'block_out_channels in .* is .*None.*, expected': unet(block_out_channels=[32, None]),
+    'has vqvae in addition': lambda f: edited(f / 'model_index.json', vqvae=['a', 'VQModel']),
+    'is EDMEulerScheduler, expected DDPMScheduler': scheduler(_class_name='EDMEulerScheduler'),
+    'ends with alpha 0': scheduler(rescale_betas_zero_snr=True),
+    'prediction_type in .* is .flow., expected': scheduler(prediction_type='flow'),
+    'no schedule that diffusers can compute .*mine': scheduler(beta_schedule='mine'),
+    'num_train_timesteps in .* is .many., expected': scheduler(num_train_timesteps='many'),
+    'num_train_timesteps in .* is 1000000000': scheduler(num_train_timesteps=10 ** 9),
+    'trained_betas in .* is .*1.5': scheduler(trained_betas=[.1, 1.5, .1]),
+    'no schedule .*num_train_timesteps betas': scheduler(trained_betas=[.001] * 999),
+    'no schedule .*betas in': scheduler(beta_start=0.),
+    'no network that diffusers can load .*': lambda f: weights(f).write_bytes(
+        weights(f).read_bytes()[:5000]),
+    'the weights of its U-Net': without_weights,
+    'conv_out.bias in .* not finite': not_finite,
+    'could run code': lambda f: without_weights(f, 'diffusion_pytorch_model.bin'),
+    'that diffusers can load': lambda f: without_weights(f, weights(f).name)}
+
+
+@pytest.mark.parametrize('sentence', list(ODD))
+def test_an_odd_folder_is_refused(good, tmp_path, sentence):
     shutil.copytree(str(good), str(tmp_path / 'given'))
-    damage(tmp_path / 'given')
-    with pytest.raises(UserError, match=ODD[damage]) as caught:
-        models.load_model(tmp_path / 'given', steps=8)
+    ODD[sentence](tmp_path / 'given')
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_model(tmp_path / 'given', steps=8)
     assert '\n' not in str(caught.value) and not (tmp_path / 'given/ran').exists()
-
-
-def test_mistakes_are_one_sentence_and_write_nothing(good, tmp_path):
-    base = [f'--base_ckpt={good}', f'--logdir={tmp_path}/new', '--img_size=8', *TRAINING]
-    cases = {
-        '--teacher_steps 2000 is more than the 1000 steps': ['PD.py', *base,
-                                                             '--teacher_steps=2000'],
-        'has 125 sampling steps, which cannot be halved': ['PD.py', *base, '--teacher_steps=125'],
-        '--until 8 is not reached': ['PD.py', *base, '--until=8'],
-        '--img_size is 16': ['train_rdd.py', *base, '--img_size=16', '--teacher_steps=8'],
-        '--ch is 64 and the network': ['PD.py', *base, '--ch=64', '--teacher_steps=8'],
-        'set --dropout=0': ['PD.py', *base, '--dropout=0.1', '--teacher_steps=8'],
-        'divides 1000; export with': ['export.py', f'--logdir={good}', '--teacher_steps=128',
-                                      f'--output={tmp_path}/new']}
-    results = fork_all({name: [command(words[:1], *words[1:])] for name, words in cases.items()})
-    for sentence, ((code, _, error),) in results.items():
-        lines = [line for line in error.strip().splitlines() if 'error: ' in line]
-        assert code == 2 and len(lines) == 1 and sentence in lines[0], error
-    assert not (tmp_path / 'new').exists()

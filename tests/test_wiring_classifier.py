@@ -1,6 +1,7 @@
 """Training of a classifier and evaluation of a model against the formulas in float64.
 
-As in test_wiring.py: every flag that acts is changed once, and must show.
+As in test_wiring.py: the values of numbers are unlike their defaults in `plain`, and all others in
+`other`.
 """
 
 import json
@@ -12,26 +13,23 @@ import torch
 from torch.nn.functional import pad
 
 import oracle
-from classifier.augment import Augment, cutout
-from helpers import command, fork_all
+from helpers import assert_ran, command, fork_all
 from runtime import data
-from wiring import alike, load, make_inputs, make_photos, near, photos, words
+from wiring import load, make_inputs, make_photos, near, photos, words
 
 TRAIN = dict(script='classifier/train.py', model='convnet_small', dataset='folder',
              data_root='photos', img_size=8, num_workers=0, epoch=4, recipe='plain', batchsize=8,
              init_lr=0.01, wd=0.02, normalize05=False, seed=3)
 TRAINING = dict(
-    plain={}, init_lr=dict(init_lr=0.02), wd=dict(wd=0.), released=dict(recipe='released'),
-    normalize05=dict(normalize05=True), epoch=dict(epoch=3), batchsize=dict(batchsize=6),
-    seed=dict(seed=4), model=dict(model='densenet_small', max_steps=2), max_steps=dict(max_steps=5))
+    plain={}, released=dict(recipe='released'), densenet=dict(model='densenet_small', max_steps=2),
+    other=dict(init_lr=0.02, wd=0., epoch=3, batchsize=6, seed=4, normalize05=True))
 EVAL = dict(script='ddim_eval.py', logdir='labels', stride=2, num_images=20, batch_size=8,
             sample_size=4, seed=0, weights='auto', fid_cache='stats.npz',
             feature_network='classifier', fid_float=False)
 EVALUATION = dict(
-    plain={}, stride=dict(stride=1), seed=dict(seed=1), net=dict(weights='net'),
-    ema=dict(weights='ema'), num_images=dict(num_images=30), fid_float=dict(fid_float=True),
-    unlabelled=dict(logdir='teacher'), epsilon=dict(logdir='epsilon'),
-    student=dict(logdir='coarse'), statistics=dict(fid_cache='other.npz'))
+    plain={}, student=dict(logdir='coarse'), epsilon=dict(logdir='epsilon', weights='ema'),
+    other=dict(logdir='teacher', stride=1, seed=1, weights='net', num_images=30, fid_float=True,
+               fid_cache='other.npz'))
 MEASURE = dict(script='score/get_npz.py', dataset='folder', data_root='photos', img_size=8,
                feature_network='classifier', batchsize=5, num_workers=0)
 STATISTICS = dict(all={}, half1=dict(half=1), half2=dict(half=2), some=dict(max_images=6),
@@ -42,7 +40,8 @@ CASES = {f'{script}-{name}': dict(first, **change)
 
 
 @pytest.fixture(scope='module')
-def folder(request, tmp_path_factory):
+def folder(tmp_path_factory):
+    """The runs of all cases, each in a folder with its name; statistics of a data set."""
     folder = tmp_path_factory.mktemp('wiring_classifier')
     make_inputs(folder)
     make_photos(folder / 'photos')
@@ -51,26 +50,21 @@ def folder(request, tmp_path_factory):
     for name in ('stats', 'other'):
         features = generator.normal(size=(200, 64)) + 1
         np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T))
-    here = [item for item in request.session.items if item.fspath == request.node.fspath]
-    wanted = {item.callspec.params.get('case') for item in here if hasattr(item, 'callspec')}
-    wanted = {case for case in wanted if case}
-    wanted |= {f'{case.split("-")[0]}-plain' for case in wanted}
     jobs = {}
-    for case in sorted(wanted):
-        flags = dict(CASES[case], **(dict(result_path=case) if 'train' in case else
-                                     dict(save_images=f'{case}.npz')))
-        if 'train' not in case:         # each in a folder of its own
+    for case, flags in CASES.items():
+        more = dict(result_path=case)
+        if flags['script'] == 'ddim_eval.py':       # each in a folder of its own
             shutil.copytree(str(folder / flags['logdir']), str(folder / case))
-            flags['logdir'] = case
-        jobs[case] = [command(['tests/record.py', str(folder / f'{case}.record'), flags['script'],
-                               *words(flags, folder)], env=dict(XDG_CACHE_HOME=str(folder)))]
-    if any(item.originalname == 'test_statistics' for item in here):
-        for name, more in STATISTICS.items():
-            flags = dict(MEASURE, output=f'{name}.npz', **more)
-            jobs[name] = [command([flags['script'], *words(flags, folder)],
-                                  env=dict(XDG_CACHE_HOME=str(folder)))]
-    for name, ((code, _, err),) in fork_all(jobs).items():
-        assert code == 0, (name, err)
+            more = dict(save_images=f'{case}.npz', logdir=case)
+        jobs[case] = ['tests/record.py', str(folder / f'{case}.record'), flags['script'],
+                      *words(dict(flags, **more), folder)]
+    for name, more in STATISTICS.items():
+        flags = dict(MEASURE, output=f'{name}.npz', **more)
+        jobs[name] = [flags['script'], *words(flags, folder)]
+    results = fork_all({name: [command(argv, env=dict(XDG_CACHE_HOME=str(folder)))]
+                        for name, argv in jobs.items()})
+    for result in results.values():
+        assert_ran(result)
     yield folder
     shutil.rmtree(str(folder))
 
@@ -116,8 +110,6 @@ def test_training(folder, case):
             assert near(found, moved, 5e-2, 1e-5), key      # a ReLU at 0 may round either way
     assert state['optim']['param_groups'][0]['lr'] == pytest.approx(rate[-1])
     assert rate[0] == flags['init_lr'] and rate[-1] > 0
-    if name not in ('plain', 'normalize05'):
-        assert not alike(state['model'], trained(folder, 'plain')['model'])
     check_accuracy(state, folder, net)
 
 
@@ -159,51 +151,24 @@ def check_images(inputs, images, labels, flags, per_epoch):
 
 def check_accuracy(state, folder, net):
     """Share of the test images that the network at the end classifies rightly."""
-    images = {}
-    for label, name in enumerate('abc'):
-        for path in sorted((folder / f'photos/test/{name}').iterdir()):
-            pixels = np.array(oracle_image(path))[:, 2:10]
-            images[path.name] = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label
-    x = torch.stack([image for image, _ in images.values()]).double()
-    right = net.eval()(x)[0].argmax(1) == torch.tensor([label for _, label in images.values()])
+    images, labels = photos(folder / 'photos', 'test')
+    right = net.eval()(images.double())[0].argmax(1) == labels
     assert state['accuracy'] == pytest.approx(right.double().mean().item(), abs=1.01 / 60)
-
-
-def oracle_image(path):
-    from PIL import Image
-    return Image.open(str(path))
 
 
 def test_released_images(folder):
     """Cutout: of every image a part is black, up to a square of half the size; seldom all of it."""
-    if not (folder / 'train-released.record').exists():
-        pytest.skip('runs with test_training[train-released]')
     black = [(image == -1).all(0).float().mean().item()
              for x, _ in load(folder / 'train-released.record')['inputs'] for image in x]
     assert min(black) >= 4 / 64 and np.median(black) < 0.4
 
 
-def test_augmentation_is_a_function_of_seed_and_position():
-    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8,
-                          generator=torch.Generator().manual_seed(0))
-    one, two = Augment(16, 1), Augment(16, 2)
-    assert all(torch.equal(one(image, i), one(image, i)) for i in range(3))
-    assert len({one(image, i).numpy().tobytes() for i in range(9)}) == 9
-    assert not torch.equal(one(image, 0), two(image, 0))
-    for flip in (False, True):
-        assert Augment(16, 1, flip).transform.transforms[1].p == flip / 2
-    cut = cutout(torch.ones(3, 8, 8), 1, 6, 4)
-    expected = torch.ones(3, 8, 8)
-    expected[:, :3, 4:] = 0
-    assert torch.equal(cut, expected)
-
-
 def test_augmentation_of_the_right_images():
     """Positions count the images of all steps, wherever a run starts and in how many parts."""
-    images = data.Images('digits', 'train', 8, [0] * 12, 1, torch.zeros(12, 3, 8, 8).byte())
+    images = data.make_dataset('digits', '.', 8, train=True)
 
     def augment(image, position):
-        return image + position
+        return torch.zeros_like(image) + position
 
     for accum in (1, 2):
         batches = data.batches(images, 4, 0, torch.device('cpu'), 2, accum, augment=augment)
@@ -216,13 +181,8 @@ def test_augmentation_of_the_right_images():
 @pytest.mark.parametrize('name', list(STATISTICS))
 def test_statistics(folder, name):
     """Mean and covariance of the features of the chosen images."""
-    if name == 'test':
-        paths = sorted((folder / 'photos/test').rglob('*.png'))
-        images = torch.stack([torch.from_numpy(np.array(oracle_image(path))[:, 2:10]).permute(
-            2, 0, 1) for path in paths]) / 127.5 - 1
-    else:
-        images = photos(folder / 'photos')[0]
-        images = dict(all=images, half1=images[::2], half2=images[1::2], some=images[::4])[name]
+    images, _ = photos(folder / 'photos', 'test' if name == 'test' else 'train')
+    images = dict(half1=images[::2], half2=images[1::2], some=images[::4]).get(name, images)
     stored = load(folder / 'classifier/ckpt.pt')
     _, feature, _ = oracle.classifier(stored, stored['mean'], stored['std'])(images.double())
     with np.load(str(folder / f'{name}.npz')) as file:
@@ -283,8 +243,6 @@ def test_evaluation(folder, case):
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
     assert (result['weights'], result['seed'], result['num_images'], result['stride']) == (
         name, flags['seed'], number, flags['stride'])
-    if flags['seed'] != CASES['eval-plain']['seed']:
+    if case == 'eval-other':
         others = oracle.double(torch.cat(load(folder / 'eval-plain.record')['x_T']))
         assert not (x_T[:, None] == others).flatten(2).all(2).any()     # no noise in common
-    if case not in ('eval-plain', 'eval-ema'):      # auto means the average of a base model
-        assert result['fid'] != scores_of(folder, 'eval-plain')['fid']

@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -66,29 +65,26 @@ def make_photos(folder, split='train', count=24):
 
 
 @functools.lru_cache(None)
-def photos(folder):
-    """The training images as a script must see them, the centre of each, and their labels."""
+def photos(folder, split='train'):
+    """Images as a script must see them, the centre of each, and their labels."""
     images, labels = [], []
     for label, name in enumerate('abc'):
-        for path in sorted((folder / f'train/{name}').iterdir()):
+        for path in sorted((folder / f'{split}/{name}').iterdir()):
             pixels = torch.from_numpy(np.array(Image.open(str(path)))).permute(2, 0, 1)
             images.append(pixels[:, :, 2:10].float() / 127.5 - 1)
             labels.append(label)
     return torch.stack(images), torch.tensor(labels)
 
 
-def teacher_of(flags):
-    if 'base_ckpt' not in flags:
-        return None
-    return ('labels' if flags['conditional'] else
-            'epsilon' if flags['mean_type'] == 'epsilon' else flags['base_ckpt'])
-
-
 def words(flags, folder):
-    """Flags as words of a command line; names of inputs become their paths."""
-    flags = dict(flags, base_ckpt=teacher_of(flags))
+    """Flags as words of a command line; names of inputs become their paths.
+
+    A student of an eps teacher predicts v by default; v is not given, since it would contradict the
+    teacher.
+    """
     for name, value in flags.items():
-        if name == 'script' or value is None:
+        students_own = name == 'mean_type' and value == 'v' and 'base_ckpt' in flags
+        if name == 'script' or value is None or students_own:
             continue
         if isinstance(value, bool):
             yield f'--{name}' if value else f'--no{name}'
@@ -107,13 +103,3 @@ def near(found, expected, rtol, floor=1e-12):
     """Whether two tensors differ by little, measured by the length of what is expected."""
     found, expected = oracle.double(found), oracle.double(expected)
     return (found - expected).norm() <= rtol * expected.norm() + floor
-
-
-def alike(a, b):
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return set(a) == set(b) and all(alike(a[key], b[key]) for key in a)
-    if torch.is_tensor(a):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5)
-    return a == pytest.approx(b, rel=2e-3) if isinstance(a, float) else a == b

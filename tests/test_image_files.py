@@ -1,0 +1,276 @@
+"""Which files of a folder are read, under which labels, and what becomes of their pixels."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime import image_files
+from runtime.cli import UserError
+from runtime.data import make_dataset
+
+W = 16      # height and width of pictures that are not resized
+
+
+def save(path, colour=(9, 9, 9)):
+    """A PNG file, whatever its name is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8), colour).save(str(path), 'PNG')
+
+
+def read(root, train=True, **options):
+    return make_dataset('folder', str(root), 8, train, **options)
+
+
+def refused(root, words, train=True, **options):
+    with pytest.raises(UserError, match=words):
+        read(root, train, **options)
+
+
+# Pixels
+
+@pytest.mark.parametrize('mode, colour, expected', [
+    ('L', 100, [100] * 3), ('1', 1, [255] * 3), ('RGBA', (10, 20, 30, 255), [10, 20, 30]),
+    ('LA', (7, 255), [7] * 3), ('I;16', 257 * 200, [200] * 3), ('I;16B', 257 * 9, [9] * 3),
+    ('CMYK', (0, 255, 255, 0), [255, 0, 0]), ('La', (50, 128), [177] * 3),
+    ('RGBA', (100, 0, 0, 0), [255] * 3), ('LA', (100, 51), [224] * 3)])
+def test_modes(mode, colour, expected):
+    """Transparent pixels show the white under them."""
+    found = image_files._rgb(Image.new(mode, (2, 2), colour)).getpixel((1, 1))
+    np.testing.assert_allclose(found, expected, atol=1)
+
+
+def test_palettes(tmp_path):
+    picture = Image.fromarray(np.arange(W * W).reshape(W, W).astype(np.uint8) % 3, 'P')
+    picture.putpalette([200, 40, 40, 0, 255, 0, 1, 2, 3])
+    red, white, dark = [200, 40, 40], [255] * 3, [1, 2, 3]
+    for name, clear, seen in [('0.png', {}, [red, [0, 255, 0], dark]),
+                              ('1.png', dict(transparency=1), [red, white, dark]),
+                              ('1.gif', dict(transparency=1), [red, white, dark]),
+                              ('2.png', dict(transparency=b'\xff\0\0'), [red, white, white])]:
+        picture.save(tmp_path / name, **clear)
+        assert image_files.decode(tmp_path / name, W)[:, 0, :3].T.tolist() == seen, name
+
+
+@pytest.mark.parametrize('depth, channels', [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3),
+                                             (16, 3)])
+def test_one_transparent_colour_of_any_depth(tmp_path, depth, channels):
+    """A PNG of a ramp from black to white, in which one of the values stands for transparent."""
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack(
+            '>I', zlib.crc32(name + data))
+
+    header = struct.pack('>IIBBBBB', W, W, depth, channels - 1, 0, 0, 0)
+    values = [i * 2 ** depth // W for i in range(W)]
+    row = int(''.join(f'{value:0{depth}b}' * channels for value in values), 2)
+    rows = (b'\0' + row.to_bytes(W * depth * channels // 8, 'big')) * W
+    grey = np.array([value >> 8 if (depth, channels) == (16, 3)     # as Pillow reads it
+                     else round(value * 255 / (2 ** depth - 1)) for value in values])
+    for i in (0, 5, 15):
+        clear = struct.pack('>H', values[i]) * channels
+        (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join([
+            chunk(b'IHDR', header), chunk(b'tRNS', clear), chunk(b'IDAT', zlib.compress(rows)),
+            chunk(b'IEND', b'')]))
+        found = image_files.decode(tmp_path / 'x.png', W)[:, 7]
+        assert found.tolist() == [np.where(grey == grey[i], 255, grey).tolist()] * 3
+
+
+@pytest.mark.parametrize('top', [1023, 4095, 65535])
+def test_wide_pgm(tmp_path, top):
+    """10, 12 and 16 bits: a ramp from black to white is one."""
+    row = np.linspace(0, top, W).round().astype('>u2').tobytes()
+    (tmp_path / 'x.pgm').write_bytes(b'P5 %d %d %d\n' % (W, W, top) + row * W)
+    assert image_files.decode(tmp_path / 'x.pgm', W)[1, 3].tolist() == list(range(0, 256, 17))
+
+
+@pytest.mark.parametrize('kind', [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused(tmp_path, kind):
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / 'a/x.tif')
+    refused(tmp_path, 'a/x.tif .*32-bit or signed numbers, .* save it with 8 or 16 bits')
+
+
+TURNED = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+          5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif'])
+def test_orientation(tmp_path, ending):
+    """Every viewer shows these with a red quarter at the top left and a green one beside it."""
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4, :4, 0], upright[:4, 4:, 1] = 250, 250
+    for orientation, how in TURNED.items():
+        stored, exif = Image.fromarray(upright), Image.Exif()
+        exif[0x0112] = orientation
+        stored = stored if how is None else stored.transpose(how)
+        stored.save(tmp_path / f'x.{ending}', exif=exif, quality=100)
+        found = image_files.decode(tmp_path / f'x.{ending}', 8)
+        quarters = (found[:, 1::4, 1::4] > 125).reshape(3, 4).T.tolist()
+        assert quarters == [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]], orientation
+    Image.fromarray(upright).save(tmp_path / 'x.png', exif=b'damaged')      # turns nothing
+    assert np.array_equal(image_files.decode(tmp_path / 'x.png', 8).transpose(1, 2, 0), upright)
+
+
+def test_size_and_frames(tmp_path):
+    """The shorter side is resized, the centre cropped; the first of several pictures counts."""
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    Image.fromarray(wide).resize((48, 16), Image.NEAREST).save(tmp_path / 'wide.png')
+    found = image_files.decode(tmp_path / 'wide.png', 8)
+    assert found.shape == (3, 8, 8) and (found[:, :, 1:7] == 200).all()
+    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+    frames[0].save(tmp_path / 'x.gif', save_all=True, append_images=frames[1:])
+    assert image_files.decode(tmp_path / 'x.gif', 8)[:, 4, 4].tolist() == [255, 0, 0]
+
+
+# Files
+
+def test_folder(tmp_path):
+    """Classes in alphabetical order, in them any tree; every image under its own label."""
+    names = ['b/9.png', 'b/a/2.png', 'b/a/b/1.png', 'a b/x.jpg', 'a/x.BMP', 'c/x.jfif']
+    for i, name in enumerate(names):
+        save(tmp_path / 'train' / name, (20 * i, 0, 0))
+    found = read(tmp_path)
+    assert found.images[:, 0, 0, 0].tolist() == [80, 60, 0, 20, 40, 100]
+    assert found.labels.tolist() == [0, 1, 2, 2, 2, 3] and found.num_classes == 4 and found.flip
+    assert found.summary == (f'{tmp_path}, train: 6 images of 4 classes (1 to 3 each), 3 .png, '
+                             f'1 .bmp, 1 .jpg, 1 .jfif')
+    assert np.array_equal(read(tmp_path / 'train').images, found.images)    # no train/: root itself
+    assert read(tmp_path / 'train/b/a/b').labels.tolist() == [0]      # images and no folder
+
+
+def test_what_is_left_out(tmp_path):
+    for name in ('a/1.png', '.x/1.png', '@eaDir/1.png', '__MACOSX/1.png', '#recycle/1.png',
+                 'lost+found/1.png', '$RECYCLE.BIN/1.png', 'System Volume Information/1.png',
+                 'a/._1.png', 'a/.thumbs/1.png', 'a/Thumbs.db', 'loose.png', 'a/x.heic', 'a/y.HEIC',
+                 'a/z.eps', 'a/labels'):
+        save(tmp_path / name)
+    (tmp_path / 'a/gone').symlink_to('nowhere')
+    found = read(tmp_path)
+    assert len(found) == found.num_classes == 1
+    assert set(found.summary.split('left out: ')[1].split(', ')) == {
+        '10 hidden or of the system', '2 .heic', '1 beside the class folders', '1 .eps',
+        '2 without ending'}
+
+
+def test_links(tmp_path):
+    """A link to a folder is followed, each real folder is read once, and none above the classes."""
+    save(tmp_path / 'elsewhere/1.png')
+    for name in ('train/a/2.png', 'train/b/3.png', 'train/b/4.png'):
+        save(tmp_path / name)
+    for name, to in [('a/up', '..'), ('a/above', '../../..'), ('a/b', '../b'), ('b/self', '.'),
+                     ('b/one', '../../elsewhere'), ('b/two', '../../elsewhere'),
+                     ('b/loop', 'loop'), ('c', '../elsewhere')]:
+        (tmp_path / 'train' / name).symlink_to(to)
+    found = read(tmp_path)
+    assert found.labels.tolist() == [0, 1, 1, 2]
+    assert '6 links to folders that are read anyway' in found.summary
+    (tmp_path / 'train/d').symlink_to('../elsewhere')
+    refused(tmp_path, 'the class folders d are empty')
+    for name in 'cd':
+        (tmp_path / 'train' / name).unlink()
+    assert read(tmp_path).labels.tolist() == [0, 1, 1, 1]       # now by the link within b
+
+
+@pytest.mark.parametrize('train, test', [
+    ('train', 'test'), ('Train', 'Test'), ('training', 'testing'), ('TRAIN', 'valid'),
+    ('train', 'val'), ('train', 'Validation')])
+def test_names_of_the_splits(tmp_path, train, test):
+    save(tmp_path / train / 'a/1.png', (1, 1, 1))
+    save(tmp_path / test / 'a/2.png', (2, 2, 2))
+    for split, value in ((True, 1), (False, 2)):
+        assert read(tmp_path, split).images.unique().tolist() == [value]
+    save(tmp_path / 'test/a/3.png', (3, 3, 3))
+    if test in ('Test', 'testing'):
+        refused(tmp_path, 'has the folders .* and .*; keep one', False)
+    else:       # before val/
+        assert 3 in read(tmp_path, False).images
+
+
+def test_a_test_folder_is_no_class(tmp_path):
+    for root, where in (('beside', 'beside'), ('below', 'below/photos'), ('within', 'within/cat')):
+        save(tmp_path / where / 'a/1.png')
+        save(tmp_path / where / 'Test/a/1.png')
+        refused(tmp_path / root, 'has a folder Test, which would be trained on')
+
+
+def test_labels_of_the_test_split(tmp_path):
+    """They are those of the names in train/, whatever test/ lacks."""
+    for name in ('train/a/1.png', 'train/b/1.png', 'train/c/1.png', 'test/b/1.png', 'test/c/1.png'):
+        save(tmp_path / name)
+    found = read(tmp_path, False)
+    assert found.labels.tolist() == [1, 2] and found.num_classes == 3
+    save(tmp_path / 'test/d/1.png')
+    refused(tmp_path, 'test has a class d, which .*train lacks', False)
+
+
+@pytest.mark.parametrize('root, train, words', [
+    ('empty', True, 'holds no images .*it is empty'), ('none', True, 'no such folder'),
+    ('hollow', True, 'the class folders cat are empty'), ('other', True, '1 .heic'),
+    ('hollow', False, 'no test images')])
+def test_refusals(tmp_path, root, train, words):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'hollow/cat').mkdir(parents=True)
+    save(tmp_path / 'other/x.heic')
+    refused(tmp_path / root, words, train)
+
+
+# Damage
+
+def make_bad(folder):
+    """Files that cannot be used, in the order of their names, and why."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', 100000, 100000, 8, 2, 0, 0, 0)
+    save(folder / '0.png')
+    whole = (folder / '0.png').read_bytes()
+    (folder / 'bomb.png').write_bytes(whole[:12] + header + struct.pack('>I', zlib.crc32(header)) +
+                                      whole[33:])
+    (folder / 'cut.png').write_bytes(whole[:45])
+    (folder / 'empty.png').write_bytes(b'')
+    (folder / 'link.png').symlink_to('nowhere')
+    (folder / 'text UserError: 1; 2.png').write_bytes(b'no image')
+    os.mkfifo(folder / 'waits.png')
+    return dict(bomb='decompression bomb', cut='truncated', empty='cannot identify',
+                link='No such file', text='cannot identify', waits='not a regular file')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_bad_images(tmp_path, capsys, workers):
+    bad = make_bad(tmp_path / 'a')
+    save(tmp_path / 'b/1.png', (7, 7, 7))
+    good = read(tmp_path, num_workers=workers, skip_bad_images=True)
+    assert good.images[:, 0, 0, 0].tolist() == [9, 7] and good.labels.tolist() == [0, 1]
+    assert good.summary.endswith('left out: 6 that cannot be read')
+    notes = [line for line in capsys.readouterr().out.splitlines() if 'left out' in line]
+    assert len(notes) == len(bad)
+    for note, (name, reason) in zip(notes, bad.items()):
+        assert f'{tmp_path}/a/{name}' in note and 'cannot be read as an image (' in note
+        assert reason in note
+        refused(tmp_path, f'/a/{name}.* cannot be read as an image .* --skip_bad_images',
+                num_workers=workers)
+        next((tmp_path / 'a').glob(f'{name}*')).unlink()
+    assert len(read(tmp_path, num_workers=workers)) == 2
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RecursionError('deep\nstack'), SyntaxError('x')])
+def test_whatever_a_file_raises(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Image, 'open', fail)
+    save(tmp_path / 'a/1.png')
+    refused(tmp_path, 'a/1.png cannot be read as an image .* --skip_bad_images')
+    refused(tmp_path, 'none of the 1 images', skip_bad_images=True)
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    folder, name = os.fsdecode(b'z\xe9ro'), os.fsdecode(b'caf\xe9.png')
+    save(tmp_path / 'train' / folder / '1.png')
+    save(tmp_path / 'train/b' / name)
+    (tmp_path / 'train/b' / f'2{name}').write_bytes(b'no image')
+    found = read(tmp_path, skip_bad_images=True)
+    assert len(found) == found.num_classes == 2
+    (found.summary + capsys.readouterr().out).encode()      # can be printed
+    refused(tmp_path, 'cannot be read')

@@ -1,0 +1,274 @@
+"""Loading checkpoints: shapes tell the network, every entry is checked, mistakes are a sentence."""
+
+import time
+
+import pytest
+import torch
+from absl import flags
+
+from diffusion import Diffusion, clean_linear
+from formats import load
+from formats.entries import Model
+from formats.load import load_model
+from model import UNet
+from runtime import checkpoint
+from runtime.cli import UserError
+from runtime.flags import define_network_flags, define_teacher_steps
+
+FLAGS = flags.FLAGS
+TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
+            class_num=10)
+ARCHITECTURES = dict(
+    tiny=TINY, no_attn=dict(TINY, attn=[]), first_attn=dict(TINY, attn=[0]),
+    one_level=dict(TINY, ch_mult=[2], attn=[0]),
+    conditional=dict(TINY, conditional=True, class_num=7, ch_mult=[1, 2, 3], attn=[0, 2],
+                     num_res_blocks=3),
+    imagenet64=dict(T=1024, ch=128, ch_mult=[1, 2, 3, 4], attn=[2, 3], num_res_blocks=3,
+                    conditional=True, class_num=1000))
+
+
+@pytest.mark.parametrize('name', list(ARCHITECTURES))
+def test_architecture_is_read_off_the_shapes(name):
+    with torch.device('meta'):
+        state_dict = UNet(**ARCHITECTURES[name]).state_dict()
+    assert load.architecture(state_dict) == ARCHITECTURES[name]
+
+
+def filled(value=.5, **changes):
+    network = UNet(**dict(TINY, **changes))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(value)
+    return network.state_dict()
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """loaded(net_model=.., T=8, ..., how=dict(steps=4)): the model of a file with these entries."""
+    def loaded(how=None, **state):
+        torch.save(state, str(tmp_path / 'FILE.pt'))
+        return load_model(tmp_path / 'FILE.pt', **dict(dict(img_size=8), **how or {}))
+    return loaded
+
+
+def bias(model):
+    return model.network.tail[2].bias[0].item()
+
+
+@pytest.mark.parametrize('extra, wanted, expected', [
+    (dict(time_scale=1), 'auto', 'ema_model'), (dict(), 'auto', 'ema_model'),   # published base
+    (dict(T=4, time_scale=2), 'auto', 'net_model'),                     # published student
+    (dict(T=4, time_scale=2, use='ema_model'), 'auto', 'ema_model'),    # a base on a coarse grid
+    (dict(time_scale=1), 'net', 'net_model'), (dict(T=4, time_scale=2), 'ema', 'ema_model')])
+def test_which_weights(loaded, extra, wanted, expected):
+    model = loaded(net_model=filled(1.), ema_model=filled(2.), **dict(dict(T=8), **extra),
+                   how=dict(weights=wanted))
+    assert model.weights_name == expected
+    assert bias(model) == dict(net_model=1, ema_model=2)[expected]
+
+
+def test_other_forms_of_weights(loaded):
+    """Without an average, of wrapped networks, in half precision; frozen, in eval mode, float32."""
+    wrapped = {'module.' + key: value.half() for key, value in filled(.5).items()}
+    model = loaded(net_model=wrapped, T=8, time_scale=1)
+    assert model.weights_name == 'net_model' and bias(model) == .5 and not model.network.training
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.network.parameters())
+    with pytest.raises(UserError, match='with ema_model'):
+        loaded(net_model=wrapped, T=8, how=dict(weights='ema'))
+
+
+def test_what_a_file_does_not_state(loaded):
+    """T, time_scale and the schedule of published files; the size is that of x_T."""
+    model = loaded(net_model=filled(), T=2, x_T=torch.zeros(1, 3, 16, 16), step=7,
+                   how=dict(mean_type='epsilon'))
+    assert model.diffusion.arguments() == dict(T=2, time_scale=4, mean_type='epsilon',
+                                               schedule='cosine')
+    assert (model.img_size, model.entries['step'], model.provenance()) == (16, 7, dict(step=7))
+    stated = loaded(net_model=filled(), T=8, mean_type='v', img_size=4, x_T=torch.zeros(1, 3, 8, 8),
+                    how=dict(mean_type='epsilon'))
+    assert (stated.diffusion.mean_type, stated.img_size) == ('v', 4)
+    uneven = loaded(net_model=filled(T=10), T=4, time_scale=2, N=10)
+    assert uneven.diffusion.times() == [10, 8, 5, 2, 0]
+
+
+def test_a_file_of_pytorch_ddpm(loaded, capsys):
+    """Its times 0..N are used as they are, or, with fewer steps, as 1..N + 1 after a clean end."""
+    weights = UNet(**dict(TINY, T=999)).state_dict()
+    plain, clean = loaded(ema_model=weights), loaded(ema_model=weights, how=dict(steps=128))
+    assert 'linear schedule' in capsys.readouterr().out
+    assert plain.diffusion.arguments() == dict(T=999, time_scale=1, mean_type='epsilon',
+                                               schedule='linear')
+    assert clean.diffusion.schedule == clean_linear() and clean.diffusion.clean_end
+    assert (clean.diffusion.T, clean.diffusion.N, clean.diffusion.mean_type) == (128, 1000,
+                                                                                 'epsilon')
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
+    assert torch.equal(plain.network(x, t), clean.network(x, t + 1))
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, .02, 1000).double(), 0)
+    torch.testing.assert_close(plain.diffusion.alpha ** 2, alpha_bar, rtol=1e-6, atol=0)
+    torch.testing.assert_close(clean.diffusion.alpha[1:] ** 2, alpha_bar, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('T, steps, words', [(8, 16, 'more than the 8 steps'),
+                                             (4, 3, 'does not divide the 4')])
+def test_steps_that_a_model_cannot_have(loaded, T, steps, words):
+    with pytest.raises(UserError, match=words):
+        loaded(net_model=filled(), T=T, time_scale=8 // T, how=dict(steps=steps))
+
+
+# Files that are refused
+
+def betas(*changes, N=8):
+    """The entries of a checkpoint whose schedule has these (index, beta) changed."""
+    values = [.1] * N
+    for index, value in changes:
+        values[index] = value
+    return dict(schedule=dict(name='mine', betas=values), mean_type='v')
+
+
+EXPANDED = torch.zeros(1).expand(10 ** 6, 10 ** 6)
+ENTRIES = {
+    'T in .*FILE.pt is 0, expected a whole number': dict(T=0),
+    'T in .* is 8.0, expected': dict(T=8.), 'T in .* is True, expected': dict(T=True),
+    'T in .* is 1000000000, expected': dict(T=10 ** 9),
+    r'T in .* is a tensor of shape \(3,\), expected': dict(T=torch.zeros(3)),
+    'time_scale in .* is nan, expected': dict(time_scale=float('nan')),
+    'T 3, time_scale 3 and N 9 .* do not fit': dict(T=3, time_scale=3),
+    'T 16, time_scale 1 and N 16 .* do not fit': dict(T=16),
+    'N 12 in .* do not fit': dict(N=12),
+    'schedule in .* is .quadratic., expected cosine, linear': dict(schedule='quadratic'),
+    'schedule in .* is None': dict(schedule=None),
+    r'schedule in .*\(0, 1\)': betas((3, 1.5)), 'schedule in .* is .*nan': betas((1, float('nan'))),
+    'schedule in .* is .*-0.1': betas((1, -.1)), r'schedule in .*\[0': betas((0, 0.)),
+    'schedule in .* is .*text': betas((1, 'text')), 'schedule .*betas': betas((5, 1.)),
+    'do not fit each other, 7 betas': betas(N=7),
+    'ends with alpha 0': dict(betas((7, 1.)), mean_type='epsilon'),
+    'mean_type in .* is .score., expected xstart or epsilon or v': dict(mean_type='score'),
+    'use in .* is 3, expected net_model or ema_model': dict(use=3),
+    'img_size in .* is -8, expected': dict(img_size=-8),
+    'expected a multiple of 2': dict(img_size=15), 'x_T in .* is 3, expected noise': dict(x_T=3),
+    'flags in .* is .1., expected text': dict(flags=[1]),
+    'unet_config in .* is 1, expected': dict(unet_config=1),
+    'an earlier version, .* begin again from the folder': dict(details=dict(norm_eps=1e-6)),
+    'is a file with T, time_scale, net_model, not a diffusion': dict(net_model=torch.zeros(3)),
+    'fit no U-Net .* expected head.weight.* found weight': dict(
+        net_model=dict(weight=torch.zeros(3)))}
+WEIGHTS = {
+    r'tail.2.bias is \(4,\), expected \(3,\)': {'tail.2.bias': torch.zeros(4)},
+    r'attn.proj.bias is absent, expected \(32,\)': {'middleblocks.0.attn.proj.bias': None},
+    r'extra.bias is \(4,\), expected absent': {'extra.bias': torch.zeros(4)},
+    'fit no U-Net': {'head.weight': None}, 'tail.2.bias of the net_model .* is .text., expected': {
+        'tail.2.bias': 'text'},
+    'tail.2.bias of .* finite values': {'tail.2.bias': torch.tensor([0., float('nan'), 0.])},
+    'head.bias of .* floating-point': {'head.bias': torch.zeros(32, dtype=torch.int64)},
+    r'\(1000000, 1000000\)': {'downblocks.0.block1.2.weight': EXPANDED},
+    'downblocks.999999999.main.weight is': {'downblocks.999999999.main.weight': torch.zeros(1)},
+    r'weight is \(1000000, 1\)': {'downblocks.0.block1.2.weight': torch.zeros(10 ** 6, 1)}}
+
+
+@pytest.mark.parametrize('sentence', [*ENTRIES, *WEIGHTS])
+def test_refusals(loaded, sentence):
+    """One sentence, and before anything of an absurd size is built."""
+    state = dict(T=8, time_scale=1, net_model=filled())
+    state.update(ENTRIES.get(sentence, {}))
+    for key, value in WEIGHTS.get(sentence, {}).items():
+        state['net_model'].pop(key, None)
+        if value is not None:
+            state['net_model'][key] = value
+    since = time.time()
+    with pytest.raises(UserError, match=sentence) as caught:
+        loaded(**state)
+    assert '\n' not in str(caught.value) and 'FILE.pt' in str(caught.value)
+    assert time.time() - since < 5
+
+
+@pytest.mark.parametrize('state, words', [
+    (dict(model={'fc.weight': torch.zeros(2, 2)}, name='resnet18'), 'is a classifier'),
+    (dict(weights={}, epoch=3), 'a file with weights, epoch, not'),
+    (dict(step=1, model={}, opt={}, ema={}, scaler=None, version='2'), 'denoising-diffusion'),
+    ({'ema_model.model.init_conv.weight': torch.zeros(1), 'step': 1}, 'denoising-diffusion')])
+@pytest.mark.parametrize('steps', [0, 4])
+def test_other_kinds_of_files(loaded, state, words, steps):
+    with pytest.raises(UserError, match=words) as caught:
+        loaded(**state, how=dict(steps=steps))
+    assert 'schedule' not in str(caught.value) and 'PD.py' in str(caught.value)
+
+
+def test_names_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='hf download google/ddpm-cifar10-32 --local-dir DIR'):
+        load_model('google/ddpm-cifar10-32')
+    with pytest.raises(UserError, match='there is no checkpoint .*/none/ckpt.pt.*; give') as caught:
+        load_model(tmp_path / 'none')
+    assert 'hf download' not in str(caught.value)
+
+
+# Flags and students
+
+@pytest.fixture
+def parse():
+    """parse('--ch=64', ..): the command line of a script, which ends with the test."""
+    before = set(FLAGS)
+    define_network_flags()
+    define_teacher_steps()
+    flags.DEFINE_string('base_ckpt', None, '')
+    yield lambda *words: FLAGS(['test', *map(str, words)])
+    for name in set(FLAGS) - before:
+        delattr(FLAGS, name)
+
+
+def model_of(**changes):
+    arch = dict(TINY, **changes)
+    return Model(UNet(**arch).requires_grad_(False).eval(), Diffusion(8), 'file.pt', 'net_model',
+                 arch, 8, {})
+
+
+@pytest.mark.parametrize('words, changes, sentence', [
+    ([], dict(ch=64), None), (['--ch=32', '--attn=1'], {}, None),       # defaults do not count
+    (['--ch=64'], {}, '--ch is 64 and the network in file.pt has 32'),
+    (['--ch_mult=1', '--ch_mult=2'], {}, r'--ch_mult is \[1, 2\]'),
+    (['--attn=1', '--attn=0'], dict(attn=[0, 1]), None),                # in any order
+    (['--attn=1', '--attn=2'], {}, '--attn is'), (['--num_res_blocks=2'], {}, '--num_res_blocks'),
+    (['--conditional'], {}, '--conditional is True'),
+    (['--class_num=5'], {}, None), (['--class_num=5'], dict(conditional=True), '--class_num is 5'),
+    (['--mean_type=v'], {}, '--mean_type is v and file.pt was trained with xstart'),
+    (['--img_size=16'], {}, '--img_size is 16 and file.pt was trained with 8')])
+def test_flags_that_contradict_a_model(parse, words, changes, sentence):
+    parse(*words)
+    if sentence is None:
+        return load.check_flags(model_of(**changes))
+    with pytest.raises(UserError, match=sentence):
+        load.check_flags(model_of(**changes))
+
+
+def test_teachers(parse, tmp_path):
+    """A teacher may predict something else than --mean_type, which is about its students."""
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(net_model=filled(), T=8, time_scale=1, img_size=8,
+                                               mean_type='v'))
+    given = ['--img_size=8', f'--base_ckpt={tmp_path}']
+    parse(*given, '--mean_type=xstart', '--teacher_steps=2', '--dropout=0.25')
+    teacher = load.load_teacher(str(tmp_path), torch.device('cpu'))
+    assert (teacher.diffusion.T, teacher.diffusion.mean_type) == (2, 'v')
+    assert teacher.network.downblocks[0].block2[2].p == 0.25
+    # a later stage is not the model that --teacher_steps is about
+    assert load.load_teacher(f'{tmp_path}/ckpt.pt', torch.device('cpu')).diffusion.T == 8
+    for words, sentence in [(['--teacher_steps=1'], 'has 1 sampling steps, which cannot be halved'),
+                            (['--img_size=16', '--teacher_steps=0'], '--img_size is 16'),
+                            (['--img_size=8', '--ch=64'], '--ch is 64')]:
+        parse(*given, *words)
+        with pytest.raises(UserError, match=sentence):
+            load.load_teacher(str(tmp_path), torch.device('cpu'))
+
+
+def test_a_student_is_a_copy(parse):
+    parse()
+    before = {name: FLAGS[name].value for name in FLAGS}
+    teacher = model_of()
+    network, diffusion = teacher.student('v')
+    assert diffusion.times() == [8, 6, 4, 2, 0] and diffusion.mean_type == 'v'
+    frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+    assert frozen == [load.TABLE] and network.training and not teacher.network.training
+    with torch.no_grad():
+        network.head.bias.fill_(3.)
+    assert teacher.network.head.bias.abs().max() == 0 and teacher.diffusion.T == 8
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    assert {name: FLAGS[name].value for name in FLAGS} == before

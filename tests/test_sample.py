@@ -1,0 +1,98 @@
+"""sample.py: the images that ddim_eval.py scores, in every form, and mistakes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from classifier import build_classifier
+from helpers import EVAL, assert_ran, command, fork_all
+from model import UNet
+from runtime import checkpoint
+from score.reference import Statistics, save_statistics
+
+MISTAKES = dict(
+    no_output=(['--logdir=labels'], '--output is missing'),
+    many_labels=(['--logdir=labels', '--label=3'], '--label is 3 and the model in labels has 3 cl'),
+    no_labels=(['--logdir=plain', '--label=0'], '--label is 0 and the model in plain has 0 cl'),
+    stride=(['--logdir=labels', '--stride=3'], '--stride 3 does not divide the 4 steps of the mod'),
+    text=(['--logdir=labels', '--output=text.png'], '--output text.png is neither a new or empty'),
+    npz=(['--logdir=labels', '--output=real.npz'], '--output real.npz is neither a new or empty'),
+    nowhere=(['--logdir=labels', '--output=text.png/a.npz'], 'text.png.* could not be read or wr'))
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    """(folder, {name: results}) of models with 3 classes and without labels."""
+    folder = tmp_path_factory.mktemp('sample')
+    for name, conditional in dict(labels=True, plain=False).items():
+        torch.manual_seed(0)
+        net = UNet(8, 32, [1], [0], 1, conditional=conditional, class_num=3)
+        torch.nn.init.xavier_uniform_(net.tail[2].weight)
+        (folder / name).mkdir()
+        checkpoint.save(folder / name / 'ckpt.pt', dict(
+            net_model=net.state_dict(), T=4, time_scale=2, img_size=8))
+    net = build_classifier('convnet_small', 3)
+    checkpoint.save(folder / 'scorer.pt', dict(model=net.state_dict(), name='convnet_small'))
+    save_statistics(folder / 'real.npz', Statistics(np.zeros(64), np.eye(64)))
+    (folder / 'text.png').write_text('my notes')
+    here = dict(cwd=str(folder))
+
+    def sample(*words):
+        return command(['sample.py', '--num_images=20', '--batch_size=8'], *words, **here)
+
+    score = ['--feature_network=scorer.pt', '--fid_cache=real.npz', '--save_images=scored.npz']
+    jobs = {name: [sample(f'--output=new_{name}.npz', *words)]
+            for name, (words, _) in MISTAKES.items()}
+    jobs['no_output'] = [sample('--logdir=labels')]
+    jobs['good'] = [
+        sample('--logdir=labels', '--output=all.npz'),
+        sample('--logdir=labels', '--output=new/all.png'),
+        sample('--logdir=labels', '--output=new/all.png', '--seed=1'),      # overwrites its own
+        sample('--logdir=labels', '--output=single', '--label=1', '--stride=2'),
+        sample('--logdir=plain', '--output=plain.npz'),
+        command(EVAL, '--logdir=labels', *score, **here)]
+    jobs['two'] = [command(['sample.py', '--num_images=20', '--logdir=labels', '--output=two.npz'],
+                           ranks=2, **here)]
+    return folder, fork_all(jobs)
+
+
+def arrays(file):
+    with np.load(str(file)) as found:
+        return [found[key] for key in found.files]
+
+
+def test_images_and_labels_are_those_that_are_scored(ran):
+    folder, results = ran
+    assert_ran(results['good'])
+    assert_ran(results['two'])
+    images, labels = arrays(folder / 'all.npz')
+    assert images.shape == (20, 8, 8, 3) and set(labels.tolist()) == {0, 1, 2}
+    for name in ('scored', 'two'):
+        others, other_labels = arrays(folder / f'{name}.npz')
+        assert np.array_equal(labels, other_labels)
+        assert np.abs(images.astype(int) - others).max() <= 1       # rounding of other batches
+    assert len(arrays(folder / 'plain.npz')) == 1
+
+
+def test_a_folder_and_a_grid(ran):
+    """A folder of one label; a grid with a row per class."""
+    folder, results = ran
+    assert (folder / 'single/labels.txt').read_text().split() == ['1'] * 20
+    files = sorted((folder / 'single').glob('*.png'))
+    assert len(files) == 20 and not list(folder.glob('*.tmp'))
+    width, height = Image.open(folder / 'new/all.png').size
+    assert 3 * 66 < height < 4 * 66 and width > 7 * 66
+    assert 'new/all.png: 20 images' in results['good'][1][1]
+
+
+@pytest.mark.parametrize('name', sorted(MISTAKES))
+def test_mistakes(ran, name):
+    folder, results = ran
+    (code, _, error), = results[name]
+    assert code and 'Traceback' not in error, error
+    assert re.search(MISTAKES[name][1], error), error
+    assert (folder / 'text.png').read_text() == 'my notes' and len(arrays(folder / 'real.npz')) > 1
+    assert not (folder / f'new_{name}.npz').exists()

@@ -1,0 +1,198 @@
+"""Digits, Fashion-MNIST and CIFAR-10 from files written here, and batch files of ImageNet."""
+
+import gzip
+import pickle
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.cli import UserError
+from runtime.data import make_dataset
+from runtime.torchvision_cpu import torchvision
+
+FASHION = 'train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz'
+
+
+def test_digits():
+    train, test = (make_dataset('digits', 'nowhere', 8, train) for train in (True, False))
+    assert train.images.shape == (1498, 3, 8, 8) and test.images.shape == (299, 3, 8, 8)
+    assert train.images.dtype == torch.uint8 and train.num_classes == 10
+    assert train.images.min() == 0 and train.images.max() == 255
+    assert torch.equal(train.images[:, 0], train.images[:, 2])      # grey
+    assert set(train.labels.tolist()) == set(range(10)) and len(train) == len(train.labels) == 1498
+    assert train.flip is False      # a mirrored 3 is no digit
+    assert train.summary == 'digits, train: 1498 images of 10 classes'
+    assert train.fingerprint != test.fingerprint
+    with pytest.raises(UserError, match='dogs is unknown; choose one of digits'):
+        make_dataset('dogs', '.', 8, True)
+
+
+# Fashion-MNIST
+
+def idx(values, *shape):
+    """An idx.gz file of bytes."""
+    header = b'\0\0\x08' + bytes([len(shape)]) + struct.pack(f'>{len(shape)}I', *shape)
+    return gzip.compress(header + bytes(values))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Two images: a ramp 0..15 and one of a single grey; three for testing."""
+    for prefix, n in (('train', 2), ('t10k', 3)):
+        pixels = list(range(16)) + [100] * 16 * (n - 1)
+        (tmp_path / f'{prefix}-images-idx3-ubyte.gz').write_bytes(idx(pixels, n, 4, 4))
+        (tmp_path / f'{prefix}-labels-idx1-ubyte.gz').write_bytes(idx([9, 3, 0][:n], n))
+    return tmp_path
+
+
+def test_fashion_mnist(fashion):
+    train, test = (make_dataset('fashion_mnist', fashion, 4, train) for train in (True, False))
+    assert train.labels.tolist() == [9, 3] and test.labels.tolist() == [9, 3, 0]
+    assert train.images.shape == (2, 3, 4, 4) and train.num_classes == 10
+    assert train.images[0].flatten(1).tolist() == [list(range(16))] * 3
+    assert train.flip is False      # all shoes point to the left
+
+
+def test_any_size(fashion):
+    """Halving a ramp with antialiasing averages 4 x 4 pixels with triangle weights."""
+    half, = make_dataset('fashion_mnist', fashion, 2, True).images[:1]
+    weights = torch.tensor([[3., 3, 1, 0], [0, 1, 3, 3]]) / 7     # of rows, and of columns
+    expected = weights @ torch.arange(16.).view(4, 4) @ weights.t()
+    assert half.tolist() == [expected.round().tolist()] * 3
+    with pytest.raises(UserError, match='--img_size 26755 is too large .* have 4 x 4 pixels'):
+        make_dataset('fashion_mnist', fashion, 26755, True)
+
+
+@pytest.mark.parametrize('content, words', [
+    *[(content, 'train-labels-idx1-ubyte.gz is damaged or not an idx file') for content in (
+        b'', b'no gzip', idx([1, 2], 3), idx([1, 2, 3], 2), gzip.compress(b'\0\0'), idx([], 0),
+        idx(range(32), 2, 4, 4), idx([1, 2], 2)[:-9],
+        gzip.compress(b'\0\0\x0d' + bytes([1]) + struct.pack('>I', 2) + b'ab'))],
+    (idx([1, 2, 3], 3), 'has 2 train images of fashion_mnist and 3 labels'),
+    (idx([1, 10], 2), 'labels from 1 to 10, expected 0 to 9')])
+def test_damaged_fashion_mnist(fashion, content, words):
+    (fashion / FASHION[1]).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        make_dataset('fashion_mnist', fashion, 4, True)
+
+
+# What torchvision downloads
+
+class Offline:
+    """A data set of torchvision that is not there and cannot be downloaded."""
+
+    def __init__(self, root, train, download):
+        raise RuntimeError('no route to host:\nand a second line')
+
+
+@pytest.mark.parametrize('name, kind, file', [
+    ('fashion_mnist', 'FashionMNIST', FASHION[0]),
+    ('cifar10', 'CIFAR10', 'cifar-10-python.tar.gz')])
+def test_download_fails(tmp_path, monkeypatch, name, kind, file):
+    """One sentence names the files to put there; a damaged one is not called missing."""
+    monkeypatch.setattr(torchvision().datasets, kind, Offline)
+    with pytest.raises(UserError, match=f'{kind} is not in --data_root .*no route to host.; put '
+                                        f'{file}') as caught:
+        make_dataset(name, tmp_path, 16, True)
+    assert '\n' not in str(caught.value) and caught.value.code == 1
+    (tmp_path / file).write_bytes(b'half an archive')
+    with pytest.raises(UserError, match=f'{kind} in .* is incomplete or damaged: {file}'):
+        make_dataset(name, tmp_path, 16, True)
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    """torchvision has images (N, H, W, 3) and a list of labels."""
+    class Cifar:
+        def __init__(self, root, train, download):
+            self.data = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3) + 100 * (not train)
+            self.targets = [9, 4]
+
+    monkeypatch.setattr(torchvision().datasets, 'CIFAR10', Cifar)
+    train, test = (make_dataset('cifar10', tmp_path, 2, train) for train in (True, False))
+    assert train.images[1].tolist() == [[[12, 15], [18, 21]], [[13, 16], [19, 22]],
+                                        [[14, 17], [20, 23]]]
+    assert torch.equal(test.images, train.images + 100) and train.labels.tolist() == [9, 4]
+    assert train.flip is True
+
+
+# Downsampled ImageNet as published: planes of red, green, blue; labels from 1
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (40, 48), dtype=np.uint8)
+LABELS = list(range(1, 41))
+
+
+def batch(first, last, **change):
+    """A pickled batch file of the images first..last - 1, 4 x 4 pixels."""
+    return pickle.dumps(dict(dict(data=PIXELS[first:last], labels=LABELS[first:last]), **change))
+
+
+def read(root):
+    found = make_dataset('imagenet64', root, 4, True)
+    assert np.array_equal(found.images.numpy().reshape(-1, 48), PIXELS[found.labels.numpy()])
+    return found
+
+
+def test_imagenet64(tmp_path):
+    np.savez(tmp_path / 'train_data_batch_2.npz', data=PIXELS[2:5], labels=[3, 4, 5])
+    (tmp_path / 'train_data_batch_10').write_bytes(batch(8, 10))
+    (tmp_path / 'train_data_batch_1').write_bytes(batch(0, 2))
+    (tmp_path / 'val/n01440764').mkdir(parents=True)
+    with pytest.raises(UserError, match='none of the test split; class folders'):
+        make_dataset('imagenet64', tmp_path, 4, False)
+    (tmp_path / 'val_data').write_bytes(batch(0, 1, labels=[1000]))
+    for _ in range(2):      # the second time from the file that is kept
+        found = read(tmp_path)
+        assert found.labels.tolist() == [0, 1, 2, 3, 4, 8, 9] and found.num_classes == 1000
+    assert found.summary.endswith('train: 7 images from 3 batch files; missing are those with the '
+                                  'numbers 3, 4, 5, 6, 7, 8, 9')
+    assert make_dataset('imagenet64', tmp_path, 4, False).labels.tolist() == [999]
+
+    (tmp_path / 'train_data_batch_3').write_bytes(batch(5, 6))      # comes later
+    later = read(tmp_path)
+    assert later.labels.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]
+    assert later.fingerprint != found.fingerprint
+    assert len(list(tmp_path.glob('train*.npy'))) == 1
+    (tmp_path / 'train_data_batch_3.npz').write_bytes(b'')
+    with pytest.raises(UserError, match='batch_3 and train_data_batch_3.npz are the same batch'):
+        read(tmp_path)
+
+
+class Payload:
+    """Unpickling it would end this process."""
+
+    def __reduce__(self):
+        return sys.exit, (3,)
+
+
+def test_damaged_imagenet64(tmp_path):
+    """Truncated or other files: one sentence with the file, what it holds, what was expected."""
+    np.savez(tmp_path / 'whole.npz', data=PIXELS, labels=LABELS)
+    npz, pickled = (tmp_path / 'whole.npz').read_bytes(), batch(0, 40)
+    damaged = [(kind, content[:size], f'truncated or not a batch ({size} bytes')
+               for kind, content in (('.npz', npz), ('', pickled))
+               for size in (0, 3, 100, 1000, len(content) - 1)]
+    damaged += [
+        ('.npz', npz[:500] + bytes([npz[500] ^ 1]) + npz[501:], 'truncated or not a batch ('),
+        ('', batch(0, 1, data=Payload()), 'not a batch ('),
+        ('', pickle.dumps([1, 2]), 'not a batch ('),
+        ('', pickle.dumps(dict(data=PIXELS)), 'not a batch ('),
+        ('', batch(0, 40, labels=[1.5] * 40), 'not a batch ('),
+        ('', batch(0, 40, data=PIXELS[:, :12]), 'uint8 (40, 12), and 40 labels'),
+        ('', batch(0, 40, data=PIXELS / 255), 'data, float64 (40, 48), and 40'),
+        ('', batch(0, 40, labels=LABELS[1:]), 'and 39 labels from 2 to 40, expected'),
+        ('', batch(0, 40, labels=list(range(40))), '40 labels from 0 to 39, expected'),
+        ('', batch(0, 40, labels=[1001] * 40), 'from 1001 to 1001, expected'),
+        ('', batch(0, 0, labels=np.zeros(0, int)), '0 labels from none to none')]
+    for number, (ending, content, words) in enumerate(damaged):
+        file = tmp_path / str(number) / f'train_data_batch_1{ending}'
+        file.parent.mkdir()
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read(file.parent)
+        message = str(caught.value)
+        assert '\n' not in message and str(file) in message and words in message, message
+        assert 'uint8 (n, 48), and labels 1..1000' in message
+        assert list(file.parent.iterdir()) == [file]
