@@ -1,4 +1,4 @@
-"""The one way to write a file: whole or not at all."""
+"""The one way to write a file or a folder: whole or not at all."""
 
 import contextlib
 import os
@@ -26,6 +26,22 @@ def replacing(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """The same for a folder: `path` is new or empty, and becomes what the block has written."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=str(path.parent), prefix=f'{path.name}.',
+                                     suffix='.tmp') as place:
+        folder = Path(place) / 'new'
+        folder.mkdir()
+        yield folder
+        for file in filter(Path.is_file, folder.rglob('*')):
+            file.chmod(0o666 & ~current_umask())        # some are made for their owner alone
+        if path.exists():
+            path.rmdir()
+        folder.replace(path)
 
 
 def current_umask():

@@ -1,6 +1,5 @@
 """Images as files: 8-bit pixels, sample grids, labelled grids, folders of PNGs and npz."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -97,16 +96,11 @@ def save_images(path, images, y=None):
 def save_folder(path, pixels, y):
     """PNGs of pixels (N, H, W, 3) in a folder that appears when it is complete."""
     from PIL import Image
-    temporary = Path(tempfile.mkdtemp(dir=str(path.parent), prefix=f'{path.name}.', suffix='.tmp'))
-    try:
+    with files.replacing_folder(path) as folder:
         for i, image in enumerate(pixels):
-            Image.fromarray(image).save(temporary / f'{i:06d}.png', compress_level=1)
+            Image.fromarray(image).save(folder / f'{i:06d}.png', compress_level=1)
         if y is not None:
-            np.savetxt(str(temporary / 'labels.txt'), y.numpy(), '%d')
-        temporary.chmod(0o777 & ~files.current_umask())     # mkdtemp makes it for the owner alone
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            np.savetxt(str(folder / 'labels.txt'), y.numpy(), '%d')
 
 
 def classes_in_turn(labels):

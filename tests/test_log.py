@@ -55,7 +55,7 @@ def test_never():
     FLAGS.max_bad_steps = 0
     meter = Meter()
     steps(meter, *[math.nan] * 30)
-    meter.means(30, 0, 99)
+    assert meter.means(30, 0, 99)['bad_steps'] == 30
 
 
 @pytest.mark.parametrize('step, start, total, ends', [(2, 0, 2, True), (2, 0, 3, False),
