@@ -148,6 +148,17 @@ class Diffusion:
             z = self.ddim_step(model, z, t, s, clip=clip, y=y)
         return z.clamp(-1, 1)
 
+    def evaluation(self, model, x_T, number, y=None):
+        """x_pred (B, C, H, W) of evaluation `number` = 0 .. T - 1 of the sampler from noise x_T.
+
+        The evaluations before it run without gradient (DMD2, 2405.14867, section 4.4).
+        """
+        z, times = x_T, [torch.full((len(x_T),), t, device=x_T.device) for t in self.times()]
+        with torch.no_grad():
+            for t, s in zip(times[:number], times[1:]):
+                z = self.ddim_step(model, z, t, s, y=y)
+        return self.predict(model, z, times[number], y)[0]
+
     def two_step_target(self, teacher, z_t, t, y=None, clip=None):
         """x_target of progressive distillation (Salimans & Ho 2022, Algorithm 2).
 

@@ -1,0 +1,166 @@
+"""train_dmd.py as users start it: one step by formulas, resuming, parts, processes, mistakes."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from diffusion import Diffusion
+from formats.load import load_model
+from helpers import BASE, DATA, assert_ran, assert_same, command, fork_all
+from runtime import checkpoint, seeding
+
+DMD = ['train_dmd.py', *DATA, '--save_step=2', '--sample_step=0', '--lr=1e-3', '--warmup=0']
+REFUSED = dict(
+    steps=('--base_ckpt .* has 8 steps, expected a student of 1, 2 or 4', '--base_ckpt=RUNS/8'),
+    few=('--teacher_ckpt .* has 8 steps, expected the teacher before', '--teacher_ckpt=RUNS/8'),
+    labels=('conditional is False in --base_ckpt and True in', '--teacher_ckpt=RUNS/labels'),
+    times=('--t_min 0.5 is not below --t_max 0.5', '--t_min=.5 --t_max=.5'),
+    same=('--logdir .* is the folder of the start', '--logdir=RUNS/1'),
+    none=('--teacher_ckpt is missing', '--teacher_ckpt='))
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Folder of a teacher with 16 steps, students (its weights), and the runs below."""
+    folder = tmp_path_factory.mktemp('dmd')
+    base = [*BASE, '--T=16', '--total_steps=1', '--ema_decay=0']
+    made = fork_all(dict(teacher=[command(base, f'--logdir={folder}/16')],
+                         labels=[command(base, f'--logdir={folder}/labels', '--conditional')]))
+    for results in made.values():
+        assert_ran(results)
+    state, generator = checkpoint.read(folder / '16'), torch.Generator().manual_seed(0)
+    for T in (16, 1, 2, 8):     # all but the times with random weights: one step teaches too little
+        (folder / str(T)).mkdir(exist_ok=True)
+        weights = {key: value + .1 * torch.randn(value.shape, generator=generator)
+                   for key, value in state['net_model'].items() if 'timembedding.0' not in key}
+        checkpoint.save(folder / f'{T}/ckpt.pt', dict(
+            state, T=T, time_scale=16 // T, use='net_model',
+            net_model={**state['net_model'], **weights}))
+
+    def dmd(name, *more, **how):
+        return command([*DMD, f'--teacher_ckpt={folder}/16', f'--base_ckpt={folder}/1',
+                        f'--logdir={folder}/{name}', '--total_steps=4'], *more, **how)
+
+    jobs = dict(
+        first=[dmd('first', '--total_steps=1', '--fake_steps=1', '--regression_weight=.5')],
+        whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True), dmd('killed')],
+        parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
+        student=[dmd('student', '--base_ckpt', f'{folder}/2')],
+        nan=[dmd('nan', '--fake_lr=1e30', '--max_bad_steps=2', '--log_step=1', '--grad_clip=0')])
+    jobs.update((name, [dmd(f'bad/{name}', *words.replace('RUNS', str(folder)).split())])
+                for name, (_, words) in REFUSED.items())
+    return folder, fork_all(jobs)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_first_step(runs):
+    """Both losses, and the direction in which both networks move, by the equations of the paper."""
+    folder, results = runs
+    assert_ran(results['first'])
+    G, mu = load_model(folder / '1').network, load_model(folder / '16').network
+    draws = []
+    for number in (1, 2):
+        rng = seeding.generator('cpu', 0, seeding.NOISE, 16, 1, number)
+        t = torch.randint(1, 17, (8,), generator=rng)       # .02 .. .98 of 16 steps
+        draws.append((t, *torch.randn((2, 8, 3, 8, 8), generator=rng)))
+    alpha, sigma = Diffusion(16, 1, 'xstart').at(torch.arange(17), torch.float32)
+
+    def x_pred(network, t, x_T_or_z):
+        return network(x_T_or_z, t, None)
+
+    t, x_T, eps = draws[0]
+    N = torch.full((8,), 16)
+    fake = load_model(folder / '16').network.requires_grad_(True)
+    x = x_pred(G, N, x_T).clamp(-1, 1)
+    loss_fake = (x_pred(fake, t, alpha[t] * x + sigma[t] * eps) - x).square().mean()
+    loss_fake.backward()
+    after = load_model(folder / 'first').network
+    state = checkpoint.read(folder / 'first')
+    assert_moved(fake, state['fake_model'], 5e-4)
+
+    t, x_T, eps = draws[1]
+    fake.load_state_dict(state['fake_model'])
+    G.requires_grad_(True)
+    x = x_pred(G, N, x_T)
+    with torch.no_grad():
+        z_t = alpha[t] * x + sigma[t] * eps
+        x_real, x_fake = x_pred(mu, t, z_t), x_pred(fake, t, z_t)
+        g = (x_fake - x_real) / (x - x_real).abs().mean((1, 2, 3), keepdim=True)
+    ((x * g).mean() + .5 * (x - x.detach()).square().mean()).backward()     # G is at its start
+    assert_moved(G, after.state_dict(), 1e-3)
+    line, = log(folder / 'first')
+    assert line['loss_fake'] == pytest.approx(loss_fake.item(), rel=1e-4)
+    assert line['loss_dmd'] == pytest.approx(g.square().mean().item() / 2, rel=1e-3)
+    norm = torch.stack([p.grad.norm() for p in G.parameters() if p.grad is not None]).norm()
+    assert line['grad_norm'] == pytest.approx(norm.item(), rel=1e-3)
+    assert line['loss_regression'] == 0
+
+
+def assert_moved(network, state_dict, rate):
+    """The first step of Adam with a first beta of 0: rate times the sign of the gradient."""
+    for name, p in network.named_parameters():
+        if p.grad is not None:
+            clear = p.grad.abs() > 1e-5     # others are 0 up to rounding
+            moved = (state_dict[name] - p.detach())[clear]
+            assert torch.allclose(moved, -rate * p.grad[clear].sign(), atol=.1 * rate), name
+
+
+def test_resuming_is_exact(runs):
+    folder, results = runs
+    assert_ran(results['whole'])
+    assert [result[0] for result in results['killed']] == [137, 0]
+    states = [checkpoint.read(folder / name) for name in ('whole', 'killed')]
+    assert {'fake_model', 'optim_fake', 'net_model', 'optim'} <= set(states[0])
+    assert_same(*states, skip=('flags',))
+
+
+@pytest.mark.parametrize('name', ['parts', 'two'])
+def test_parts_and_processes_change_only_rounding(runs, name):
+    folder, results = runs
+    assert_ran(results[name])
+    for line, expected in zip(log(folder / name), log(folder / 'whole')):
+        for key in ('loss_fake', 'loss_dmd', 'grad_norm'):
+            assert line[key] == pytest.approx(expected[key], rel=.02), (line['step'], key)
+
+
+def test_students_of_two_steps(runs):
+    """They stay students of two steps, and both evaluations train."""
+    folder, results = runs
+    assert_ran(results['student'])
+    state = checkpoint.read(folder / 'student')
+    assert (state['T'], state['time_scale'], state['method']) == (2, 8, 'dmd')
+
+
+def test_a_fake_network_that_diverges_ends_the_run(runs):
+    folder, results = runs
+    (code, _, stderr), = results['nan']
+    assert code == 1 and 'Traceback' not in stderr and 'not finite' in stderr
+
+
+@pytest.mark.parametrize('name', list(REFUSED))
+def test_refused(runs, name):
+    (code, _, stderr), = runs[1][name]
+    assert code == 2 and 'Traceback' not in stderr
+    assert re.search(REFUSED[name][0], stderr), stderr
+
+
+def test_evaluation_of_a_sampler():
+    """The last one is where the sampler ends, up to its noise level at index 0; gradient there."""
+    diffusion, calls = Diffusion(4, 4, 'xstart'), []
+
+    def network(z, t, y):
+        calls.append(torch.is_grad_enabled())
+        return (.3 * z + t[0] / 16).clamp(-1, 1)
+
+    x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = diffusion.at(torch.zeros(2, dtype=torch.long), torch.float32)
+    x = diffusion.evaluation(network, x_T, 3)
+    assert calls == [False, False, False, True]
+    image = diffusion.sample(network, x_T)
+    assert torch.allclose(image, alpha * x, atol=4 * sigma.max().item())
+    assert torch.equal(diffusion.evaluation(network, x_T, 0), network(x_T, torch.full((2,), 16), 0))
