@@ -125,10 +125,9 @@ class MemoryP2P(nn.Module):
     """
 
     def __init__(self, channels, queue_size=20000, contrast_size=4096, update_size=128,
-                 contrast_temperature=0.1, temperature=1., layout='pixels', generator=None,
-                 norm=nn.BatchNorm2d):
+                 contrast_temperature=0.1, layout='pixels', generator=None, norm=nn.BatchNorm2d):
         super().__init__()
-        self.contrast_temperature, self.temperature = contrast_temperature, temperature
+        self.contrast_temperature = contrast_temperature
         self.update_size, self.layout = update_size, layout
         self.project_head = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), norm(channels),
@@ -203,6 +202,5 @@ class MemoryP2P(nn.Module):
         with torch.autocast(map_T.device.type, enabled=False):
             x_S, F_T = pixels(projected_S), unit_pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
-            tau = self.contrast_temperature * self.temperature
-            return _RelationKL.apply(x_S[None], F_T[None], V[None], len(V), tau,
-                                     CHUNK_ENTRIES) / len(x_S)
+            return _RelationKL.apply(x_S[None], F_T[None], V[None], len(V),
+                                     self.contrast_temperature, CHUNK_ENTRIES) / len(x_S)

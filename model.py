@@ -38,7 +38,7 @@ class DownSample(nn.Module):
         self.main = initialize(nn.Conv2d(in_ch, in_ch, 3, stride=2, padding=1))
 
     def forward(self, x):
-        return self.main(x if self.main.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return self.main(x)
 
 
 class UpSample(nn.Module):

@@ -22,9 +22,8 @@ from training import define_training_flags, images_for, noisy_parts, sample_grid
 FLAGS = flags.FLAGS
 define_training_flags(lr=2e-4, wd=0.001, total_steps=800000, warmup=5000, ema_decay=0.9999,
                       dropout=0.1)
-flags.DEFINE_integer('T', 1024, 'sampling steps of the model', lower_bound=1, upper_bound=10**6)
-flags.DEFINE_integer('time_scale', 1, 'points of the base grid per step', lower_bound=1,
-                     upper_bound=10**6)
+flags.DEFINE_integer('T', 1024, 'sampling steps of the model', 1, 10000)
+flags.DEFINE_integer('time_scale', 1, 'points of the base grid per step', 1, 2048)
 flags.DEFINE_enum('loss_type', 'both', ['x', 'eps', 'both'], 'error in x_0, in eps, or the larger '
                   'of the two per image (truncated SNR)')
 

@@ -36,8 +36,7 @@ flags.DEFINE_enum('loss_type', 'mp2p', ['mp2p', 'is_p2p', 'm_p2p', 'none'], 'rel
                   'both, within the batch, to the memory queue, or none')
 flags.DEFINE_float('intra_weight', 1., 'weight of IS_P2P')
 flags.DEFINE_float('intra_temperature', 1., 'temperature of IS_P2P', 1e-6)
-flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: batch_size / 4, the '
-                     'share of one of the four GPUs of the paper', lower_bound=0)
+flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: a quarter of the batch', 0)
 flags.DEFINE_float('memory_weight', 0.1, 'weight of M_P2P')
 flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P', 1e-6)
 flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', 1, 10**6)
@@ -81,8 +80,9 @@ def train(device, dataset, base_ckpt, logdir, total_steps):
                            FLAGS.queue_update, FLAGS.contrast_temperature,
                            layout=FLAGS.queue_layout, norm=distributed.GlobalBatchNorm2d).to(device)
     run = start_run('rdd', student, diffusion, dataset, logdir, total_steps, teacher=teacher,
-                    classifier=classifier, memory=memory, facts=dict(relation_group=group))
+                    classifier=classifier, memory=memory)
     run.prepare(teacher.network, classifier)
+    distributed.print0(f'relation_group: IS_P2P compares groups of {group} images.')
     for step in run:
         # Teacher: two DDIM steps from z_t give x_target; the classifier maps it to features
         parts = list(noisy_parts(run, diffusion))

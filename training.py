@@ -1,39 +1,40 @@
-"""What the three diffusion scripts share: their flags, times and noise, sample grids, students."""
+"""What the diffusion scripts share: their flags, times and noise, sample grids, students."""
 
 from pathlib import Path
 
 import torch
 from absl import flags
 
-from formats.load import load_teacher
+from formats.load import check_flags, load_model, load_teacher
 from runtime import checkpoint, distributed, seeding
 from runtime.cli import UserError
 from runtime.flags import (adopt, define_data_flags, define_device_flags, define_network_flags,
                            define_run_flags, define_teacher_steps, given)
 from runtime.guard import stop
+from runtime.optim import adam
 from runtime.precision import choose
 from runtime.run import Run, due, training_data
 
 FLAGS = flags.FLAGS
+FINE = 16       # steps of a teacher that counts as not distilled
+FILE_FLAGS = dict(teacher='--base_ckpt or --teacher_ckpt', start='--base_ckpt')
 
 
 # Flags
 
 def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0., dropout=0.):
-    """All that the three diffusion scripts share: data, network, optimisation, log, devices."""
+    """All that the diffusion scripts share: data, network, optimisation, log, devices."""
     define_data_flags()
     define_network_flags(dropout)
     define_device_flags()
     define_run_flags(lr, wd)
-    flags.DEFINE_integer('total_steps', total_steps, 'optimiser steps', lower_bound=1)
-    flags.DEFINE_integer('warmup', warmup, 'steps of linear warm-up', lower_bound=0)
-    flags.DEFINE_float('ema_decay', ema_decay, 'decay of the averaged weights; 0: none',
-                       lower_bound=0., upper_bound=1 - 1e-9)
+    flags.DEFINE_integer('total_steps', total_steps, 'optimiser steps', 1)
+    flags.DEFINE_integer('warmup', warmup, 'steps of linear warm-up', 0)
+    flags.DEFINE_float('ema_decay', ema_decay, 'decay of the averaged weights; 0: none', 0.,
+                       1 - 1e-9)
     flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
-    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', lower_bound=1,
-                         upper_bound=4096)
-    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none',
-                         lower_bound=0)
+    flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', 1, 4096)
+    flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none', 0)
 
 
 def define_distillation_flags():
@@ -44,7 +45,7 @@ def define_distillation_flags():
                         'diffusers')
     flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
                          'a folder --logdir/STEPS; students of 2 steps and 1 train twice as long; '
-                         '0: one halving into --logdir', lower_bound=0)
+                         '0: one halving into --logdir', 0)
 
 
 def halvings(T, until, base_ckpt):
@@ -102,57 +103,82 @@ def teacher_and_images():
     return teacher, images_for(teacher.network)
 
 
+def student_and_teacher():
+    """The `Model`s in --base_ckpt, with few steps, and in --teacher_ckpt, with many, on the CPU.
+
+    Both must make images of one kind, at times on one grid; what they predict may differ.
+    """
+    how = dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size)
+    student = load_model(FLAGS.base_ckpt, **how)
+    teacher = load_model(FLAGS.teacher_ckpt, steps=FLAGS.teacher_steps, **how)
+    if student.diffusion.T not in (1, 2, 4):
+        raise UserError(f'--base_ckpt {FLAGS.base_ckpt} has {student.diffusion.T} steps, expected '
+                        f'a student of 1, 2 or 4; halve it by PD.py or train_rdd.py first')
+    if teacher.diffusion.T < FINE:
+        raise UserError(f'--teacher_ckpt {FLAGS.teacher_ckpt} has {teacher.diffusion.T} steps, '
+                        f'expected the teacher before it was distilled, with {FINE} or more')
+    for name in ('img_size', 'conditional', 'class_num', 'schedule', 'N'):
+        ours, theirs = ({**vars(model), **model.arch, **vars(model.diffusion)}[name]
+                        for model in (student, teacher))
+        if ours != theirs:
+            raise UserError(f'{name} is {str(ours)[:60]} in --base_ckpt and {str(theirs)[:60]} in '
+                            f'--teacher_ckpt; give a student of this teacher')
+    check_flags(student)
+    adopt(img_size=student.img_size, mean_type=student.diffusion.mean_type, **student.arch)
+    return student, teacher
+
+
 def new_student(teacher):
     """(network, schedule) of a student: a copy of the teacher, with every second of its times.
 
-    Its output type becomes the value of --mean_type, which the run records.
-    """
-    mean_type = student_type(teacher)
-    if mean_type != teacher.diffusion.mean_type:
-        distributed.print0(f'note: the student predicts {mean_type} (--mean_type), its teacher '
-                           f'{teacher.diffusion.mean_type}: it learns that in this stage.')
-    adopt(mean_type=mean_type)
-    return teacher.student(mean_type)
-
-
-def student_type(teacher):
-    """What a student predicts: --mean_type, if it is given; else v after eps, which diverges.
-
-    A teacher whose checkpoint does not name its output was itself read by --mean_type.
+    It predicts --mean_type, if that is given; else v after a teacher of eps, with which students
+    diverge, or what its teacher does. The run records it as --mean_type.
     Raises:
         UserError: eps, on a schedule that ends with alpha 0.
     """
     d, entries = teacher.diffusion, teacher.entries
     if 'mean_type' not in entries and 'T' in entries:
-        return d.mean_type
-    found = FLAGS.mean_type if given('mean_type') else d.mean_type.replace('epsilon', 'v')
-    if found == 'epsilon' and d.alpha[-1] == 0:
+        mean_type = d.mean_type     # the teacher does not name its output: it is --mean_type
+    elif given('mean_type'):
+        mean_type = FLAGS.mean_type
+    else:
+        mean_type = d.mean_type.replace('epsilon', 'v')
+    if mean_type == 'epsilon' and d.alpha[-1] == 0:
         raise UserError(f'--mean_type is epsilon and the schedule of {teacher.file} ends with '
                         f'alpha 0, where eps does not determine the image; set --mean_type=v')
-    return found
+    if mean_type != d.mean_type:
+        distributed.print0(f'note: the student predicts {mean_type} (--mean_type), its teacher '
+                           f'{d.mean_type}: it learns that in this stage.')
+    adopt(mean_type=mean_type)
+    return teacher.student(mean_type)
 
 
 # A run of a diffusion model
 
 def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_model',
-              teacher=None, classifier=None, memory=None, facts=None):
+              teacher=None, start=None, classifier=None, memory=None, also_saved=None,
+              optimizer=adam):
     """A `Run` that trains `net` on the schedule `diffusion`.
 
     Args:
-        method, net, dataset, logdir, total_steps, use, facts: see `Run`.
+        method, net, dataset, logdir, total_steps, use, also_saved, optimizer: see `Run`.
         teacher: `Model` to distil; its file must not be the one that this run writes.
+        start: `Model` whose weights the student starts from, if it is not the teacher; likewise.
         classifier: frozen network whose features are compared.
         memory: `MemoryP2P`, whose head is trained.
     """
-    device, inputs, facts = diffusion.alpha.device, {}, dict(facts or {})
+    device, inputs = diffusion.alpha.device, {}
     title, amp = f'{method} T={diffusion.T}', choose(FLAGS.amp, device)
+    for name, model in dict(teacher=teacher, start=start).items():
+        if model is None:
+            continue
+        if Path(model.file).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
+            raise UserError(f'--logdir {logdir} is the folder of the {name} '
+                            f'({FILE_FLAGS[name]}), which would be overwritten; choose another '
+                            f'--logdir')
+        inputs[name] = checkpoint.digest(model.network.state_dict())
     if teacher:
-        if Path(teacher.file).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
-            raise UserError(f'--logdir {logdir} is the folder of the teacher (--base_ckpt), which '
-                            f'would be overwritten; choose another --logdir')
-        title = f'{method.upper()} {2 * diffusion.T}->{diffusion.T}'
-        facts.update(teacher_steps=2 * diffusion.T, student_steps=diffusion.T)
-        inputs['teacher'] = checkpoint.digest(teacher.network.state_dict())
+        title = f'{method.upper()} {teacher.diffusion.T}->{diffusion.T}'
         if amp != choose(FLAGS.amp, device, diffusion.T):
             amp = choose(FLAGS.amp, device, diffusion.T)
             distributed.print0(f'note: --amp auto means float32 here: a student with {diffusion.T} '
@@ -172,30 +198,20 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
         entries['use'] = use
     return Run(method, net, dataset, logdir, total_steps, title=title, ema_decay=FLAGS.ema_decay,
                use=use, head=memory and memory.project_head,
-               also_saved={'memory': memory} if memory else None, fixed=diffusion.arguments(),
-               entries=entries, inputs=inputs, amp=amp, facts=facts)
-
-
-def draw(batch_size, shape, low, high, generator):
-    """t (B,) uniform in low..high (inclusive) and eps (B, *shape) standard normal.
-
-    Drawn for the total batch, so that a sample's draw does not depend on the number of processes.
-    """
-    device = generator.device
-    t = torch.randint(low, high + 1, (batch_size,), generator=generator, device=device)
-    return t, torch.randn((batch_size, *shape), generator=generator, device=device)
+               also_saved={'memory': memory} if memory else also_saved, optimizer=optimizer,
+               fixed=diffusion.arguments(), entries=entries, inputs=inputs, amp=amp)
 
 
 def noisy_parts(run, diffusion, t_min=1):
     """Yield the parts of a step with `part.t` (B,) on the base grid and `part.eps` like x_0.
 
-    A row of the total batch is a function of (seed, step, row) alone.
-    Args:
-        t_min: smallest time, in steps of the model; the largest is T.
+    t is uniform in t_min .. T steps of the model, eps standard normal. A row of the total batch is
+    a function of (seed, step, row) alone, whatever the number of processes and parts.
     """
     rng = run.generator(seeding.NOISE, diffusion.T, run.step)
-    shape = 3, FLAGS.img_size, FLAGS.img_size
-    t_all, eps_all = draw(FLAGS.batch_size, shape, t_min, diffusion.T, rng)
+    size, shape = FLAGS.batch_size, (3, FLAGS.img_size, FLAGS.img_size)
+    t_all = torch.randint(t_min, diffusion.T + 1, (size,), generator=rng, device=rng.device)
+    eps_all = torch.randn((size, *shape), generator=rng, device=rng.device)
     for part in run.parts():
         part.t, part.eps = diffusion.visited[t_all[part.rows]], eps_all[part.rows]
         yield part
@@ -206,7 +222,8 @@ def sample_grid(run, diffusion):
     """Draw a grid from fixed noise and labels on the first process, every --sample_step steps."""
     if not due(run.step, FLAGS.sample_step) or not distributed.is_main() or stop.received:
         return      # a run that is asked to stop saves first
-    network, x_T = run.sampled, run.entries['x_T'].to(run.device)
+    network = run.ema if run.use == 'ema_model' else run.net.module
+    x_T = run.entries['x_T'].to(run.device)
     y = torch.arange(len(x_T), device=run.device) % network.class_num
     training = network.training
     network.eval()

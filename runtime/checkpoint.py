@@ -4,7 +4,6 @@ import hashlib
 import os
 import pickle
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -31,8 +30,8 @@ def save(path, state):
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
-        reasons = [getattr(e, 'strerror', None) for e in (error, error.__context__)]
-        reason = reasons[0] or reasons[1] or str(error).split('\n')[0]
+        known = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(known, 'strerror', None) or str(error).split('\n')[0]
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
 
@@ -53,18 +52,16 @@ def read(path):
     path = find(path)
     if not path.is_file():
         kind = 'is no regular file' if path.exists() else 'does not exist'
-        raise UserError(f'there is no checkpoint {path}: it {kind}; give the folder of a finished '
+        raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
                         f'run')
     try:
-        with warnings.catch_warnings():     # torch 2.1 warns of its own TypedStorage
-            warnings.simplefilter('ignore', UserWarning)
-            state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:
         raise UserError(f'{path} cannot be read: permission denied; make it readable')
     except pickle.UnpicklingError:
-        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or it holds more than '
-                        f'tensors, numbers and text, which could run code; give a file that this '
-                        f'project or a published one like it has written')
+        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds more than '
+                        f'tensors, numbers and text, which could run code (a snapshot of EDM: see '
+                        f'convert.py)')
     except Exception:       # the bytes of a file of another kind decide what is raised
         raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
     if not isinstance(state, dict):
@@ -84,33 +81,23 @@ def save_run(logdir, keep, **state):
         return save(newest, state)
     numbered = newest.with_name(f'ckpt_{state["step"]}.pt')
     save(numbered, state)
-    second_name(numbered, newest)
+    with replacing(newest) as temporary:
+        try:
+            temporary.unlink()
+            os.link(numbered, temporary)
+        except OSError:         # a file system without hard links
+            shutil.copyfile(numbered, temporary)
     files = history(logdir)
     here = files.index(numbered)        # later ones could not be read, or the run had gone on
     for other in files[:here] + files[here + keep + 1:]:
         other.unlink()
 
 
-def second_name(file, name):
-    """Let `name` mean `file` as well, replacing what it meant in one go."""
-    with replacing(name) as temporary:
-        try:
-            temporary.unlink()
-            os.link(file, temporary)
-        except OSError:         # a file system without hard links
-            shutil.copyfile(file, temporary)
-
-
 def history(logdir):
     """The files ckpt_<step>.pt of a run, the newest first."""
-    files = [f for f in Path(logdir).glob('ckpt_*.pt') if f.stem[len('ckpt_'):].isdigit()]
-    return sorted(files, key=lambda f: -int(f.stem[len('ckpt_'):]))
-
-
-def stamp(logdir):
-    """Changes whenever a run saves; None before its first checkpoint."""
-    newest = Path(logdir) / 'ckpt.pt'
-    return newest.stat().st_mtime_ns if newest.exists() else None
+    steps = [file.stem[len('ckpt_'):] for file in Path(logdir).glob('ckpt_*.pt')]
+    steps = sorted((step for step in steps if step.isdigit()), key=int, reverse=True)
+    return [Path(logdir) / f'ckpt_{step}.pt' for step in steps]
 
 
 def read_newest(logdir):
@@ -125,11 +112,12 @@ def read_newest(logdir):
     for file in files:
         try:
             state = read(file)
-            if problem:
-                distributed.print0(f'note: {problem}; going on from {file} instead.')
-            return state
         except UserError as error:
             problem = problem or error
+            continue
+        if problem:
+            distributed.print0(f'note: {problem}; going on from {file} instead.')
+        return state
     if problem:
         raise problem
     return None
@@ -138,10 +126,7 @@ def read_newest(logdir):
 # Values that are not finite
 
 def not_finite(state):
-    """Names of the entries of `state` (nested dicts) that hold NaN or inf.
-
-    Computed where the tensors are; the host waits once per entry.
-    """
+    """Names of the entries of `state` (nested dicts) that hold NaN or inf."""
     found = []
     for name, value in state.items():
         tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
@@ -157,19 +142,6 @@ def _tensors(value):
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-
-
-def check_finite(state, step, logdir):
-    """Refuse to save weights, averages or moments that hold NaN or inf.
-
-    Raises:
-        UserError: naming the entries (code 1).
-    """
-    names = not_finite(state)
-    if names:
-        raise UserError(f'NaN or inf in {", ".join(names)} at step {step}: nothing was saved, '
-                        f'{logdir} still holds the previous checkpoint, if there is one; lower the '
-                        f'learning rate, and run again to go on from there', code=1)
 
 
 # Resuming
@@ -192,24 +164,24 @@ def read_run(logdir, key, fixed, inputs):
                         f'one another; all machines must see the same folder', code=1)
     if state is None:
         return None
-    here, remedy = f'{logdir} holds a checkpoint', f'choose another {flags.folder_flag()}'
+    remedy = f'choose another {flags.folder_flag()}'
     lacking = [name for name in (key, 'optim', 'step', 'flags') if name not in state]
     if lacking:
-        raise UserError(f'{here} without {", ".join(lacking)}, so it cannot be continued and would '
-                        f'be overwritten; {remedy}')
+        raise UserError(f'{logdir} holds a checkpoint without {", ".join(lacking)}, so it cannot '
+                        f'be continued and would be overwritten; {remedy}')
     if type(step) is not int or step < 0:
-        raise UserError(f'{here} whose step is {step}, expected a whole number; restore a copy, or '
-                        f'{remedy}')
+        raise UserError(f'{logdir} holds a checkpoint whose step is {step}, expected a whole '
+                        f'number; restore a copy, or {remedy}')
     if not isinstance(state[key], dict) or not_finite({key: state[key]}):
-        raise UserError(f'{here} whose weights are missing or not finite; replace its ckpt.pt by '
-                        f'an earlier ckpt_STEP.pt, or {remedy}')
+        raise UserError(f'{logdir} holds a checkpoint whose weights are missing or not finite; '
+                        f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or {remedy}')
     flags.compare_with(state['flags'], logdir)
     for name, value in fixed.items():
         if state.get(name) != value:
             raise UserError(f'{logdir} holds a run with {name} {str(state.get(name))[:60]}, and '
                             f'this one has {str(value)[:60]}; {remedy}')
     before = state.get('inputs') or {}
-    for name in sorted(inputs):
+    for name in inputs:
         if before.get(name, inputs[name]) == inputs[name]:
             continue
         if name != 'data':
@@ -241,10 +213,9 @@ def restore(state, parts, logdir):
     unused = [name for name in STATES if name in state and name not in parts]
     lacking = [name for name in parts if name not in state]
     if unused or lacking:
-        raise UserError(f'the checkpoint in {logdir} '
-                        f'{"has" if unused else "lacks"} {", ".join(unused or lacking)}, so its '
-                        f'run was started with other flags (such as --ema_decay or --loss_type); '
-                        f'give the same, or choose another {flags.folder_flag()}')
+        raise UserError(f'the checkpoint in {logdir} {"has" if unused else "lacks"} '
+                        f'{", ".join(unused or lacking)}, so its run was started with other flags '
+                        f'(as --ema_decay); give the same, or choose another {flags.folder_flag()}')
     for name, part in parts.items():
         try:
             if isinstance(part, torch.optim.Optimizer):
@@ -255,16 +226,14 @@ def restore(state, parts, logdir):
                 part.load_state_dict(state[name])
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).split('\n')[0]
-            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run '
-                            f'({reason}); give the flags it was started with, restore a copy, or '
-                            f'choose another {flags.folder_flag()}')
+            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run ({reason})'
+                            f'; give its flags, or choose another {flags.folder_flag()}')
 
 
 def moments(optim, saved):
     """The state dict `saved` of an optimiser, checked, with the hyperparameters of `optim`.
 
-    The fused kernels trust shape, type and layout of the moments: one that differs from its
-    parameter would let them write beyond its end.
+    Fused kernels trust the layout of moments: another one would let them write beyond their end.
     Raises:
         ValueError: a moment that does not fit its parameter.
     """
@@ -277,13 +246,11 @@ def moments(optim, saved):
             raise ValueError(f'parameter {i} has the moments {some_of(values)}')
         state[i] = {}
         for name, value in values.items():
-            shape = torch.Size() if name == 'step' else params[i].shape
-            fits = torch.is_tensor(value) and value.layout == torch.strided and (
-                value.shape == shape and value.dtype == torch.float32)
-            if not fits:
-                raise ValueError(f'{name} of parameter {i} is not float32 {tuple(shape)}')
-            same = name == 'step' or value.stride() == params[i].stride()
-            state[i][name] = value if same else torch.empty_like(params[i]).copy_(value)
+            like = torch.zeros(()) if name == 'step' else params[i].detach()
+            if not (torch.is_tensor(value) and value.layout == torch.strided
+                    and value.shape == like.shape and value.dtype == torch.float32):
+                raise ValueError(f'{name} of parameter {i} is not float32 {tuple(like.shape)}')
+            state[i][name] = torch.empty_like(like).copy_(value)
     groups = [dict(now, params=before['params'])
               for now, before in zip(optim.param_groups, saved['param_groups'])]
     return dict(state=state, param_groups=groups)

@@ -17,7 +17,8 @@ OUT_OF_MEMORY = ('there is not enough memory for this network and batch; lower -
                  'raise --grad_accum in a training')
 HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
 ALIASES = 'local-rank', 'gpu-id', 'temp', 'batchsize', 'init_lr'     # other spellings of a flag
-UNREAD = re.compile(r'--queue_size=0?\.\d+')    # in files of the released code, which never read it
+# in flagfiles of the released code, which does not read the first either; and of absl's logging
+UNREAD = re.compile(r'--queue_size=0?\.\d+|--log_dir=.*')
 
 
 class UserError(Exception):
@@ -42,8 +43,7 @@ def find(path):
 def run(main, words=False):
     """Parse the command line and call `main()`; a mistake becomes one sentence and an exit code.
 
-    Args:
-        words: the script takes words that are not flags; they are passed on as `main(words)`.
+    With `words`, what is no flag is passed on, as `main(words)`.
     """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
@@ -67,29 +67,21 @@ def run(main, words=False):
         fail(str(error), error.code)
     except KeyboardInterrupt:
         fail('interrupted', 130)
-    except MemoryError:
-        fail(OUT_OF_MEMORY, 1)
     except BrokenPipeError:     # the reader of the output has gone
         leave(1)
     except OSError as error:        # a disk that is full or gone
         fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
              f'); repair that and run the same command again', 1)
-    except RuntimeError as error:
-        if 'out of memory' in str(error) or "can't allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        text = str(error) or 'out of memory'        # MemoryError has no text
+        if 'out of memory' in text or "can't allocate memory" in text:
             fail(OUT_OF_MEMORY, 1)
-        if not lost_process(error):
+        # of gloo, only the text tells that a connection was closed
+        lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text
+        if not (several_processes() and lost):
             raise
-        reason = str(error).split('] ')[-1].split('. ')[0]
-        fail(f'another process has ended, see what it said ({reason})', 1)
-
-
-def lost_process(error):
-    """Whether a RuntimeError means that another process of this run has ended.
-
-    gloo raises a plain RuntimeError for a connection that was closed; only its text tells.
-    """
-    nccl = type(error).__name__ == 'DistBackendError'
-    return several_processes() and (nccl or 'Connection' in str(error))
+        fail(f'another process has ended, see its own message '
+             f'({text.split("] ")[-1].split(". ")[0]})', 1)
 
 
 def check_values():
@@ -101,6 +93,38 @@ def check_values():
             flag.value = os.path.expanduser(flag.value)
 
 
+def without_foreign_flags(argv):
+    """`argv` with its flagfiles read, less the flags from a file that this script does not have.
+
+    So the flagfile of one script may be given to another, also that of a script of the released
+    code, of RCFD or of absl itself. Flags that are left out are printed.
+    Raises:
+        UserError: a line that is no flag, or a flag that is nearly one of this script.
+    """
+    words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
+    names = [flag.name for flag in own_flags()]
+    for word in words:
+        if word in argv:
+            kept.append(word)
+            continue
+        word = word.lstrip('\ufeff')        # a mark that some editors put at the start
+        word = re.sub(r"""^(--?\w+=)(["'])(.*)\2$""", r'\1\3', word)    # quotes, as a shell does
+        name = word.lstrip('-').split('=')[0]
+        if not word.startswith('-') or ' ' in name:
+            raise UserError(f'a flagfile has the line "{word}", expected --name=value')
+        known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
+        foreign = word.startswith('--') and (not known or UNREAD.fullmatch(word))
+        similar = difflib.get_close_matches(name, names, 1, .85)
+        if foreign and similar and not (name in ALIASES or UNREAD.fullmatch(word)):
+            raise UserError(f'a flagfile has the flag --{name}, which does not exist; did you mean '
+                            f'--{similar[0]}?')
+        (left_out if foreign else kept).append(word)
+    if left_out:
+        print0(f'note: the flagfile has flags that this script does not read, ignored: '
+               f'{" ".join(left_out)}')
+    return kept
+
+
 def launcher_rank():
     """The rank that a launcher has put into the environment; 0 without one."""
     value = os.environ.get('RANK', '0')
@@ -109,61 +133,17 @@ def launcher_rank():
 
 def several_processes():
     """Whether a launcher has started more than one process."""
-    value = os.environ.get('WORLD_SIZE', '1')
-    return value.isdigit() and int(value) > 1
+    return os.environ.get('WORLD_SIZE', '1') != '1'
 
 
-def without_foreign_flags(argv):
-    """`argv` with its flagfiles read, less the flags from a file that this script does not have.
+def print0(*words):
+    """Print on the first process only.
 
-    The flagfile of one script may so be given to another, also that of a script of the released
-    code, of RCFD or of absl itself. Flags that are left out are printed.
-    Raises:
-        UserError: a line that is no flag, or a misspelt flag.
+    Where the reader of the output has gone, it is discarded, so that no training is lost.
     """
-    words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
-    for word in words:
-        if word in argv:
-            kept.append(word)
-            continue
-        word = unquoted(word.lstrip('\ufeff'))      # a mark that some editors put at the start
-        name = word.lstrip('-').split('=')[0]
-        if not word.startswith('-') or ' ' in name:
-            raise UserError(f'a flagfile has the line "{word}", expected --name=value')
-        known = name in FLAGS or name.startswith('no') and name[2:] in FLAGS
-        foreign = word.startswith('--') and (not known or UNREAD.fullmatch(word))
-        if foreign and not known:
-            refuse_misspelt(name)
-        (left_out if foreign else kept).append(word)
-    if left_out and launcher_rank() == 0:
-        output(f'note: the flagfile has flags that this script does not read, ignored: '
-               f'{" ".join(left_out)}')
-    return kept
-
-
-def unquoted(word):
-    """--name="value" without the quotes, which a shell would have removed."""
-    return re.sub(r"""^(--?\w+=)(["'])(.*)\2$""", r'\1\3', word)
-
-
-def refuse_misspelt(name):
-    """Refuse a flag in a flagfile that is nearly one of this script, and one of no other script."""
-    similar = difflib.get_close_matches(name, [flag.name for flag in own_flags()], 1, .85)
-    if not similar:
-        return
-    sources = [*ROOT.glob('*.py'), *ROOT.glob('[a-z]*/*.py')]
-    others = {found for file in sources
-              for found in re.findall(r"DEFINE_\w+\(\s*'([\w-]+)'", file.read_text())}
-    others.add('log_dir')       # of absl's own logging
-    if name not in others and name.replace('no', '', 1) not in others:
-        raise UserError(f'a flagfile has the flag --{name}, which does not exist; did you mean '
-                        f'--{similar[0]}?')
-
-
-def output(*words):
-    """Print; where the reader of the output has gone, discard it, so that no training is lost."""
     try:
-        print(*words, flush=True)
+        if launcher_rank() == 0:
+            print(*words, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -171,8 +151,8 @@ def output(*words):
 def fail(sentence, code):
     """Print one sentence and exit.
 
-    With several processes the first one speaks first: if all found the same mistake, the launcher
-    ends the others before they repeat it.
+    With several processes, the others wait for the first one: if all found the same mistake, the
+    launcher ends them before they repeat it.
     """
     rank = launcher_rank()
     if rank:

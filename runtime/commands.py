@@ -1,5 +1,6 @@
 """Commands that a script starts, side by side, and that end when the script does."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,27 +20,27 @@ class Commands:
     def __init__(self):
         self.running, self.stopped, self.lock = set(), False, threading.Lock()
 
-    def run(self, words, **how):
-        """Exit code of `python words`; `how` as for subprocess.Popen."""
+    def run(self, words, env=None, **how):
+        """Exit code of `python words`; `env` and `how` as for subprocess.Popen."""
+        env = dict(env or os.environ, RDD_PARENT=str(os.getpid()))      # see runtime/guard.py
         with self.lock:
             if self.stopped:
                 return -signal.SIGTERM
             # a session of its own: Ctrl-C reaches this script alone, which sends SIGTERM once
             process = subprocess.Popen([sys.executable, '-u', str(ROOT / words[0]), *words[1:]],
-                                       start_new_session=True, **how)
+                                       start_new_session=True, env=env, **how)
             self.running.add(process)
         code = process.wait()
         self.running.discard(process)
         return code
 
     def __enter__(self):
+        def stop(number, frame):
+            raise UserError(f'stopped by {signal.Signals(number).name}; run the same command again '
+                            f'to go on', code=128 + number)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.raise_error)
+            signal.signal(number, stop)
         return self
-
-    def raise_error(self, number, frame):
-        raise UserError(f'stopped by {signal.Signals(number).name}; run the same command again to '
-                        f'go on', code=128 + number)
 
     def __exit__(self, kind, *_):
         if kind:

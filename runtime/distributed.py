@@ -1,11 +1,10 @@
-"""Processes: everything that speaks to `torch.distributed`, and nothing else does.
+"""Processes: all calls of `torch.distributed`, with NCCL on GPUs and gloo on CPUs.
 
-Works under torchrun, under `python -m torch.distributed.launch` and without any launcher; with
-NCCL on GPUs and gloo on CPUs. The environment set by the launcher is the truth, not the flags.
+Works under torchrun, under `python -m torch.distributed.launch` and without any launcher; the
+environment that a launcher sets counts, not its flags.
 """
 
 import contextlib
-import inspect
 import os
 import sys
 import threading
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime import flags
-from runtime.cli import UserError, output
+from runtime.cli import UserError, print0
 
 
 def init(gpu_id=None, tf32='conv'):
@@ -35,9 +34,8 @@ def init(gpu_id=None, tf32='conv'):
     cuda = torch.cuda.is_available()
     wanted = launcher_number('LOCAL_WORLD_SIZE', local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
-        raise UserError(f'{wanted} processes were started on this machine and only '
-                        f'{torch.cuda.device_count()} GPUs are visible; start fewer processes '
-                        f'or name more GPUs in --gpu_id')
+        raise UserError(f'{wanted} processes were started and only {torch.cuda.device_count()} '
+                        f'GPUs are visible; start fewer, or name more GPUs in --gpu_id')
     if gpu_id and not cuda and Path('/proc/driver/nvidia/gpus').is_dir():
         raise UserError(f'--gpu_id {gpu_id} names no GPU of this machine that torch can use; give '
                         f'numbers that nvidia-smi lists, or leave the flag out')
@@ -48,8 +46,8 @@ def init(gpu_id=None, tf32='conv'):
     if processes > 1 and not dist.is_initialized():
         join(device, processes)
     if 'WORLD_SIZE' not in os.environ and os.environ.get('SLURM_NTASKS', '1') != '1':
-        print(f'note: Slurm has {os.environ["SLURM_NTASKS"]} tasks and this is a run of one '
-              f'process; several are started by torchrun, see docs/slurm.sh.', flush=True)
+        print0(f'note: Slurm has {os.environ["SLURM_NTASKS"]} tasks and this is a run of one '
+               f'process; several are started by torchrun, see docs/slurm.sh.')
     if not cuda:
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
@@ -60,31 +58,27 @@ def launcher_number(name, default):
     """A whole number that the launcher has put into the environment."""
     value = os.environ.get(name, str(default))
     if not value.isdigit():
-        raise UserError(f'the environment variable {name} is "{value}", expected a whole number, '
-                        f'as torchrun sets it; unset it or start with torchrun')
+        raise UserError(f'the environment variable {name} is "{value}", expected a whole number; '
+                        f'unset it, or start with torchrun')
     return int(value)
 
 
 def set_up_gpu(tf32):
-    """How float32 is computed on GPUs since Ampere, and how convolutions are chosen.
+    """Set how GPUs since Ampere compute float32, and let cuDNN try its convolutions.
 
     Args:
-        tf32: 'none'; 'conv': inputs of convolutions are rounded to TF32 (10 bits after the point),
-            those of matrix products are not, as torch has it; 'all': of both.
+        tf32: what rounds its inputs to TF32 (10 bits after the point): 'none', 'conv' for
+            convolutions (torch's default), 'all' for matrix products as well.
     """
     torch.backends.cudnn.allow_tf32 = tf32 != 'none'
     torch.backends.cuda.matmul.allow_tf32 = tf32 == 'all'
-    torch.backends.cudnn.benchmark = True       # the fastest one, tried in the first step
+    torch.backends.cudnn.benchmark = True
 
 
 def join(device, processes):
-    """Meet the other processes at the address that the launcher gives."""
+    """Meet the other processes at the address that the launcher gives, and compare with them."""
     global _hosts
-    backend, timeout, options = 'gloo', TIMEOUT, {}
-    if device.type == 'cuda':
-        backend, timeout = 'nccl', TIMEOUT_NCCL
-        if 'device_id' in inspect.signature(dist.init_process_group).parameters:
-            options['device_id'] = device       # no barrier has to guess the GPU of a process
+    backend, timeout = ('nccl', TIMEOUT_NCCL) if device.type == 'cuda' else ('gloo', TIMEOUT)
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     waiting = threading.Timer(15, print, [f'waiting for all of {processes} processes at {address}'],
                               dict(flush=True))
@@ -97,15 +91,13 @@ def join(device, processes):
             # torchrun restarts workers on the same store, where the dead have left addresses
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=processes,
-                                timeout=timeout, **options)
+                                timeout=timeout)
         _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split('\n')[0]
-        raise UserError(f'the {processes} processes could not meet at {address} (MASTER_ADDR, '
-                        f'MASTER_PORT): {reason}; use a free port '
-                        f'(--master_port) and an address all machines reach; if a host takes its '
-                        f'own name for 127.0.0.1, set GLOO_SOCKET_IFNAME to its network interface, '
-                        f'as "ip address" shows it', code=1)
+        raise UserError(f'the {processes} processes could not meet at {address}: {reason}; use a '
+                        f'free --master_port and an address that all machines reach; where a host '
+                        f'takes its own name for 127.0.0.1, set GLOO_SOCKET_IFNAME', code=1)
     finally:
         waiting.cancel()
     check_agreement()
@@ -129,6 +121,8 @@ TIMEOUT = timedelta(hours=6)
 TIMEOUT_NCCL = timedelta(minutes=30)
 OWN_FLAGS = 'gpu_id', 'data_root', 'num_workers'     # may differ between machines
 _hosts = None       # group for numbers that live on the host; None: the default group
+# newest torch renames broadcast_buffers and all_reduce; torch 2.1 has these alone
+warnings.filterwarnings('ignore', category=FutureWarning, module=__name__)
 
 
 def rank():
@@ -148,12 +142,6 @@ def on_gpus():
     return dist.is_initialized() and dist.get_backend() == 'nccl'
 
 
-def print0(*words):
-    """Print on the first process only."""
-    if is_main():
-        output(*words)
-
-
 def barrier():
     """Wait until all processes have come this far, on the hosts."""
     if dist.is_initialized():
@@ -169,11 +157,7 @@ def cleanup():
 
 @contextlib.contextmanager
 def main_first(of_machine=False):
-    """The first process runs the block alone, the others after it (downloads, folders, caches).
-
-    Args:
-        of_machine: the first of each machine, where the others of that machine wait.
-    """
+    """The first process, or the first of each machine, runs the block alone, the others after."""
     first = launcher_number('LOCAL_RANK', 0) == 0 if of_machine else is_main()
     if not first:
         barrier()
@@ -187,8 +171,7 @@ def main_first(of_machine=False):
 def rows(total, micro=0, accum=1):
     """This process's rows of a total batch, as a slice; part `micro` of `accum`.
 
-    Row i of the total batch means the same image, time and noise for any number of processes and
-    parts: only the place where it is computed changes.
+    Row i is the same image, time and noise for any number of processes and parts.
     """
     length = share(total, accum)
     start = (micro * world_size() + rank()) * length
@@ -198,15 +181,6 @@ def rows(total, micro=0, accum=1):
 def share(total, accum=1):
     """Images of a total batch that a process works on at a time."""
     return total // (world_size() * accum)
-
-
-def check_batch(batch_size, accum=1, flag='--batch_size'):
-    """Refuse a total batch that cannot be shared out equally."""
-    parts = world_size() * accum
-    if batch_size % parts:
-        by_parts = f' x --grad_accum {accum}' if accum > 1 else ''
-        raise UserError(f'{flag} {batch_size} cannot be shared out equally over {world_size()} '
-                        f'processes{by_parts}; choose a multiple of {parts}')
 
 
 def all_reduce_sum(tensor):
@@ -230,9 +204,7 @@ def mean_with_grad(tensor):
     if not dist.is_initialized():
         return tensor
     from torch.distributed.nn.functional import all_reduce
-    with warnings.catch_warnings():     # newest torch renames it; torch 2.1 has only this one
-        warnings.simplefilter('ignore', FutureWarning)
-        return all_reduce(tensor) / world_size()
+    return all_reduce(tensor) / world_size()
 
 
 def broadcast_object(value):
@@ -245,10 +217,7 @@ def broadcast_object(value):
 
 
 def gather_main(tensor):
-    """On the first process the tensors of all processes, joined in their order; None elsewhere.
-
-    The tensors are on the CPU, and travel to the first process alone.
-    """
+    """On the first process the tensors (on the CPU) of all, joined in order; None elsewhere."""
     if not dist.is_initialized():
         return tensor
     parts = [None] * world_size() if is_main() else None
@@ -261,39 +230,23 @@ def wrap_ddp(module):
     if not dist.is_initialized():
         return module
     ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
-    with warnings.catch_warnings():     # newest torch renames broadcast_buffers
-        warnings.simplefilter('ignore', FutureWarning)
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def no_sync(module, wanted=True):
-    """Context in which a wrapped `module` keeps its gradients to itself (all but the last part)."""
-    if wanted and isinstance(module, nn.parallel.DistributedDataParallel):
-        return module.no_sync()
-    return contextlib.nullcontext()
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_batch_norm(module):
-    """Let the batch norms of `module` use the batch of all processes; parameter names stay."""
-    if not dist.is_initialized():
-        return module
-    if next(module.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
+    """Let the batch norms of `module` use the batch of all processes, in place; returns it."""
+    if dist.is_initialized():
+        for child in module.modules():
             if type(child) is nn.BatchNorm2d:
-                wide = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
-                wide.load_state_dict(child.state_dict())
-                setattr(parent, name, wide)
+                child.__class__ = GlobalBatchNorm2d     # the same parameters under the same names
     return module
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on any backend and device.
+    """Batch norm over the batches of all processes, on CPUs as well (torch's wants GPUs).
 
-    torch's SyncBatchNorm wants GPUs. Mean and variance travel through a differentiable
-    all-reduce, so the gradient is that of one big batch.
+    The all-reduce of mean and variance is differentiable: the gradient is that of one big batch.
     """
 
     def forward(self, x):

@@ -5,6 +5,9 @@ import os
 import tempfile
 from pathlib import Path
 
+UMASK = os.umask(0)     # to read it means to set it twice
+os.umask(UMASK)
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -21,7 +24,7 @@ def replacing(path):
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())       # mkstemp makes files for the owner alone
+        temporary.chmod(0o666 & ~UMASK)       # mkstemp makes files for the owner alone
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -38,14 +41,7 @@ def replacing_folder(path):
         folder.mkdir()
         yield folder
         for file in filter(Path.is_file, folder.rglob('*')):
-            file.chmod(0o666 & ~current_umask())        # some are made for their owner alone
+            file.chmod(0o666 & ~UMASK)        # some are made for their owner alone
         if path.exists():
             path.rmdir()
         folder.replace(path)
-
-
-def current_umask():
-    """The permissions that new files of this process lack; reading it means setting it twice."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

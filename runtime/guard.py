@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from runtime import cli, distributed, flags
+from runtime import distributed, flags
 from runtime.cli import UserError
 from runtime.files import replacing
 
@@ -32,7 +32,10 @@ class Folder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 problem = self._foreign_file() or self._lock()
                 if not problem:
-                    self._remove_leftovers()
+                    # leftovers of processes that were killed while they wrote
+                    for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
+                        for file in self.path.glob(pattern):
+                            file.unlink()
                     with replacing(self.path / 'flagfile.txt') as temporary:
                         temporary.write_text(flagfile + '\n')
             except OSError as error:
@@ -41,12 +44,6 @@ class Folder:
         if problem:
             self.close()
             raise UserError(f'{flags.folder_flag()} {path} {problem}; choose another')
-
-    def _remove_leftovers(self):
-        """Remove the temporary files of processes that were killed while they wrote."""
-        for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
-            for file in self.path.glob(pattern):
-                file.unlink()
 
     def _foreign_file(self):
         """What stands in the way of a file that a run writes, in words, or None."""
@@ -59,7 +56,7 @@ class Folder:
         return None
 
     def _lock(self):
-        """Take the lock, or say which process has it. The system frees it if the process dies."""
+        """Take the lock, or return which process has it. The system frees it if that one dies."""
         self.file = open(self.path / '.lock', 'a+')
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,8 +78,7 @@ class Folder:
 class Stop:
     """SIGTERM, SIGINT or SIGHUP, sent to any process, asks the run to end after the current step.
 
-    Active inside `with stop:`; the handlers from before are restored on leaving. A signal is
-    remembered, so that the next stage of a chain stops as well.
+    Active inside `with stop:`. A signal is remembered, so that the next stage of a chain stops too.
     """
 
     def __init__(self):
@@ -97,18 +93,13 @@ class Stop:
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
-            if handler is not None:     # None: not installed from Python
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         self.before = {}
 
     def _receive(self, number, frame):
-        now = time.monotonic()
         if not self.received:
-            self.received, self.since = number, now
-            # loader workers may get the signal as well; their end is not an error then
-            self.before.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        elif now - self.since > 2:      # not the same request, passed on by a launcher
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 2:     # not the same request, passed on by a launcher
             os._exit(128 + number)
 
     def asked(self, step=0, last=True):
@@ -117,19 +108,11 @@ class Stop:
         All processes compare what they received: after every step on CPUs, after every tenth and
         the last on GPUs, where the comparison would take longer than a step.
         """
-        if distributed.world_size() == 1:
-            return self.received
+        if os.environ.get('RDD_PARENT') not in (None, str(os.getppid())):
+            self.received = self.received or signal.SIGTERM     # study.py or demo.py was killed
         if distributed.on_gpus() and step % GPU_STEPS and not last:
             return 0
         return distributed.largest(self.received)
 
 
 stop = Stop()       # one for the process, as signal handlers are
-
-
-def leave_after(number, folder, step):
-    """Report that signal `number` stopped the run, and exit with its code."""
-    distributed.print0(f'{signal.Signals(number).name}: stopped after step {step}, saved in '
-                       f'{folder}; run the same command again to go on.')
-    distributed.cleanup()
-    cli.leave(128 + number)

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import math
-import os
+import re
+import resource
 import sys
 import textwrap
 import time
@@ -18,6 +19,7 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 FLAGS = flags.FLAGS
+
 
 class Meter:
     """Means of named scalars between two log lines, and a count of steps that are not finite.
@@ -50,39 +52,25 @@ class Meter:
         applied = torch.stack(self.applied).tolist()
         for finite in applied:
             self.streak = 0 if finite else self.streak + 1
-        sums, counts, names = self._reduced()
-        self._stop_if_bad(step, start, total_steps, names, counts)
-        means = {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
-        means['bad_steps'] = applied.count(False)
-        self.values, self.applied = {}, []
-        return means
-
-    def _reduced(self):
-        """Sums and counts of the finite values over all processes, lists, and their names."""
         names = sorted(self.values)
         rows = [torch.stack(self.values[name]) for name in names]
         finite = [row.isfinite() for row in rows]
-        sums = torch.stack([row.where(ok, row.new_zeros(())).sum() for row, ok in zip(rows, finite)]
-                           + [ok.sum().float() for ok in finite])
-        found = distributed.all_reduce_sum(sums).tolist()
-        return found[:len(names)], found[len(names):], names
-
-    def _stop_if_bad(self, step, start, total_steps, names, counts):
-        limit = FLAGS.max_bad_steps
-        # a single step that was left to do must not keep a run from its end for ever
-        only_bad = self.streak >= step - start and (start == 0 or step - start > 1)
-        learnt_nothing = step == total_steps and only_bad
-        if not (0 < limit <= self.streak or learnt_nothing):
-            return
-        processes = distributed.world_size()
-        broken = [name for name, n in zip(names, counts)
-                  if n < processes * len(self.values[name])]
-        terms = [name for name in broken if name not in ('loss', 'grad_norm')] or broken
-        raise UserError(
-            f'at step {step} the last {self.streak} steps in a row had a value that is not finite '
-            f'({", ".join(terms)}) and were not applied; lower the learning rate or --grad_clip, '
-            f'or raise --max_bad_steps, and run again: a checkpoint that was saved is a good one',
-            code=1)
+        sums = [row.where(ok, row.new_zeros(())).sum() for row, ok in zip(rows, finite)]
+        counts = [ok.sum().float() for ok in finite]
+        found = distributed.all_reduce_sum(torch.stack(sums + counts)).tolist()
+        sums, counts = found[:len(names)], found[len(names):]
+        learnt_nothing = start == 0 and self.streak >= step == total_steps
+        if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
+            broken = [name for name, row, count in zip(names, rows, counts)
+                      if count < len(row) * distributed.world_size()]
+            raise UserError(
+                f'at step {step} the last {self.streak} steps in a row had a value that is not '
+                f'finite ({", ".join(broken)}) and were not applied; lower the learning rate or '
+                f'--grad_clip, or raise --max_bad_steps, and run again: a checkpoint that was '
+                f'saved is a good one', code=1)
+        self.values, self.applied = {}, []
+        means = {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+        return dict(means, bad_steps=applied.count(False))
 
 
 class _PlainLines:
@@ -100,24 +88,13 @@ class _PlainLines:
 
 def progress(total=None, desc='', initial=0, unit='step'):
     """A tqdm bar on a terminal; in a log file one plain line every half minute at most."""
-    terminal = sys.stderr.isatty()
-    every = 0.5 if terminal else 30
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=terminal,
-                mininterval=every, maxinterval=2 * every, leave=terminal, ascii=not terminal,
-                disable=not distributed.is_main(), file=None if terminal else _PlainLines(),
-                bar_format=None if terminal else '{desc}: {n_fmt}/{total_fmt} [{elapsed}<'
-                '{remaining}, {rate_fmt}{postfix}]')
-
-
-def _lines_until(path, step):
-    """Whole lines of a metrics.jsonl up to `step`; incomplete lines (full disk) are dropped."""
-    text = path.read_text(errors='replace') if path.exists() else ''
-    for line in text.splitlines():
-        try:
-            if json.loads(line)['step'] <= step:
-                yield line
-        except (ValueError, KeyError, TypeError):
-            continue
+    how = dict(mininterval=.5, dynamic_ncols=True)
+    if not sys.stderr.isatty():
+        how = dict(mininterval=30, maxinterval=60, leave=False, ascii=True, file=_PlainLines(),
+                   bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}'
+                              '{postfix}]')
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit,
+                disable=not distributed.is_main(), **how)
 
 
 class Log:
@@ -136,9 +113,11 @@ class Log:
         if distributed.is_main():
             from tensorboardX import SummaryWriter
             path = Path(logdir) / 'metrics.jsonl'
-            keep = ''.join(line + '\n' for line in _lines_until(path, step))
-            with replacing(path) as temporary:
-                temporary.write_text(keep)      # no step twice after resuming
+            lines = path.read_text(errors='replace').splitlines(True) if path.exists() else []
+            whole = [re.fullmatch(r'{"step": (\d+)\b.*}\n', line) for line in lines]
+            with replacing(path) as temporary:      # no step twice, no line that was cut
+                temporary.write_text(''.join(line.group() for line in whole
+                                             if line and int(line.group(1)) <= step))
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
             self.board.add_text('flags', textwrap.indent(flags_text, '    '), step)
@@ -151,28 +130,16 @@ class Log:
         scalars['memory_mb'] = memory_mb()
         self.since = (now, step)
         if self.file:
-            finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
             with self._full_disk_ends_the_log(step):
-                self._write(step, finite)
+                finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+                self.file.write(json.dumps(dict(step=step, **finite)) + '\n')
+                self.file.flush()
+                for name, value in finite.items():
+                    if value is not None:
+                        self.board.add_scalar(f'train/{name}', value, step)     # one section
+                self.board.flush()      # so that a kill takes no line that metrics.jsonl has
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
-
-    @contextlib.contextmanager
-    def _full_disk_ends_the_log(self, step):
-        try:
-            yield
-        except OSError as error:        # it must not end the training
-            distributed.print0(f'note: the log in {self.file.name} ends at step {step} '
-                               f'({error.strerror}); the training goes on.')
-            self._close_files()
-
-    def _write(self, step, scalars):
-        self.file.write(json.dumps(dict(step=step, **scalars)) + '\n')
-        self.file.flush()
-        for name, value in scalars.items():
-            if value is not None:
-                self.board.add_scalar(f'train/{name}', value, step)     # one section
-        self.board.flush()      # so that a kill takes no line that metrics.jsonl has
 
     def grid(self, step, path, images):
         """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard."""
@@ -182,6 +149,15 @@ class Log:
                 picture = pictures.save_grid(images, path, nrow=side,
                                              scale=max(1, 64 // images.shape[-1]))
                 self.board.add_image('samples', picture, step, dataformats='HWC')
+
+    @contextlib.contextmanager
+    def _full_disk_ends_the_log(self, step):
+        try:
+            yield
+        except OSError as error:
+            distributed.print0(f'note: the log in {self.file.name} ends at step {step} '
+                               f'({error.strerror}); the training goes on.')
+            self.close()
 
     def summary(self, step, folder):
         """The last line of a run: steps of this start up to `step`, time, speed, folder."""
@@ -194,9 +170,6 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self._close_files()
-
-    def _close_files(self):
         for file in filter(None, (self.file, self.board)):
             with contextlib.suppress(OSError):
                 file.close()
@@ -204,11 +177,7 @@ class Log:
 
 
 def memory_mb():
-    """Peak of the GPU memory, or the resident memory of this process now, in MiB; 0: unknown."""
+    """Peak of the memory of the GPU, or of this process without one, in MiB."""
     if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20, 1)
-    try:
-        pages = int(Path('/proc/self/statm').read_text().split()[1])
-    except OSError:
-        return 0
-    return round(pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10, 1)

@@ -4,47 +4,32 @@ import math
 
 import torch
 
+from runtime.precision import TORCH
+
 
 def learning_rate(step, lr, warmup, total_steps, decay):
-    """Rate of step 1, 2, ..: linear warm-up, then constant, or a cosine to 0 if `decay`.
-
-    A pure function of the step, so that nothing has to be saved and restored.
-    """
+    """Rate of step 1, 2, ..: linear warm-up, then constant, or a cosine to 0 if `decay`."""
     rate = lr * min(1., step / warmup) if warmup else lr
     if decay:
         rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
     return rate
 
 
-def adam(params, lr, wd):
-    """Adam as one fused kernel, where this torch has it for the device of `params`."""
-    try:
-        return torch.optim.Adam(params, lr=lr, weight_decay=wd, fused=True)
-    except RuntimeError:        # torch before 2.4 on a CPU
-        return torch.optim.Adam(params, lr=lr, weight_decay=wd)
+def adam(params, lr, wd, betas=(.9, .999)):
+    """Adam as one fused kernel, where this torch has it for the device of `params` (a list)."""
+    fused = params[0].is_cuda or TORCH >= (2, 4)
+    return torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=wd, fused=fused)
 
 
 def sgd(params, lr, wd, nesterov):
     """SGD with momentum 0.9; fused on GPUs, see `step_optimizer` (on CPUs it has other bits)."""
     how = dict(lr=lr, momentum=0.9, weight_decay=wd, nesterov=nesterov)
-    if not params[0].is_cuda:
+    if not params[0].is_cuda or TORCH < (2, 3):
         return torch.optim.SGD(params, **how)
-    try:
-        optim = torch.optim.SGD(params, fused=True, **how)
-    except TypeError:       # torch before 2.3
-        return torch.optim.SGD(params, **how)
+    optim = torch.optim.SGD(params, fused=True, **how)
     for p in params:        # a first step that is skipped would leave them uninitialised
         optim.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optim
-
-
-def nan_gradient_if_not_finite(loss):
-    """The same loss, whose gradient is NaN if the loss itself is infinite or NaN.
-
-    A loss can overflow while its gradient stays finite. step_optimizer only checks the gradient.
-    This makes a non-finite loss visible there.
-    """
-    return loss * (1 + 0 * loss.detach())
 
 
 def clip_gradient(params, grad_clip):

@@ -8,8 +8,6 @@ from torch import nn
 from runtime.cli import UserError
 
 TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
-
-
 FINE = 64       # steps of a student from which on bfloat16 adds too much to the error in eps
 
 
@@ -26,8 +24,7 @@ def choose(amp, device, steps=0):
 
 def autocast(amp, device):
     """Autocast context for the networks: 'none', 'bf16', or 'auto': bf16 where it is fast."""
-    enabled = choose(amp, device) == 'bf16'
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose(amp, device) == 'bf16')
 
 
 def has_fast_bf16(device):
@@ -41,13 +38,14 @@ def has_fast_bf16(device):
     return 'amx_bf16' in found or 'avx512_bf16' in found
 
 
-def hold_bf16_weights(*networks):
-    """Convert the frozen weights of convolutions and linear layers, in place.
+def prepare(amp, compile, device, *networks, graphs=False):
+    """Make frozen networks fast, in place: weights in the precision `amp`; `compile_networks`.
 
-    Autocast would convert the same weights at every call, to the same values: a third of what a
-    GPU has to start in a step. What a network computes `in_float32` is left alone.
+    Autocast would convert the weights of convolutions and linear layers at every call, to the same
+    values: a third of what a GPU has to start in a step. What a network computes `in_float32` is
+    left alone.
     """
-    for network in networks:
+    for network in networks if amp == 'bf16' else ():
         apart = getattr(network, 'in_float32', ())
         for name, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)) and name.split('.')[0] not in apart:
@@ -55,20 +53,13 @@ def hold_bf16_weights(*networks):
                     if p.requires_grad:
                         raise ValueError(f'{name} is trained; its weights stay in float32')
                     p.data = p.data.bfloat16()
-
-
-def prepare(amp, compile, device, *networks, graphs=False):
-    """Make frozen networks fast: weights in the precision `amp`, and see `compile_networks`."""
-    if amp == 'bf16':
-        hold_bf16_weights(*networks)
     compile_networks(compile, device, *networks, graphs=graphs)
 
 
 def compile_networks(enabled, device, *networks, graphs=False):
     """If `enabled`, torch.compile `networks` in place: their parameters keep their names.
 
-    Compiling happens in the first call. Shapes are fixed, so that a grid of another size compiles
-    a graph of its own and does not slow down training.
+    Shapes are fixed, so that a grid of another size does not slow down training.
     Args:
         graphs: on a GPU, replay each call as one CUDA graph. For networks without gradients whose
             output is used up before the next call, which overwrites it.

@@ -13,18 +13,19 @@ checkpoint, log and signals. What it does after a step stands in `_end_step`.
 
 import contextlib
 import copy
+import signal
+from types import SimpleNamespace
 
 import torch
 from absl import flags
 from torch import nn
 
 from runtime import checkpoint, data, distributed, seeding
-from runtime.cli import UserError
+from runtime.cli import UserError, leave
 from runtime.flags import announce, resolved
-from runtime.guard import Folder, leave_after, stop
+from runtime.guard import Folder, stop
 from runtime.log import Log, Meter
-from runtime.optim import (adam, clip_gradient, ema_update, frozen, nan_gradient_if_not_finite,
-                           step_optimizer)
+from runtime.optim import adam, clip_gradient, ema_update, frozen, step_optimizer
 from runtime.precision import autocast, choose, compile_networks, prepare
 
 FLAGS = flags.FLAGS
@@ -32,7 +33,11 @@ FLAGS = flags.FLAGS
 
 def training_data():
     """The training images of --dataset, checked against the batch size."""
-    distributed.check_batch(FLAGS.batch_size, FLAGS.grad_accum)
+    parts = distributed.world_size() * FLAGS.grad_accum
+    if FLAGS.batch_size % parts:
+        raise UserError(f'--batch_size {FLAGS.batch_size} cannot be shared out equally over '
+                        f'{distributed.world_size()} processes with --grad_accum '
+                        f'{FLAGS.grad_accum}; choose a multiple of {parts}')
     dataset = data.make_dataset(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, train=True,
                                 num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
@@ -48,36 +53,20 @@ def due(step, every, last=None):
 
 
 class Trainable:
-    """A network or head in training, called through DDP, and its optimiser.
-
-    Attributes:
-        average_gradients: whether the next backward averages gradients over the processes.
+    """A network in training and its optimiser; called through DDP, which averages gradients over
+    the processes in the next backward, if `average_gradients`.
     """
 
-    def __init__(self, module, optimizer):
+    def __init__(self, module, optimizer, lr=None):
         self.module, self.ddp = module, distributed.wrap_ddp(module)
         self.params = [p for p in module.parameters() if p.requires_grad]
-        self.optim = optimizer(self.params, FLAGS.lr, FLAGS.wd)
+        self.optim = optimizer(self.params, FLAGS.lr if lr is None else lr, FLAGS.wd)
         self.average_gradients = True
 
     def __call__(self, *inputs):
-        with distributed.no_sync(self.ddp, not self.average_gradients):
+        local = self.ddp is not self.module and not self.average_gradients
+        with self.ddp.no_sync() if local else contextlib.nullcontext():
             return self.ddp(*inputs)
-
-
-class Part:
-    """The images a process works on at a time: all of its share, or one of --grad_accum parts.
-
-    Attributes:
-        x_0: (B, 3, H, W) in [-1, 1].
-        y: (B,) labels.
-        rows: slice of the total batch.
-        number: 0 .. grad_accum - 1; gradients are averaged over the processes after the last.
-    Scripts may attach what they compute.
-    """
-
-    def __init__(self, x_0, y, rows, number):
-        self.x_0, self.y, self.rows, self.number = x_0, y, rows, number
 
 
 class Run:
@@ -89,50 +78,42 @@ class Run:
         dataset: its `Images`.
         logdir: the folder.
         total_steps: number of optimiser steps.
-        title: words for the progress bar.
+        title: words for the progress bar and the first lines.
         key: key of the weights in the checkpoint.
         optimizer: function (parameters, lr, wd) -> optimiser of the network.
         ema_decay: decay of the averaged weights; 0: none.
         use: weights that users take, 'net_model' or 'ema_model'.
         head: a second module to train, by Adam, at a constant rate and without clipping.
-        also_saved: {key: module or optimiser} to save and restore besides.
+        also_saved: {key: module or optimiser} that is saved and restored as well.
         fixed: {key: plain value} of the checkpoint that must be the same on resuming, as T.
         entries: further entries of the checkpoint, of plain types; may change during the run.
         inputs: {name: digest} of what the run builds on, such as its teacher; on resuming, another
             one is refused.
         augment: see `data.batches`.
         amp: precision, if not that of --amp.
-        facts: {name: number} to print when the run starts.
     Raises:
         UserError: the folder holds another run.
     """
 
     def __init__(self, method, net, dataset, logdir, total_steps, *, title='', key='net_model',
                  optimizer=adam, ema_decay=0., use='net_model', head=None, also_saved=None,
-                 fixed=None, entries=None, inputs=None, augment=None, amp=None, facts=None):
+                 fixed=None, entries=None, inputs=None, augment=None, amp=None):
         self.method, self.dataset, self.logdir = method, dataset, str(logdir)
-        self.total_steps, self.title, self.key, self.augment = total_steps, title, key, augment
+        self.total_steps, self.title, self.key = total_steps, title or method, key
+        self.augment, self.ema_decay, self.use = augment, ema_decay, use
         self.device = next(net.parameters()).device
         self.amp = amp or choose(FLAGS.amp, self.device)
-        self.ema_decay, self.use = ema_decay, use
         averaged = ema_decay or use == 'ema_model'
         self.ema = frozen(copy.deepcopy(net)) if averaged else None
         self.net = Trainable(net, optimizer)
         self.head = Trainable(head, adam) if head else None
         self.also_saved, self.fixed, self.entries = also_saved or {}, fixed or {}, entries or {}
         self.inputs = dict(inputs or {}, data=dataset.fingerprint)
-        self.facts = dict(images=len(dataset), **(facts or {}))
         networks = [self.net.ddp] + ([self.ema] if use == 'ema_model' else [])
         compile_networks(FLAGS.compile, self.device, *networks)
         self.dropout = any(isinstance(m, nn.Dropout) and m.p for m in net.modules())
         self.meter, self.lr, self.reported = Meter(), 0., {}
         self.start = self.step = self._resume()
-        self._parts_done, self._open = None, None
-
-    @property
-    def sampled(self):
-        """The network that users will take: the average, or the one in training."""
-        return self.ema if self.use == 'ema_model' else self.net.module
 
     # Checkpoint
 
@@ -145,16 +126,8 @@ class Run:
             found['optim_head'] = self.head.optim
         return found
 
-    def _refuse_if_another_run_has_saved(self):
-        """Compare with what `_resume` has read, now that the folder is locked."""
-        changed = checkpoint.stamp(self.logdir) != self.resumed_from
-        if distributed.broadcast_object(changed):
-            raise UserError(f'another process has saved in {self.logdir} while this one started; '
-                            f'run the same command again', code=1)
-
     def _resume(self):
         """Load what an earlier start left in the folder; returns the step to go on from."""
-        self.resumed_from = checkpoint.stamp(self.logdir)
         fixed = dict(self.fixed, method=self.method)
         state = checkpoint.read_run(self.logdir, self.key, fixed, self.inputs)
         if state is None:
@@ -164,7 +137,12 @@ class Run:
 
     def _save(self):
         states = {key: value.state_dict() for key, value in self.saved().items()}
-        checkpoint.check_finite(states, self.step, self.logdir)
+        lost = checkpoint.not_finite(states)
+        if lost:
+            raise UserError(f'NaN or inf in {", ".join(lost)} at step {self.step}: nothing was '
+                            f'saved, {self.logdir} still holds the previous checkpoint, if there '
+                            f'is one; lower the learning rate, and run again to go on from there',
+                            code=1)
         checkpoint.save_run(
             self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, method=self.method,
             step=self.step, inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
@@ -181,10 +159,9 @@ class Run:
             return distributed.print0(f'{self.logdir} is finished: step {self.start}.')
         folder, stopped = Folder(self.logdir, resolved()), 0
         with contextlib.closing(folder), stop:
-            self._refuse_if_another_run_has_saved()
             distributed.print0(self.dataset.summary)
-            announce(self.device, self.start, **self.facts)
-            self.log = Log(self.logdir, self.title or self.method, self.start, self.total_steps,
+            announce(self.device, self.start, self.title, len(self.dataset))
+            self.log = Log(self.logdir, self.title, self.start, self.total_steps,
                            FLAGS.batch_size, resolved())
             with contextlib.closing(self.log):
                 self.net.module.train()
@@ -192,24 +169,33 @@ class Run:
                     self.dataset, FLAGS.batch_size, FLAGS.seed, self.device, self.start,
                     FLAGS.grad_accum, num_workers=FLAGS.num_workers, augment=self.augment)
                 for self.step in range(self.start + 1, self.total_steps + 1):
-                    self._parts_done, self._open = 0, None
+                    self._forwards, self._backwards, self._updated = 0, 0, False
                     yield self.step
                     stopped = self._end_step()
                     if stopped:
                         break
             if stopped:
-                leave_after(stopped, self.logdir, self.step)
+                distributed.print0(f'{signal.Signals(stopped).name}: stopped after step '
+                                   f'{self.step}, saved in {self.logdir}; run the same command '
+                                   f'again to go on.')
+                distributed.cleanup()
+                leave(128 + stopped)
         distributed.print0(self.log.summary(self.step, self.logdir))
 
     def parts(self):
-        """Yield the `Part`s of this step for this process.
+        """Yield the parts of this process's share of a batch, --grad_accum of them.
 
-        A row of the total batch is a function of (seed, step, row) alone.
+        A row of the total batch is a function of (seed, step, row) alone. A part has
+            x_0: (B, 3, H, W) in [-1, 1].
+            y: (B,) labels.
+            rows: slice of the total batch.
+            number: 0 .. grad_accum - 1.
+        and scripts may attach what they compute.
         """
         for number in range(FLAGS.grad_accum):
             x_0, y = next(self.batches)
             rows = distributed.rows(FLAGS.batch_size, number, FLAGS.grad_accum)
-            yield Part(x_0, y, rows, number)
+            yield SimpleNamespace(x_0=x_0, y=y, rows=rows, number=number)
 
     @contextlib.contextmanager
     def training(self, part):
@@ -217,10 +203,7 @@ class Run:
 
         Gradients are averaged over the processes in the backward of the last part only.
         """
-        if self._open is not None:
-            raise RuntimeError('run.training() was called twice in a row; call run.backward() '
-                               'after each part')
-        self._open = part
+        self._forwards += 1
         for trainable in filter(None, (self.net, self.head)):
             trainable.average_gradients = part.number + 1 == FLAGS.grad_accum
         if self.dropout:
@@ -231,23 +214,26 @@ class Run:
 
     def backward(self, **terms):
         """Add the gradient of sum(weight * value) of a part; terms: name=(weight, value)."""
-        if self._open is None:
-            raise RuntimeError('run.backward() was called without run.training(); call the network '
-                               'inside "with run.training(part):" first')
+        self._backwards += 1
         loss = sum(weight * value for weight, value in terms.values())
-        (nan_gradient_if_not_finite(loss) / FLAGS.grad_accum).backward()
+        # A loss can overflow while its gradient is finite, and only gradients are checked: NaN then
+        loss_or_nan = loss * (1 + 0 * loss.detach())
+        (loss_or_nan / FLAGS.grad_accum).backward()
         self.meter.add(**{name: value for name, (_, value) in terms.items()})
         self.meter.add(loss=loss)
-        self._open, self._parts_done = None, self._parts_done + 1
 
-    def update(self, lr):
-        """Clip, step, average. If any gradient is not finite, no optimiser moves."""
-        if self._parts_done != FLAGS.grad_accum:
-            raise RuntimeError(f'run.update() was called after {self._parts_done or 0} of '
-                               f'{FLAGS.grad_accum} parts; call run.training() and run.backward() '
-                               f'for every part of run.parts() first, and run.update() once')
+    def update(self, lr, finite=True):
+        """Clip, step, average. If any gradient is not finite, no optimiser moves.
+
+        Args:
+            finite: whether all else that was trained in this step was finite (a bool tensor).
+        """
+        if self._updated or not self._forwards == self._backwards == FLAGS.grad_accum:
+            raise RuntimeError(f'run.update() was called after {self._forwards} calls of '
+                               f'run.training() and {self._backwards} of run.backward(), expected '
+                               f'{FLAGS.grad_accum} of each, and run.update() once per step')
         norm = clip_gradient(self.net.params, FLAGS.grad_clip)
-        finite = norm.isfinite()        # stays on the device: the host does not wait
+        finite = norm.isfinite() & finite       # stays on the device: the host does not wait
         if self.head:
             finite &= clip_gradient(self.head.params, 0).isfinite()
             step_optimizer(self.head.optim, finite)
@@ -256,11 +242,11 @@ class Run:
             ema_update(self.ema, self.net.module, self.ema_decay)
         self.meter.add(grad_norm=norm)
         self.meter.end_step(finite)
-        self.lr, self._parts_done = lr, None
+        self.lr, self._updated = lr, True
 
     def _end_step(self):
         """What is due after a step, in order; returns the signal that ends the run, or 0."""
-        if self._parts_done is not None:
+        if not self._updated:
             raise RuntimeError(f'step {self.step} ended without run.update()')
         step, last = self.step, self.total_steps
         if due(step, FLAGS.log_step, last):
@@ -280,15 +266,15 @@ class Run:
         return autocast(self.amp, self.device)
 
     def prepare(self, teacher, *others):
-        """Make networks that are not trained fast: weights as --amp has them, and --compile.
+        """Make networks that are not trained fast, by --amp and --compile.
 
-        On a GPU, --compile makes one CUDA graph of the teacher, which is called without gradients.
+        The teacher is called without gradients, and so can be one CUDA graph.
         """
         prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)
         prepare(self.amp, FLAGS.compile, self.device, *others)
 
     def report(self, **scalars):
-        """Numbers for the next line of the log, as they are; alike on all processes."""
+        """Numbers for the next line of the log; alike on all processes."""
         self.reported.update(scalars)
 
     def generator(self, *key):

@@ -1,7 +1,6 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, exact to resume."""
 
 import concurrent.futures
-import itertools
 
 import numpy as np
 import torch
@@ -35,10 +34,10 @@ def noise_ahead(seed, batches, shape, device):
         return noise_of_images(seed, indices, shape, 'cpu')
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for indices, following in itertools.zip_longest(batches, batches[1:]):
-            x_T = (ahead or thread.submit(draw, indices)).result()
-            ahead = None if following is None else thread.submit(draw, following)
+        futures = (thread.submit(draw, indices) for indices in batches)
+        ahead = next(futures, None)
+        for indices in batches:
+            x_T, ahead = ahead.result(), next(futures, None)
             yield indices, to_device(x_T, device)
 
 
