@@ -33,7 +33,14 @@ def main():
     if distributed.is_main():
         pictures.check_place(FLAGS.output, '--output', ('.png', '.npz'))
     model = model_of_flags(device)
-    y = labels(model)
+    y, _ = draw_labels(model)
+    if FLAGS.label is not None:
+        class_num = model.arch['class_num'] if model.arch['conditional'] else 0
+        if FLAGS.label >= class_num:
+            raise UserError(f'--label is {FLAGS.label} and the model in {FLAGS.logdir} has '
+                            f'{class_num} classes, counted from 0; leave the flag out, or choose '
+                            f'another')
+        y.fill_(FLAGS.label)
     own = [pictures.to_uint8(x_0).cpu() for _, x_0, _ in sampled(model, y)]
     images = distributed.gather_main(torch.cat(own))
     if distributed.is_main():
@@ -46,17 +53,6 @@ def main():
             pictures.save_images(FLAGS.output, images, y)
         print(f'{FLAGS.output}: {len(images)} images', flush=True)
     distributed.cleanup()
-
-
-def labels(model):
-    y, _ = draw_labels(model)
-    if FLAGS.label is None:
-        return y
-    class_num = model.arch['class_num'] if model.arch['conditional'] else 0
-    if FLAGS.label >= class_num:
-        raise UserError(f'--label is {FLAGS.label} and the model in {FLAGS.logdir} has {class_num} '
-                        f'classes, counted from 0; leave the flag out, or choose another')
-    return torch.full_like(y, FLAGS.label)
 
 
 if __name__ == '__main__':

@@ -3,10 +3,7 @@
 `build_classifier` makes a network, `load_classifier` a trained and frozen one; `train.py` trains.
 """
 
-from classifier.checkpoint import load_classifier
-from classifier.frozen import NORMALISATIONS, load_frozen
-from classifier.imagenet import load_imagenet
-from classifier.networks import NETWORKS, build_classifier
+from classifier.frozen import NORMALISATIONS, load_classifier, load_frozen, load_imagenet
+from classifier.networks import build_classifier
 
-__all__ = ['NETWORKS', 'NORMALISATIONS', 'build_classifier', 'load_classifier', 'load_frozen',
-           'load_imagenet']
+__all__ = ['NORMALISATIONS', 'build_classifier', 'load_classifier', 'load_frozen', 'load_imagenet']

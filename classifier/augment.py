@@ -33,16 +33,11 @@ class Augment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.mix(self.seed, seeding.AUGMENT, position))
             changed = self.transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
-            centre = torch.randint(self.img_size, (2,)).tolist()
-        pixels = torch.from_numpy(np.array(changed)).permute(2, 0, 1).contiguous()
-        return cutout(pixels, *centre, self.img_size // 2)
-
-
-def cutout(image, row, column, length):
-    """Blacken a square of `length` pixels around (row, column), cut off at the border; in place."""
-    top, left = max(0, row - length // 2), max(0, column - length // 2)
-    image[:, top:row + length // 2, left:column + length // 2] = 0
-    return image
+            row, column = torch.randint(self.img_size, (2,)).tolist()
+        pixels, half = torch.from_numpy(np.array(changed)).permute(2, 0, 1), self.img_size // 4
+        top, left = max(0, row - half), max(0, column - half)
+        pixels[:, top:row + half, left:column + half] = 0
+        return pixels.contiguous()
 
 
 def random_crop(x_0, pad, total, rows, generator):

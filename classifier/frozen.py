@@ -1,28 +1,39 @@
-"""The frozen classifier that a distillation compares features with, chosen by the flags."""
+"""Trained classifiers, frozen: those of classifier/train.py, published ones, and torchvision's."""
+
+import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from classifier.checkpoint import load_classifier
-from classifier.imagenet import MEAN, PREFIX, STD, load_imagenet
-from runtime import distributed, flags
+from classifier.networks import NETWORKS, build_classifier
+from runtime import checkpoint, cli, distributed, flags
+from runtime.cli import UserError
+from runtime.torchvision_cpu import torchvision
 
-# mean and std of images in [0, 1] for a classifier that does not say; None: as stored
+PREFIX = 'imagenet_'        # of the names of torchvision's networks
+SIZE = 224                  # height and width of the images that they were trained on
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5,) * 3           # as mean and std, leaves images in [-1, 1] as they are
+# mean and std of images in [0, 1]; None: those in the checkpoint
 NORMALISATIONS = {
     'stored': (None, None),
-    '05': ((0.5,) * 3, (0.5,) * 3),
+    '05': (HALF, HALF),
     'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),       # as released
-    'imagenet': (MEAN, STD)}
+    'imagenet': IMAGENET}
+# torchvision's files of DenseNets name layers "norm.1", its networks "norm1"
+OLD_KEY = re.compile(r'(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)')
 
 
 def load_frozen(name, path, dataset, normalisation, device):
-    """The network whose features are compared, in eval mode on `device`.
+    """The network whose features a distillation compares, in eval mode on `device`.
 
     Args:
         name: of the classifier; imagenet_<model>: torchvision's, which needs no labels.
         path: its folder or file; None: where classifier/train.py writes it.
-        dataset: whose classes it must know. normalisation: key of `NORMALISATIONS`.
+        dataset: whose classes it must have.
+        normalisation: key of `NORMALISATIONS`.
     Raises:
         UserError: no such classifier, or one with other classes.
     """
@@ -42,6 +53,145 @@ def load_frozen(name, path, dataset, normalisation, device):
                            f'{dataset.img_size} pixels, so that IS_P2P is 0; take a network with '
                            f'fewer halvings.')
     return network.to(device, memory_format=torch.channels_last)
+
+
+def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
+    """The frozen classifier of a checkpoint, in eval mode, on the CPU; draws no random numbers.
+
+    Args:
+        path: `<result_path>/<dataset>/<model>` or the `ckpt.pt` in it; relative paths are looked
+            up in the working directory, then in the repository root.
+        name: the network expected; required for a published file, which does not name its own.
+        num_classes: the number of classes expected; None: any.
+        mean, std: input normalisation, three numbers each, of images in [0, 1]; None: those in
+            the checkpoint, or 0.5 for a published file, which has none.
+    Returns:
+        `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
+    Raises:
+        UserError: no such file, not a classifier, or another classifier than the one expected.
+    """
+    file = checkpoint.find(cli.find(path))
+    if not file.exists():
+        raise UserError(f'there is no classifier {file}; train one with: python '
+                        f'classifier/train.py --model {name or "NAME"} --dataset DATASET')
+    state = checkpoint.read(file)
+    weights = state['model'] if isinstance(state.get('model'), dict) else {}
+    weights = checkpoint.plain_keys(weights)
+    if getattr(weights.get('fc.weight'), 'ndim', 0) != 2:
+        kind = 'is a diffusion checkpoint' if 'net_model' in state else 'is no classifier'
+        raise UserError(f'{file} {kind} (it holds {checkpoint.some_of(weights or state)}), '
+                        f'expected a classifier with a matrix fc.weight in "model"; give what '
+                        f'classifier/train.py wrote')
+    found, classes = state.get('name', name), len(weights['fc.weight'])
+    if found is None:
+        raise UserError(f'{file} does not name its network; name it, as in --classifier '
+                        f'densenet201')
+    if 'name' in state and (name not in (None, found) or found not in list(NETWORKS)):
+        raise UserError(f'{file} holds the classifier {str(found)[:60]}, expected '
+                        f'{name or "one of this project"}; give its own name or another folder')
+    if num_classes not in (None, classes):
+        raise UserError(f'the classifier {file} has {classes} classes, expected {num_classes}; '
+                        f'give one trained on the same data set')
+    mean = mean or stored_normalisation(state, 'mean', 0, file)
+    std = std or stored_normalisation(state, 'std', 1e-6, file)
+    with torch.device('meta'):
+        network = build_classifier(found, classes, mean, std)
+    return with_weights(network, weights, found, file, assign=True)
+
+
+def stored_normalisation(state, key, smallest, file):
+    """Mean or std in a checkpoint, three numbers from `smallest` to 1; 0.5 where it has none."""
+    found = state.get(key, HALF)
+    numbers = isinstance(found, (list, tuple)) and len(found) == 3 and all(
+        isinstance(v, (int, float)) and smallest <= v <= 1 for v in found)
+    if not numbers:
+        raise UserError(f'{key} in {file} is {str(found)[:60]}, expected three numbers from '
+                        f'{smallest} to 1; restore a copy')
+    return found
+
+
+def with_weights(network, weights, name, file, **how):
+    """The network with these weights in float32, frozen, in eval mode.
+
+    Raises:
+        UserError: the weights are those of another network, or not finite.
+    """
+    differences = checkpoint.differences(weights, network.state_dict())
+    try:
+        network.load_state_dict(weights, **how)
+    except RuntimeError:
+        key, found, expected = next(differences, ['a tensor', 'of integers', 'real numbers'])
+        raise UserError(f'the weights in {file} do not fit the classifier {name}: {key} is '
+                        f'{found}, expected {expected}; name the network they were trained with')
+    broken = checkpoint.not_finite(network.state_dict())
+    if broken:
+        raise UserError(f'{broken[0]} of the classifier in {file} holds NaN or inf; train it '
+                        f'again, or restore a copy')
+    return network.float().eval().requires_grad_(False)
+
+
+class ImageNetClassifier(nn.Module):
+    """A torchvision DenseNet or ResNet, sharing its weights, with the `forward` of our classifiers.
+
+    Images are resized to 224 px (antialiased) and normalised as the weights expect.
+    """
+
+    def __init__(self, name, network):
+        super().__init__()
+        self.name, self.network = name, network
+        self.head = 'fc' if hasattr(network, 'fc') else 'classifier'
+        linear = getattr(network, self.head)
+        self.num_features, self.num_classes = linear.in_features, linear.out_features
+        for key, value in zip(('mean', 'std'), IMAGENET):
+            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)
+
+    def forward(self, x):
+        """Images x (B, 3, H, W) in [-1, 1] -> logits (B, 1000), feature (B, C), feature_map.
+
+        feature_map (B, C, 7, 7) comes after the final ReLU; feature is its mean over 7 x 7.
+        """
+        x = F.interpolate(x, (SIZE, SIZE), mode='bilinear', antialias=True, align_corners=False)
+        h = (x * 0.5 + 0.5 - self.mean) / self.std
+        for name, part in self.network.named_children():
+            if name not in ('avgpool', self.head):
+                h = part(h)
+        feature_map = F.relu(h)         # only a DenseNet ends without
+        feature = F.adaptive_avg_pool2d(feature_map, 1).flatten(1)
+        return getattr(self.network, self.head)(feature), feature, feature_map
+
+
+def load_imagenet(name, path=None):
+    """`imagenet_<model>` with torchvision's weights: frozen, in eval mode, on the CPU.
+
+    Args:
+        name: such as imagenet_resnet50 or imagenet_densenet201.
+        path: file of torchvision's state dict; None: downloaded once, into torch's cache.
+    Returns:
+        `ImageNetClassifier`: forward(x) -> logits (B, 1000), feature (B, C), feature_map.
+    Raises:
+        UserError: no such model, not its weights, or they could not be downloaded (code 1).
+    """
+    model = name[len(PREFIX):]
+    build = getattr(torchvision().models, model, None)
+    if not model.startswith(('res', 'wide_res', 'densenet')) or not callable(build):
+        raise UserError(f'there is no classifier "{name}"; expected imagenet_ and a DenseNet or '
+                        f'ResNet of torchvision, as in imagenet_resnet50')
+    if path is None:
+        try:
+            with distributed.main_first():      # the first process fetches them
+                network = build(weights='DEFAULT')
+        except (OSError, RuntimeError) as error:
+            reason = str(error).split('\n')[0]
+            raise UserError(f'the weights of {name} could not be fetched ({reason}); get them on '
+                            f'another machine and give the file as --classifier_path', code=1)
+    else:
+        file = checkpoint.find(cli.find(path))
+        state = checkpoint.read(file)
+        weights = state['model'] if isinstance(state.get('model'), dict) else state
+        weights = {OLD_KEY.sub(r'\1\2', str(key)): value
+                   for key, value in checkpoint.plain_keys(weights).items()}
+        network = with_weights(build(weights=None), weights, name, file)
+    return ImageNetClassifier(name, network).eval().requires_grad_(False)
 
 
 def fold_batch_norms(network):

@@ -29,7 +29,7 @@ class Classifier(nn.Module):
     """Parts that run one after another, a ReLU, global average pooling and a linear layer.
 
     Args:
-        name: key of `NETWORKS`.
+        name: of the network.
         parts: ordered dict, attribute name -> module; the last one gives (B, num_features, H', W').
         num_features: channels C of the feature map.
         num_classes: K.
@@ -44,13 +44,7 @@ class Classifier(nn.Module):
             self.add_module(key, part)
         self.fc = nn.Linear(num_features, num_classes)
         nn.init.zeros_(self.fc.bias)
-        self.set_normalisation(mean, std)
-
-    def set_normalisation(self, mean, std):
-        """Take mean and std (three numbers each, of images in [0, 1]) for the input.
-
-        They are not part of the state dict, whose keys stay the published ones.
-        """
+        # not part of the state dict, whose keys stay the published ones
         for key, value in (('mean', mean), ('std', std)):
             value = torch.tensor(value, dtype=torch.float32, device='cpu').view(1, 3, 1, 1)
             self.register_buffer(key, value, persistent=False)
@@ -75,8 +69,8 @@ class Classifier(nn.Module):
 class DenseBlock(nn.ModuleDict):
     """The layers of a dense block: each adds its channels to all that it gets.
 
-    The channels so far are kept as one tensor. torchvision passes a list of tensors, each of which
-    gets a gradient from every later layer: thousands of small additions.
+    torchvision passes a list of tensors, each of which gets a gradient from every later layer:
+    thousands of small additions. Here the channels so far are one tensor.
     """
 
     def forward(self, x):
@@ -95,7 +89,7 @@ def conv3x3(in_channels, channels, stride=1):
 
 
 def densenet_parts(name):
-    """DenseNet-BC of Huang et al., 1608.06993, with the stem for small images."""
+    """DenseNet-BC (1608.06993)."""
     growth, layers, stem = DENSENETS[name]
     # The linear layer of the constructor is dropped: one class keeps it small.
     network = torchvision().models.DenseNet(growth, layers, stem, num_classes=1).features
@@ -110,7 +104,7 @@ def densenet_parts(name):
 
 
 def resnet_parts(name):
-    """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146), with that stem."""
+    """ResNet (1512.03385), ResNeXt (1611.05431) or wide ResNet (1605.07146)."""
     network = getattr(torchvision().models, name)(weights=None, num_classes=1)
     keys = ('bn1', 'relu', 'layer1', 'layer2', 'layer3', 'layer4')
     parts = OrderedDict(conv1=conv3x3(3, 64))
@@ -129,25 +123,19 @@ def convnet_parts(name):
     return parts, channels[-1]
 
 
-# name -> function that makes (parts, number of features). To add a family of networks, write one
-# more such function, whose layers are registered in the order of computation (frozen.py relies on
-# it), and add its names here.
-NETWORKS = {name: densenet_parts for name in DENSENETS}
-NETWORKS.update((name, resnet_parts) for name in RESNETS)
-NETWORKS['convnet_small'] = convnet_parts
+# name -> function that makes (parts, number of features); their layers are registered in the order
+# of computation, which frozen.py relies on
+NETWORKS = {**dict.fromkeys(DENSENETS, densenet_parts), **dict.fromkeys(RESNETS, resnet_parts),
+            'convnet_small': convnet_parts}
 
 
 def build_classifier(name, num_classes, mean=(0.5,) * 3, std=(0.5,) * 3):
-    """A freshly initialised classifier for small images.
+    """A freshly initialised `Classifier` for small images.
 
     Args:
         name: key of `NETWORKS`, as in densenet201, resnet18 or convnet_small.
         num_classes: K.
         mean, std: of the training images in [0, 1]; 0.5 feeds images in [-1, 1] as they are.
-
-    Returns:
-        `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
-
     Raises:
         UserError: there is no such classifier.
     """

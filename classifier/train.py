@@ -90,8 +90,7 @@ def train(device, folder, accuracy):
     run = Run('classifier', model, train_set, folder, last, title=FLAGS.model, key='model',
               optimizer=optimizer, fixed=dict(name=FLAGS.model, num_classes=train_set.num_classes),
               entries=dict(total_steps=total_steps, mean=mean, std=std, accuracy=accuracy),
-              augment=Augment(FLAGS.img_size, FLAGS.seed, train_set.flip) if released else None,
-              facts=dict(classes=train_set.num_classes, steps=total_steps))
+              augment=Augment(FLAGS.img_size, FLAGS.seed, train_set.flip) if released else None)
     run.entries['epoch'] = run.start // steps_per_epoch
     for step in run:
         for part in run.parts():
@@ -105,10 +104,10 @@ def train(device, folder, accuracy):
             run.meter.add(accuracy=(logits.argmax(1) == part.y).float().mean())
         run.update(rate_of(step, steps_per_epoch, total_steps))
         if due(step, steps_per_epoch, last):
-            accuracy = evaluate(model, test_set, device)
+            accuracy = evaluate(model, test_set, device) if test_set else None
             run.entries.update(accuracy=accuracy, epoch=step // steps_per_epoch)
             words = 'no test split'
-            if accuracy is not None:
+            if test_set:
                 words = f'test {100 * accuracy:.2f} %'
                 run.report(test_accuracy=accuracy)
             distributed.print0(f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}')
@@ -138,7 +137,7 @@ def make_test_set():
 
 
 def normalisation(dataset):
-    """(mean, std) of the input, three numbers each: 0.5, as released, or measured."""
+    """(mean, std) of the input, three numbers each."""
     if FLAGS.normalize05:
         return [0.5] * 3, [0.5] * 3
     if FLAGS.recipe == 'released' and FLAGS.dataset == 'cifar10':
@@ -148,9 +147,7 @@ def normalisation(dataset):
 
 @torch.no_grad()
 def evaluate(model, dataset, device):
-    """Share of test images that are classified correctly, 0..1; None without a test split."""
-    if dataset is None:
-        return None
+    """Share of test images that are classified correctly, 0..1."""
     model.eval()
     right = torch.zeros((), dtype=torch.float64, device=device)
     mine = torch.arange(len(dataset)).tensor_split(distributed.world_size())[distributed.rank()]

@@ -30,7 +30,7 @@ class Images:
     img_size: int
     labels: torch.Tensor            # (N,) int64 in 0..num_classes - 1
     num_classes: int
-    images: torch.Tensor            # (N, 3, H, W) uint8, which may be read-only
+    images: torch.Tensor            # (N, 3, H, W) uint8, may be read-only
     flip: bool = True               # whether a mirrored image is still a valid one
     summary: str = ''               # one line: what was read, and what was left out
     key: Optional[str] = None       # of the files of a memory-mapped array: see `image_cache.kept`
@@ -38,8 +38,9 @@ class Images:
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
         low, high = self.labels.min().item(), self.labels.max().item()
-        if low < 0 or high >= self.num_classes:
-            raise UserError(f'--dataset {self.name} has labels from {low} to {high}, expected 0 to '
+        if len(self.images) != len(self) or low < 0 or high >= self.num_classes:
+            raise UserError(f'--dataset {self.name} has {len(self.images)} images and {len(self)} '
+                            f'labels from {low} to {high}, expected one for each, from 0 to '
                             f'{self.num_classes - 1}; get its files again')
 
     def __len__(self):
@@ -73,14 +74,14 @@ def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=Fal
     found = None
     if name == 'imagenet64':
         found = imagenet_batches.read_batches(root, split, img_size)
-    if name == 'folder' or name == 'imagenet64' and not found:
-        found = image_files.read_folder(root, split, img_size, num_workers, skip_bad_images)
-    if found:
+    if name in ('folder', 'imagenet64'):
+        found = found or image_files.read_folder(root, split, img_size, num_workers,
+                                                 skip_bad_images)
         return Images(name, split, img_size, **found)
     images, labels = getattr(small_sets, name)(root, split)
-    images = _resized(images, img_size, name)
     # writing and shoes have a direction
-    return Images(name, split, img_size, labels, 10, images, flip=name == 'cifar10',
+    return Images(name, split, img_size, labels, 10, _resized(images, img_size, name),
+                  flip=name == 'cifar10',
                   summary=f'{name}, {split}: {len(labels)} images of 10 classes')
 
 
@@ -92,9 +93,8 @@ def _resized(images, img_size, name):
                         f'images have {H} x {W} pixels; choose a smaller one')
     parts = []
     for part in images.split(4096):
-        part = part.float()
         if (H, W) != (img_size, img_size):
-            part = F.interpolate(part, img_size, mode='bilinear', antialias=True)
+            part = F.interpolate(part.float(), img_size, mode='bilinear', antialias=True)
         parts.append(part.round().clamp(0, 255).to(torch.uint8))
     return torch.cat(parts).expand(-1, 3, -1, -1)
 
@@ -134,10 +134,7 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, num_worker
         x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
     """
     shares = _shares(len(dataset), batch_size, seed, start_step, accum)
-    if augment or dataset.images.numel() > ON_DEVICE:
-        loaded = _read_ahead(dataset, shares, device, num_workers, augment)
-    else:
-        loaded = _from_device(dataset, shares, device)
+    loaded = _loaded(dataset, shares, device, num_workers, augment)
     for number, (images, labels) in enumerate(loaded, start_step * accum):
         step, micro = divmod(number, accum)
         x_0 = images.float().div_(127.5).sub_(1)
@@ -158,14 +155,15 @@ def _shares(length, batch_size, seed, start_step, accum):
             yield step * batch_size + rows.start, indices[rows].tolist()
 
 
-def _from_device(dataset, shares, device):
-    images, labels = dataset.images.to(device), dataset.labels.to(device)
-    for _, chosen in shares:
-        chosen = seeding.to_device(torch.tensor(chosen), device)
-        yield images[chosen], labels[chosen]
+def _loaded(dataset, shares, device, num_workers, augment):
+    """Images and labels of every share, on `device`."""
+    if not augment and dataset.images.numel() <= ON_DEVICE:
+        images, labels = dataset.images.to(device), dataset.labels.to(device)
+        for _, chosen in shares:
+            chosen = seeding.to_device(torch.tensor(chosen), device)
+            yield images[chosen], labels[chosen]
+        return
 
-
-def _read_ahead(dataset, shares, device, num_workers, augment):
     def read(share):
         position, chosen = share
         images = dataset.images[chosen]

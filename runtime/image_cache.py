@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,9 +16,7 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 VERSION = 2     # count up when the same files become other pixels
-# unfinished files; all that earlier versions kept
-LEFTOVER = (r'.*[0-9a-f]{16}\.npy\.\w{8}\.tmp|(train|test)_\d+\.\d+\.tmp|'
-            r'[0-9a-f]{16}\.(json|pixels\w*)')
+UNFINISHED = f'*.{"[0-9a-f]" * 16}.{"[0-9a-f]" * 16}.npy.????????.tmp'
 
 
 def kept(root, split, img_size, paths, fill, beside=False):
@@ -29,15 +26,29 @@ def kept(root, split, img_size, paths, fill, beside=False):
 
     Args:
         root, split, img_size: what the array holds; it takes the place of an older one.
+        paths: the files.
         fill: function that makes a `new_array` in the file that it is given.
         beside: keep it in `root` if possible.
     Returns:
-        images uint8 (N, 3, H, W), read-only, labels int64 (N,), and the key of the files `paths`.
+        images uint8 (N, 3, H, W), read-only, labels int64 (N,), and the key of the files: it
+        changes with the name, size or times of any of them, with `img_size` and VERSION.
     """
-    key = _key(paths, img_size)
+    digest = hashlib.sha256(f'{VERSION} {img_size}'.encode())
+    for path in paths:
+        digest.update(os.fsencode(path))
+        with contextlib.suppress(OSError):      # reported when the file is read
+            stat = os.stat(path)
+            digest.update(f'\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n'.encode())
+    key = digest.hexdigest()[:16]
     name = f'{split}_{img_size}.{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}'
+    folders = [Path(root)] if beside else []
+    try:
+        folders.append(Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'rdd'))
+    except RuntimeError:
+        distributed.print0('note: decoded images cannot be kept in a home folder: there is none.')
+    folders.append(Path(tempfile.gettempdir(), f'rdd-{os.getuid()}'))
     with distributed.main_first(of_machine=True):
-        for folder in ([Path(root)] if beside else []) + _cache_folders():
+        for folder in folders:
             try:
                 return (*_open(folder, name, key, fill), key)
             except OSError as error:
@@ -46,31 +57,10 @@ def kept(root, split, img_size, paths, fill, beside=False):
     raise UserError(f'{problem}; set XDG_CACHE_HOME to a folder with room', code=1)
 
 
-def _key(paths, img_size):
-    """Changes with the name, size or times of any of the files, with `img_size` and VERSION."""
-    digest = hashlib.sha256(f'{VERSION} {img_size}'.encode())
-    for path in paths:
-        digest.update(os.fsencode(path))
-        with contextlib.suppress(OSError):      # reported when the file is read
-            stat = os.stat(path)
-            digest.update(f'\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n'.encode())
-    return digest.hexdigest()[:16]
-
-
-def _cache_folders():
-    """$XDG_CACHE_HOME/rdd or ~/.cache/rdd, else one in $TMPDIR; they may be deleted."""
-    folders = [Path(tempfile.gettempdir(), f'rdd-{os.getuid()}')]
-    try:
-        folders.insert(0, Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'rdd'))
-    except RuntimeError:
-        distributed.print0('note: decoded images cannot be kept in a home folder: there is none.')
-    return folders
-
-
 def _open(folder, name, key, fill):
     """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(path for path in folder.iterdir() if re.fullmatch(LEFTOVER, path.name))
+    _remove(folder.glob(UNFINISHED))        # of processes that were killed
     file = folder / f'{name}.{key}.npy'
     try:
         records = np.load(file, mmap_mode='r')

@@ -28,7 +28,7 @@ PART = 32       # images that a process decodes at a time
 
 
 def read_folder(root, split, img_size, num_workers, skip_bad_images):
-    """The images of split 'train' or 'test' of a folder, as arguments of `Images` by name."""
+    """The images of split 'train' or 'test' of a folder, as arguments of `Images`."""
     paths, labels, classes, left_out = find_images(root, split)
     if skip_bad_images:
         bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else None
@@ -39,7 +39,7 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
         labels = [label for path, label in zip(paths, labels) if path not in bad]
         paths = [path for path in paths if path not in bad]
-        left_out.update({'that cannot be read': len(bad)})
+        left_out.update({'that cannot be read': len(bad)} if bad else {})
 
     def fill(file):
         new_array(file, len(paths), img_size)
@@ -51,8 +51,8 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
     counts = np.bincount(labels, minlength=len(classes))
     summary = (f'{root}, {split}: {len(paths)} images of {len(classes)} classes ({counts.min()} to '
                f'{counts.max()} each), {_listed(map(_ending, paths))}')
-    if +left_out:
-        summary += f'; left out: {_listed(+left_out)}'
+    if left_out:
+        summary += f'; left out: {_listed(left_out)}'
     return dict(images=images, labels=labels, num_classes=len(classes), key=key,
                 summary=printable(summary))
 
@@ -84,7 +84,7 @@ def find_images(root, split):
     folder = _split_folder(root, split)
     tops, loose, left_out = _listing(folder)
     found = {} if tops else dict(all=loose)
-    if tops:
+    if tops and loose:
         left_out['beside the class folders'] = len(loose)
     visited = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
     known = {os.path.realpath(top) for top in tops}
@@ -96,11 +96,11 @@ def find_images(root, split):
             _listed(left_out) or 'it is empty')
         raise UserError(f'{folder} holds no images that can be used ({what}): expected '
                         f'{folder}/<class>/*.jpg (or png, ...)')
-    classes = list(found)
-    train = _named(root, 'train') if split == 'test' else None
+    classes, train = list(found), _named(root, 'train') if split == 'test' else None
     if train:
         classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
-        for name in set(found) - set(classes):
+    for name in found:
+        if name not in classes:
             raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
                             f'add images to train on')
     paths, labels = [], []
@@ -112,20 +112,18 @@ def find_images(root, split):
 
 def _split_folder(root, split):
     """The folder in `root` with a name of the split; for training, else `root` itself."""
-    exists = os.path.isdir(root)
-    folder = _named(root, split) if exists else None
-    if folder:
-        return folder
-    if split == 'test' or not exists:
-        missing = '' if exists else ', and there is no such folder'
-        raise UserError(f'--data_root {root} holds no {split} images: expected '
-                        f'{root}/{split}/<class>/*.jpg{missing}')
-    for folder in (root, *_listing(root)[0]):
+    if not os.path.isdir(root):
+        raise UserError(f'--data_root {root} holds no {split} images: expected a folder with class '
+                        f'folders, and there is no such folder')
+    found = _named(root, split)
+    if split == 'test' and not found:
+        raise UserError(f'--data_root {root} holds no test images: expected {root}/test/<class>/')
+    for folder in [] if found else [root, *_listing(root)[0]]:
         test = _named(folder, 'test')
         if test:
             raise UserError(f'{folder} has a folder {test.name}, which would be trained on; put '
                             f'the training images into {folder}/train')
-    return Path(root)
+    return found or Path(root)
 
 
 def _named(root, split):
@@ -200,8 +198,7 @@ def decode_all(paths, img_size, num_workers, file=None):
                 problems.append((paths[i], f'cannot be read as an image ({reason})'))
         return problems
 
-    indices = range(len(paths))
-    parts = [indices[first:first + PART] for first in indices[::PART]]
+    parts = [range(len(paths))[first:first + PART] for first in range(0, len(paths), PART)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = min(cores, len(parts)) if num_workers else 0
     with progress(len(paths), 'decode once', unit='img') as bar:
@@ -226,24 +223,21 @@ def decode(path, img_size):
 
 def _rgb(image):
     """A freshly opened PIL image of any mode in RGB."""
-    tiles = getattr(image, 'tile', None)
-    layout = tiles[0][3] if tiles else ''       # of the pixels in the file
-    layout = layout[0] if isinstance(layout, tuple) else layout
+    layout = str(getattr(image, 'tile', [])[:1])        # how the file stores pixels, as 'L;2'
     wide = image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PPM', 'PNG')
     if image.mode in ('I', 'F') and not wide:
-        raise ValueError('its pixels are 32-bit or signed numbers, whose range the file does not '
-                         'say: save it with 8 or 16 bits')
+        raise ValueError('32-bit or signed numbers of unknown range: save it with 8 or 16 bits')
     image.load()
     with contextlib.suppress(Exception):        # damaged EXIF data turn nothing
         ImageOps.exif_transpose(image, in_place=True)
     clear = image.info.get('transparency')      # the colour that stands for transparent
     if wide:
         pixels = np.asarray(image)
-        grey = (pixels / (4095 / 255 if layout == 'I;12' else 257)).round().clip(0, 255)
+        grey = (pixels / (4095 / 255 if 'I;12' in layout else 257)).round().clip(0, 255)
         return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert('RGB')
-    if clear is not None and layout in ('L;2', 'L;4'):      # Pillow scales the pixels only
-        image.info['transparency'] = clear * (85 if layout == 'L;2' else 17)
-    elif clear is not None and layout == 'RGB;16B':
+    if clear is not None and ('L;2' in layout or 'L;4' in layout):  # Pillow scales only pixels
+        image.info['transparency'] = clear * (85 if 'L;2' in layout else 17)
+    elif clear is not None and 'RGB;16B' in layout:
         image.info['transparency'] = tuple(value >> 8 for value in clear)
     if not image.has_transparency_data:
         return image.convert('RGB')

@@ -30,7 +30,7 @@ def find_batches(root, split):
 
 
 def read_batches(root, split, img_size):
-    """The images of the batch files in `root`, as arguments of `Images` by name; else None."""
+    """The images of the batch files in `root`, as arguments of `Images`; None without any."""
     files = find_batches(root, split)
     if not files:
         if find_batches(root, 'test' if split == 'train' else 'train'):
@@ -66,20 +66,19 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _read_batch(path, img_size):
     """Pixels uint8 (n, 3 * H * W) and labels 0..999 (n,) of one official batch file."""
-    expected = (f'expected data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 of '
-                f'downsampled ImageNet (--img_size {img_size})')
     try:
         with open(path, 'rb') as stream:
             batch = np.load(stream) if path.suffix == '.npz' else (
                 _ArraysOnly(stream, encoding='latin1').load())
             pixels = np.asarray(batch['data'])
             labels = np.ravel(batch['labels']).astype(np.int64, casting='safe')
+        fits = pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * img_size ** 2)
+        if not fits or labels.min() < 1 or labels.max() > 1000:
+            raise ValueError(f'data {pixels.dtype} {pixels.shape}, {len(labels)} labels from '
+                             f'{labels.min()} to {labels.max()}')
     except Exception as error:      # a damaged pickle or zip file may raise anything
-        raise UserError(f'{path} is truncated or not a batch ({path.stat().st_size} bytes, '
-                        f'{type(error).__name__}): {expected}; fetch it again')
-    fits = pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * img_size ** 2)
-    if not fits or not len(labels) or labels.min() < 1 or labels.max() > 1000:
-        raise UserError(f'{path} holds data, {pixels.dtype} {pixels.shape}, and {len(labels)} '
-                        f'labels from {min(labels, default="none")} to '
-                        f'{max(labels, default="none")}, {expected}')
+        reason = str(error).split('\n')[0] or type(error).__name__
+        raise UserError(f'{path} with {path.stat().st_size} bytes is no whole batch ({reason}), '
+                        f'expected data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 of '
+                        f'downsampled ImageNet (--img_size {img_size}); fetch it again')
     return pixels, labels - 1       # the official files count from 1

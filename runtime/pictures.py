@@ -1,10 +1,11 @@
-"""Images as files: 8-bit pixels, sample grids, labelled grids, folders of PNGs and npz."""
+"""Images as files: sample grids, labelled grids, folders of PNGs and npz."""
 
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from runtime import files
 from runtime.cli import UserError
@@ -13,7 +14,6 @@ from runtime.torchvision_cpu import torchvision
 MARGIN, PAD = 24, 2         # pixels: around a labelled grid, between its tiles
 TILE = 64                   # smaller images are enlarged, whole times
 MOST_CLASSES = 32           # rows of a grid
-MOST_COLUMNS = 17           # of a trajectory: at 16 of many steps and at the end
 
 
 def to_uint8(x):
@@ -26,7 +26,6 @@ def save_grid(images, path, nrow=8, scale=1):
 
     Pixels that are not finite are drawn grey. Returns the picture, uint8 (height, width, 3).
     """
-    from PIL import Image
     pixels = to_uint8(images.detach().cpu().nan_to_num(0.))
     grid = torchvision().utils.make_grid(pixels, nrow=nrow, padding=1, pad_value=255)
     picture = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
@@ -41,9 +40,9 @@ def save_png(picture, path):
 
 
 def check_place(path, flag, suffixes=('.npz',)):
-    """Refuse, before hours of sampling, a place where the images of `flag` cannot be written.
+    """Refuse a place where the images of `flag` cannot be written, before hours of sampling.
 
-    It may be a file with one of `suffixes`, new or with samples, or a new or empty folder.
+    It may be a new or empty folder, or a file with one of `suffixes` that is new or holds samples.
     """
     path = Path(path)
     if path.suffix in suffixes:
@@ -76,11 +75,11 @@ def holds_samples(path):
 
 
 def save_images(path, images, y=None):
-    """Images uint8 (N, 3, H, W) and labels (N,) or None on the CPU, in one piece or not at all.
+    """Write images uint8 (N, 3, H, W) and labels (N,) or None, on the CPU, whole or not at all.
 
-    To a `path` that ends in .npz: arr_0 uint8 (N, H, W, 3) and arr_1, if there are labels, as the
-    evaluator of guided-diffusion reads them. Else to a new or empty folder: 000000.png, 000001.png,
-    .. (and labels.txt), as pytorch-fid reads it.
+    path: NAME.npz: arr_0 uint8 (N, H, W, 3) and arr_1, the labels, as the evaluator of
+        guided-diffusion reads them; else a new or empty folder: 000000.png, 000001.png, .. and
+        labels.txt, as pytorch-fid reads it.
     """
     path = Path(path).resolve()
     pixels = images.permute(0, 2, 3, 1).numpy()
@@ -89,13 +88,7 @@ def save_images(path, images, y=None):
         labels = [] if y is None else [y.numpy()]
         with files.replacing(path) as temporary, open(temporary, 'wb') as file:
             np.savez(file, pixels, *labels)
-    else:
-        save_folder(path, pixels, y)
-
-
-def save_folder(path, pixels, y):
-    """PNGs of pixels (N, H, W, 3) in a folder that appears when it is complete."""
-    from PIL import Image
+        return
     with files.replacing_folder(path) as folder:
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(folder / f'{i:06d}.png', compress_level=1)
@@ -119,48 +112,21 @@ def rows_by_class(images, y, class_num):
     return [images[y == c] for c in range(class_num)], [str(c) for c in range(class_num)]
 
 
-def save_labelled(path, title, rows, row_labels=None, column_labels=None):
-    """One PNG of rows of uint8 images (n, 3, H, W) with a title and words beside and above."""
-    from PIL import Image, ImageDraw, ImageFont
+def save_labelled(path, title, rows, row_labels=None):
+    """Write one PNG of rows of uint8 images (n, 3, H, W), a title above and words beside them."""
     font, columns = ImageFont.load_default(12), max(len(row) for row in rows)
     size = rows[0].shape[-1] * max(1, TILE // rows[0].shape[-1])
     left = MARGIN if not row_labels else 12 + round(max(font.getlength(w) for w in row_labels))
-    top = MARGIN * (2 if column_labels else 1)
     width = left + columns * (size + PAD) + MARGIN // 2
     sheet = Image.new('RGB', (max(width, round(font.getlength(title)) + MARGIN),
-                              top + len(rows) * (size + PAD) + MARGIN // 2), 'white')
+                              MARGIN + len(rows) * (size + PAD) + MARGIN // 2), 'white')
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN // 2, 5), title, 'black', font)
-    for j, words in enumerate(column_labels or ()):
-        draw.text((left + j * (size + PAD) + size / 2, top - 12), words, 'black', font, anchor='mm')
     for i, row in enumerate(rows):
-        y = top + i * (size + PAD)
+        y = MARGIN + i * (size + PAD)
         if row_labels:
             draw.text((left - 6, y + size / 2), row_labels[i], 'black', font, anchor='rm')
         for j, image in enumerate(row.permute(0, 2, 3, 1).numpy()):
             picture = Image.fromarray(image).resize((size, size), Image.NEAREST)
             sheet.paste(picture, (left + j * (size + PAD), y))
     save_png(sheet, path)
-
-
-@torch.no_grad()
-def trajectory(diffusion, network, x_T, stride, y=None):
-    """[(t, z_t, x_pred)] of the sampler, x_pred clipped; the last is (0, image, image)."""
-    z, times, visited = x_T, diffusion.times(stride), []
-    for t, s in zip(times[:-1], times[1:]):
-        t_all, s_all = (torch.full((len(z),), u, device=z.device) for u in (t, s))
-        x_pred, _ = diffusion.predict(network, z, t_all, y)
-        visited.append((t, z, x_pred.clamp(-1, 1)))
-        z = diffusion.ddim_step(network, z, t_all, s_all, y=y)
-    return visited + [(0, z.clamp(-1, 1), z.clamp(-1, 1))]
-
-
-def save_trajectory(path, title, steps):
-    """z_t above x_pred for every image of `trajectory`, time from left to right, as one PNG."""
-    if len(steps) > MOST_COLUMNS:
-        chosen = torch.linspace(0, len(steps) - 1, MOST_COLUMNS).round().long().tolist()
-        steps = [steps[i] for i in chosen]
-    latents, predictions = (torch.stack([step[i] for step in steps], 1).cpu() for i in (1, 2))
-    both = torch.stack([latents, predictions], 1).flatten(0, 1)     # (2 B, steps, 3, H, W)
-    save_labelled(path, title, list(to_uint8(both)), ['z_t', 'x_pred'] * len(latents),
-                  [f't {t}' for t, _, _ in steps])

@@ -1,9 +1,8 @@
 """Makes torchvision importable with a CPU-only torch.
 
-The default torchvision package is built for CUDA. With a torch without CUDA its
-compiled library does not load, the schemas of two operators are never declared, and the import
-fails with "operator torchvision::nms does not exist". Nothing here uses these operators, so their
-schemas alone are enough.
+The default torchvision package is built for CUDA. With a torch without CUDA its compiled library
+does not load, the schemas of two operators are never declared, and the import fails with "operator
+torchvision::nms does not exist". Nothing here uses these operators, so their schemas are enough.
 """
 
 import functools
@@ -13,6 +12,7 @@ import torch
 
 SCHEMAS = ('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
            'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+libraries = []      # kept alive, and with them the operators
 
 
 @functools.lru_cache(None)
@@ -23,20 +23,13 @@ def torchvision():
     """
     try:
         import torchvision as package
-    except RuntimeError:
-        if torch.version.cuda is not None or hasattr(torch.ops.torchvision, 'nms'):
-            raise           # something else is wrong
+    except RuntimeError as error:
+        if 'torchvision::nms' not in str(error):
+            raise
         for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
             del sys.modules[name]       # forget the half-imported package
-        declare_operators()
+        libraries.append(torch.library.Library('torchvision', 'DEF'))
+        for schema in SCHEMAS:
+            libraries[0].define(schema)
         import torchvision as package
     return package
-
-
-@functools.lru_cache(None)
-def declare_operators():
-    """Declare the two missing operators; the cache keeps the library, and them, alive."""
-    library = torch.library.Library('torchvision', 'DEF')
-    for schema in SCHEMAS:
-        library.define(schema)
-    return library
