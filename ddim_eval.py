@@ -10,12 +10,14 @@ to <logdir>/results.jsonl and saves a grid of the first images to <logdir>/sampl
 import torch
 from absl import flags
 
-from runtime import cli, distributed, pictures, seeding
+from runtime import cli, distributed, pictures
 from runtime.flags import require
 from runtime.pictures import to_uint8
-from runtime.precision import autocast, choose
-from score import (ActivationStats, check_reference, frechet_distance, load_feature_network,
-                   load_statistics, results)
+from runtime.precision import choose
+from score import results
+from score.metrics import ActivationStats, frechet_distance
+from score.networks import load_feature_network
+from score.reference import check_reference, load_statistics
 from score.sampling import (define_sampling_flags, draw_labels, model_of_flags, nfe, sampled,
                             title)
 
@@ -32,7 +34,6 @@ flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of
 flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded')
 flags.DEFINE_string('save_images', None, 'where all images go: one file that ends in .npz (arr_0: '
                     'uint8 (N, H, W, 3); arr_1: labels, if any), or a new folder of PNGs')
-flags.DEFINE_bool('trajectory', False, 'draw z_t and x_pred of the first 8 images over the steps')
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def protocol(model, reference, feature_network, labels):
 
 
 def report(result, features):
-    """Print the scores below their protocol."""
+    """Print the scores below their protocol; `features` is the width of the features."""
     scores = ('fid', 'inception_score', 'inception_std', 'images_per_s')
     print(', '.join(f'{key} {value}' for key, value in result.items()
                     if value is not None and key not in scores))
@@ -114,14 +115,6 @@ def write(model, result, images, y):
     rows = pictures.rows_by_class(images[shown], None if y is None else y[shown],
                                   model.arch['class_num'])
     pictures.save_labelled(folder / f'sample/eval_{end}', title(model), *rows)
-    if FLAGS.trajectory:
-        shape, device = (3, model.img_size, model.img_size), model.diffusion.alpha.device
-        first = range(min(8, len(images)))
-        x_T = seeding.noise_of_images(FLAGS.seed, first, shape, device)
-        with autocast(FLAGS.amp, device):
-            steps = pictures.trajectory(model.diffusion, model.network, x_T, FLAGS.stride,
-                                        None if y is None else y[:8].to(device))
-        pictures.save_trajectory(folder / f'sample/trajectory_{end}', title(model), steps)
     results.append(folder / 'results.jsonl', result)
 
 

@@ -21,28 +21,27 @@ DEMO = Path('demo')
 CLASSIFIER = ('classifier/train.py --dataset digits --num_workers 0 --init_lr 0.1 '
               '--result_path ./demo/classifier')
 NETWORK = '--feature_network ./demo/classifier/digits/convnet_small'
-HALF = f'score/get_npz.py --dataset digits --num_workers 0 {NETWORK}'
+MEASURE = f'score/get_npz.py --dataset digits --num_workers 0 {NETWORK}'
 SCORE = f'{NETWORK} --fid_cache ./demo/half1.npz'
-TEACHER = [
-    'train_base.py --flagfile ./config/DIGITS_BASE.txt --logdir ./demo/64',
-    'PD.py --flagfile ./config/DIGITS_PD.txt --base_ckpt ./demo/64 --logdir ./demo']
-FEATURES = [f'{CLASSIFIER} --model densenet_small --epoch 8 --seed 0']     # RDD compares them
-SCORER = [
-    f'{CLASSIFIER} --model convnet_small --epoch 15 --seed 1',
-    f'{HALF} --half 1 --output ./demo/half1.npz',                   # the reference
-    f'{HALF} --half 2 --output ./demo/half2.npz']                   # the floor of the distance
-SCORE_TEACHER = [f'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt --logdir ./demo/64 {SCORE} '
-                 f'--save_images ./demo/64/samples.npz']
-STUDY = ['study.py --config DIGITS --base_ckpt ./demo/8 --ddim_ckpt ./demo/64 '
-         '--logdir ./demo/study --seeds 1 --jobs 2 --methods PD,Ours,DDIM '
-         '--method "Ours=train_rdd.py --flagfile ./config/DIGITS_BEST.txt '
-         '--classifier_path ./demo/classifier/digits/densenet_small" '
-         f'--eval_flags "{SCORE}"']
-SAMPLES = ('tools/plot.py --samples --output ./demo/summary.png '
-           '"teacher, 64 steps=./demo/64/samples.npz"')
+SAMPLES = '"teacher, 64 steps=./demo/64/samples.npz"'
 for method, counts in dict(PD=(4, 2, 1), Ours=(4, 2, 1), DDIM=(8, 4, 2, 1)).items():
     for T in counts:
         SAMPLES += f' "{method}, {T}=./demo/study/{method}/seed0/{T}/samples.npz"'
+# stages: what is shown, and what runs in the background at the same time
+STAGES = [
+    (['train_base.py --flagfile ./config/DIGITS_BASE.txt --logdir ./demo/64',
+      'PD.py --flagfile ./config/DIGITS_PD.txt --base_ckpt ./demo/64 --logdir ./demo'], []),
+    ([f'{CLASSIFIER} --model densenet_small --epoch 8 --seed 0'],       # RDD compares its features
+     [f'{CLASSIFIER} --model convnet_small --epoch 15 --seed 1',
+      f'{MEASURE} --half 1 --output ./demo/half1.npz',      # the reference
+      f'{MEASURE} --half 2 --output ./demo/half2.npz']),    # the lowest distance to be expected
+    (['study.py --config DIGITS --base_ckpt ./demo/8 --ddim_ckpt ./demo/64 '
+      '--logdir ./demo/study --seeds 1 --jobs 2 --methods PD,Ours,DDIM '
+      '--method "Ours=train_rdd.py --flagfile ./config/DIGITS_BEST.txt '
+      f'--classifier_path ./demo/classifier/digits/densenet_small" --eval_flags "{SCORE}"'],
+     [f'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt --logdir ./demo/64 {SCORE} '
+      f'--save_images ./demo/64/samples.npz']),
+    ([f'tools/plot.py --samples --output ./demo/summary.png {SAMPLES}'], [])]
 
 
 def main():
@@ -51,24 +50,21 @@ def main():
     start = time.time()
     with open(DEMO / 'background.log', 'a') as log, ThreadPoolExecutor() as pool, \
             Commands() as commands:
-        run(commands, TEACHER)
-        for foreground, background in ((FEATURES, SCORER), (STUDY, SCORE_TEACHER)):
+        for foreground, background in STAGES:
             other = pool.submit(run, commands, background, 2, log)
-            run(commands, foreground, 2)
+            run(commands, foreground, 2 if background else 1)
             other.result()
-        run(commands, [SAMPLES])
     rows = real_and_teacher()       # below the table that the study has printed
     (DEMO / 'table.md').write_text((DEMO / 'study/table.md').read_text() + rows)
     print(f'{rows}\nBoth tables are in {DEMO}/table.md, images in {DEMO}/summary.png. '
           f'{time.time() - start:.0f} s.')
 
 
-def run(commands, lines, shares=1, log=None):
-    """Run commands one after another.
+def run(commands, lines, shares, log=None):
+    """Run command lines, given without `python`, one after another.
 
     Args:
         commands: `Commands`.
-        lines: command lines without `python`.
         shares: lists that run side by side and share the cores.
         log: file for the output of the commands; None: the terminal.
     """
@@ -84,11 +80,13 @@ def run(commands, lines, shares=1, log=None):
 
 
 def real_and_teacher():
-    """Rows that the study lacks: real digits, the floor of the distance, and the teacher."""
+    """Rows that the study lacks: real digits, and the teacher."""
     from score import results
-    from score.compare import compare
-    floor, half, other = compare('demo/half1.npz', 'demo/half2.npz')
-    teacher = results.read('demo/64/results.jsonl')[-1]
+    from score.metrics import frechet_distance
+    from score.reference import load_statistics
+    half, other = load_statistics(DEMO / 'half1.npz'), load_statistics(DEMO / 'half2.npz')
+    floor = frechet_distance(half.mu, half.sigma, other.mu, other.sigma)
+    teacher = results.read(DEMO / '64/results.jsonl')[-1]
     return (f'\n{half.num_images} images each. The features are those of a small digit network '
             f'that is trained for scoring alone,\nso compare these scores with each other only.\n\n'
             f'| | NFE | Frechet distance | Inception score |\n| :--- | ---: | ---: | ---: |\n'

@@ -22,15 +22,14 @@ import torch
 from absl import flags
 from scipy.special import stdtrit
 
-from runtime import cli, files, pictures
-from runtime.checkpoint import digest
+from formats.load import load_model
+from runtime import checkpoint, cli, files, pictures
 from runtime.cli import UserError
 from runtime.commands import Commands
 from runtime.flags import define_teacher_steps, require
 from runtime.log import progress
-from formats.load import load_model, save_as_run
-from training import halvings
 from score import results
+from training import halvings
 
 FLAGS = flags.FLAGS
 # name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps
@@ -60,8 +59,7 @@ def define_flags():
     flags.DEFINE_string('baseline', 'PD', 'method that the others are compared with')
     flags.DEFINE_integer('until', 1, 'steps of the last student', 1)
     flags.DEFINE_integer('seeds', 5, 'trainings of every method, with seeds 0, 1, ..', 1, 1000)
-    flags.DEFINE_integer('jobs', 1, 'students made at once, each on its GPU or cores', 1, 256)
-    flags.DEFINE_bool('double', True, 'students of 2 steps and 1 train twice as long, as released')
+    flags.DEFINE_integer('jobs', 1, 'trainings at once, each on its GPU or cores', 1, 256)
     flags.DEFINE_bool('report', False, 'only write table and pictures of what is finished')
     flags.DEFINE_string('train_flags', '', 'more flags for every training, in quotes')
     flags.DEFINE_string('eval_flags', '', 'more flags for every evaluation, in quotes')
@@ -77,19 +75,31 @@ def main():
     if sampled.diffusion.T % (2 * steps[0]):
         raise UserError(f'--ddim_ckpt {FLAGS.ddim_ckpt} has {sampled.diffusion.T} steps, expected '
                         f'a multiple of the {2 * steps[0]} of --base_ckpt; give another model')
-    chains = []
-    for seed in range(FLAGS.seeds):
-        for name, command in methods.items():
-            counts = steps if command else [2 * steps[0], *steps]
-            model = teacher if command else sampled
-            chains.append([Student(name, command, seed, T, model) for T in counts])
     if not FLAGS.report:
         for model in (teacher, sampled):        # what the commands read is a run's checkpoint
             if model is teacher and FLAGS.teacher_steps or model.file.suffix != '.pt':
-                name = f'teacher-{digest(model.network.state_dict())}-{model.diffusion.T}'
-                model.file = save_as_run(model, Path(FLAGS.logdir) / name)
+                save_as_run(model)
+    chains = []
+    for seed in range(FLAGS.seeds):
+        for name, command in methods.items():
+            where = (steps, teacher) if command else ([2 * steps[0], *steps], sampled)
+            chains.append(Chain(name, command, seed, *where))
+    if not FLAGS.report:
+        for chain in chains:
+            chain.claim()
         run_all(chains)
-    report([student for chain in chains for student in chain])
+    report(chains)
+
+
+def save_as_run(model):
+    """Write a model of any source as the checkpoint of a run in --logdir."""
+    weights = model.network.state_dict()
+    folder = Path(FLAGS.logdir) / f'teacher-{checkpoint.digest(weights)}-{model.diffusion.T}'
+    folder.mkdir(parents=True, exist_ok=True)
+    model.file = folder / 'ckpt.pt'
+    entries = {**model.provenance(), **model.network.entries, **model.diffusion.arguments()}
+    checkpoint.save(model.file, dict(entries, net_model=weights, use='net_model',
+                                     img_size=model.img_size))
 
 
 def chosen_methods():
@@ -97,21 +107,21 @@ def chosen_methods():
     known = dict(METHODS)
     for text in FLAGS.method:
         name, _, command = text.partition('=')
-        if not command.startswith(('PD.py', 'train_rdd.py')):
+        if not command.startswith(('PD.py', 'train_rdd.py')) or '/' in name:
             raise UserError(f'--method "{text}" is not understood; expected "NAME=SCRIPT FLAGS" '
                             f'with PD.py or train_rdd.py as the script')
         known[name] = command
     for text in [*known.values(), FLAGS.train_flags, FLAGS.eval_flags]:
         try:
-            names = [word.lstrip('-').partition('=')[0] for word in shlex.split(text)]
+            names = {word.lstrip('-').partition('=')[0] for word in shlex.split(text)}
         except ValueError as error:
             raise UserError(f'"{text}" is not understood ({error}); mind the quotes')
-        for name in OWN_FLAGS & set(names):
+        for name in OWN_FLAGS & names:
             raise UserError(f'"{text}" sets --{name}, which the study chooses for every student; '
                             f'leave it out')
-    for name in FLAGS.methods:
-        if name not in known:
-            raise UserError(f'--methods {name} is unknown; choose of {", ".join(known)}')
+    if not set(FLAGS.methods) <= set(known) or len(set(FLAGS.methods)) < len(FLAGS.methods):
+        raise UserError(f'--methods {",".join(FLAGS.methods)}: choose of {", ".join(known)}, each '
+                        f'once')
     if FLAGS.baseline not in FLAGS.methods:
         raise UserError(f'--baseline {FLAGS.baseline} is not among --methods '
                         f'{",".join(FLAGS.methods)}; add it, or choose another baseline')
@@ -126,73 +136,83 @@ def config(stage):
     return cli.find(f'config/{FLAGS.config}_{stage}.txt')
 
 
-class Student:
-    """One method, seed and number of steps: its folder, and the commands that fill it."""
+class Chain:
+    """The students of one method and seed, and the commands that make and score them."""
 
-    def __init__(self, method, command, seed, steps, teacher):
-        self.method, self.seed, self.steps = method, seed, steps
-        self.teacher = teacher      # the `Model` that a chain starts from, or that is sampled
+    def __init__(self, method, command, seed, counts, teacher):
+        self.method, self.seed = method, seed
+        self.counts = counts        # steps of the students, the largest first
+        self.teacher = teacher      # the `Model` that is distilled, or sampled by DDIM
         self.script, *self.extra = shlex.split(command) or [None]       # None: no training
-        self.problem = ''           # why the student could not be made
-        self.folder = Path(FLAGS.logdir) / method / f'seed{seed}' / str(steps)
+        self.folder = Path(FLAGS.logdir).resolve() / method / f'seed{seed}'
+        self.problem = 'not made yet'
 
     def commands(self):
-        """The words of training, unless the teacher itself is sampled, and of evaluation."""
-        T, seed = self.teacher.diffusion.T, f'--seed={self.seed}'
-        score = ['ddim_eval.py', f'--flagfile={config("EVAL")}', *shlex.split(FLAGS.eval_flags),
-                 f'--logdir={self.folder}', seed, f'--save_images={self.folder}/samples.npz']
-        if self.script is None:
-            return [[*score, f'--stride={T // self.steps}']]
-        before, where = self.teacher.file, [f'--logdir={self.folder}', '--until=0']
-        if FLAGS.double:        # one command for the chain, which doubles the last two
-            where = [f'--logdir={self.folder.parent}', f'--until={FLAGS.until}']
-        elif 2 * self.steps < T:
-            before = self.folder.parent / str(2 * self.steps)
-        train = [self.script, f'--flagfile={config("PD" if self.script == "PD.py" else "RDD")}',
-                 *self.extra, *shlex.split(FLAGS.train_flags), f'--base_ckpt={before}',
-                 '--teacher_steps=0', *where, seed]
-        return [train, score]
+        """{steps: words of the evaluation}; before them 'train': those of the training, if any."""
+        found, seed = {}, f'--seed={self.seed}'
+        if self.script:
+            found['train'] = [
+                self.script, f'--flagfile={config("PD" if self.script == "PD.py" else "RDD")}',
+                *self.extra, *shlex.split(FLAGS.train_flags), f'--base_ckpt={self.teacher.file}',
+                '--teacher_steps=0', f'--logdir={self.folder}', f'--until={FLAGS.until}', seed]
+        for T in self.counts:
+            stride = 1 if self.script else self.teacher.diffusion.T // T
+            found[T] = [
+                'ddim_eval.py', f'--flagfile={config("EVAL")}', *shlex.split(FLAGS.eval_flags),
+                f'--logdir={self.folder}/{T}', f'--stride={stride}', seed,
+                f'--save_images={self.folder}/{T}/samples.npz']
+        return found
 
-    def result(self):
-        """The last line of results.jsonl, or None."""
-        return (results.read(self.folder / 'results.jsonl') or [None])[-1]
+    def claim(self):
+        """Write down what the students are made from.
 
-    def plan(self):
-        """What the student is made from, as text; --until may be lowered later."""
-        found = [FLAGS.read_flags_from_files(words) for words in self.commands()]
-        found = [[word for word in words if not word.startswith('--until=')] for words in found]
-        return json.dumps(dict(commands=found, teacher=digest(self.teacher.network.state_dict())))
-
-    def make(self, commands, env, done):
-        """Run what is not finished, less what `done` holds, the commands that have run already.
-
-        The problem is the last line of a command that fails.
+        Paths may be given from another working directory, and --until may be lowered later.
+        Raises:
+            UserError: the folder holds students that were made otherwise.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        made_by, log = self.folder / 'commands.json', self.folder / 'log.txt'
-        ckpt = self.folder / 'ckpt.pt'
-        if ckpt.exists() and made_by.is_file() and made_by.read_text() != self.plan():
-            self.problem = (f'{self.folder} was made by other commands, from other flagfiles or '
+        words = [absolute(word) for command in list(self.commands().values())[:2]
+                 for word in FLAGS.read_flags_from_files(command)
+                 if not word.startswith(('--until=', '--base_ckpt='))]
+        digest = checkpoint.digest(self.teacher.network.state_dict())
+        plan, file = json.dumps(dict(words=words, teacher=digest)), self.folder / 'commands.json'
+        if any(self.folder.glob('*/ckpt.pt')) and file.is_file() and file.read_text() != plan:
+            raise UserError(f'{self.folder} was made by other commands, from other flagfiles or '
                             f'another teacher; choose another --logdir')
-        elif not self.result():
-            with files.replacing(made_by) as temporary:
-                temporary.write_text(self.plan())
-            if self.script is None:
-                if ckpt.is_symlink():
-                    ckpt.unlink()       # of an earlier start
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with files.replacing(file) as temporary:
+            temporary.write_text(plan)
+
+    def result(self, T):
+        """The last line of results.jsonl of the student with T steps, or None."""
+        return (results.read(self.folder / f'{T}/results.jsonl') or [None])[-1]
+
+    def make(self, commands, env):
+        """Run what is not finished, until a command fails; its last line is the problem then."""
+        missing, log = [T for T in self.counts if not self.result(T)], self.folder / 'log.txt'
+        for name, words in self.commands().items():
+            if name not in missing and not (missing and name == 'train'):
+                continue
+            if not self.script:
+                ckpt = self.folder / f'{name}/ckpt.pt'
+                ckpt.parent.mkdir(exist_ok=True)
+                ckpt.unlink(missing_ok=True)        # a link of an earlier start
                 ckpt.symlink_to(self.teacher.file.resolve())
-            for words in [words for words in self.commands() if words not in done]:
-                done.append(words)
-                with open(log, 'a') as file:
-                    code = commands.run(words, stdout=file, stderr=file, env=env)
-                if code:
-                    last = log.read_text(errors='replace').strip().rpartition('\n')[2]
-                    self.problem = f'{words[0]} ended with code {code}: {last}'
-                    break
+            with open(log, 'a') as file:
+                code = commands.run(words, stdout=file, stderr=file, env=env)
+            if code:
+                last = log.read_text(errors='replace').strip().rpartition('\n')[2]
+                self.problem = f'{words[0]} ended with code {code}: {last}'
+                break
+
+
+def absolute(word):
+    """A word of a command with its path, if it has one, made absolute."""
+    name, equals, value = word.rpartition('=')
+    return f'{name}{equals}{cli.find(value).resolve()}' if '/' in value else word
 
 
 def run_all(chains):
-    """Make the students of all chains, --jobs chains side by side; a failure ends its chain."""
+    """Make the students of all chains, --jobs chains side by side."""
     gpus = torch.cuda.device_count()
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))
     threads = str(max(1, (os.cpu_count() or 1) // FLAGS.jobs))
@@ -203,53 +223,46 @@ def run_all(chains):
         env = {'OMP_NUM_THREADS': threads, **os.environ}        # unless you set it yourself
         if gpus:
             env['CUDA_VISIBLE_DEVICES'] = visible.split(',')[place % gpus]
-        missing, done = False, []
-        for student in chain:
-            if missing:
-                student.problem = 'an earlier student of its chain is missing'
-            else:
-                student.make(commands, env, done)
-            missing = bool(student.problem)
-            bar.update()
+        chain.make(commands, env)
+        bar.update()
         free.append(place)
 
-    with progress(sum(map(len, chains)), 'students', unit='student') as bar, \
+    with progress(len(chains), 'methods and seeds', unit='chain') as bar, \
             ThreadPoolExecutor(FLAGS.jobs) as pool, Commands() as commands:
         list(pool.map(run_chain, chains))
 
 
-def report(students):
+def report(chains):
     """Write the table and the pictures of the students that are finished; name the others."""
-    folder, steps = Path(FLAGS.logdir), sorted({s.steps for s in students}, reverse=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = [s for s in students if s.result() and not s.problem]
-    failed = [s for s in students if s not in done]
+    steps = sorted({T for chain in chains for T in chain.counts}, reverse=True)
     shape = len(FLAGS.methods), len(steps), FLAGS.seeds
     scores = {score: np.full(shape, np.nan) for score in SCORES}
-    for s in done:
-        place = FLAGS.methods.index(s.method), steps.index(s.steps), s.seed
+    folder, missing, rows = Path(FLAGS.logdir), [], {T: {} for T in steps}
+    for chain, T in [(chain, T) for chain in chains for T in chain.counts]:
+        result = chain.result(T)
+        if not result:
+            missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
+            continue
         for score, values in scores.items():
-            values[place] = s.result()[score]
+            values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = result[score]
+        if chain.seed == 0:
+            with np.load(str(chain.folder / f'{T}/samples.npz')) as samples:
+                images = torch.from_numpy(samples['arr_0'][:16])
+            rows[T][chain.method] = images.permute(0, 3, 1, 2)
     text = '\n\n'.join(table(values, steps, score) for score, values in scores.items())
-    if failed:
-        text += '\n\nMissing:\n' + ''.join(f'\n- {s.method}, seed {s.seed}, {s.steps} steps: '
-                                           f'{s.problem or "not made yet"}' for s in failed)
+    if missing:
+        text += '\n\nMissing:\n\n' + '\n'.join(missing)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / 'table.md').write_text(text + '\n')
     print(text, flush=True)
-    if done:
+    if not np.isnan(scores['fid']).all():
         draw(scores, steps, folder / 'study.png')
-    for T in steps:
-        rows = {}
-        for s in done:
-            if (s.steps, s.seed) == (T, 0):
-                with np.load(str(s.folder / 'samples.npz')) as samples:
-                    rows[s.method] = torch.from_numpy(samples['arr_0'][:16]).permute(0, 3, 1, 2)
-        if rows:
-            pictures.save_labelled(folder / f'samples_{T}.png', f'NFE {T}  seed 0',
-                                   list(rows.values()), list(rows))
-    if failed:
-        raise UserError(f'{len(failed)} of {len(students)} students are missing, see '
-                        f'{folder}/table.md; run the same command again', code=1)
+    for T in filter(rows.get, steps):
+        pictures.save_labelled(folder / f'samples_{T}.png', f'NFE {T}  seed 0',
+                               list(rows[T].values()), list(rows[T]))
+    if missing:
+        raise UserError(f'{len(missing)} students are missing, see {folder}/table.md; run the same '
+                        f'command again', code=1)
 
 
 def interval(values):

@@ -13,7 +13,7 @@ from model import UNet
 from runtime.cli import UserError
 from runtime.flags import MEAN_TYPES
 
-TRAINING = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags', 'origin')
+TRAINING = ('method', 'step', 'dataset', 'batch_size', 'seed', 'flags', 'origin', 'license')
 
 
 @dataclass
@@ -38,21 +38,25 @@ class Model:
 
         A copy to train, with every second time of this model, its teacher.
         """
+        return self.trainable(), self.diffusion.with_steps(self.diffusion.T // 2, mean_type)
+
+    def trainable(self):
+        """A copy of the network to train."""
         network = copy.deepcopy(self.network).train().requires_grad_(True)
         if isinstance(network, UNet):
             network.time_embedding.timembedding[0].requires_grad_(False)    # no parameter: a table
-        return network, self.diffusion.with_steps(self.diffusion.T // 2, mean_type)
+        return network
 
     def provenance(self):
-        """How it was trained, of plain types: {entry: value} for those it has."""
+        """How it was trained: {entry of `TRAINING`: value} for those it has."""
         return {key: self.entries[key] for key in TRAINING if key in self.entries}
 
 
 def are_betas(value):
     """Numbers with 1 > alpha_bar > 0 at every time; alpha_bar of the last may be 0 (zero SNR)."""
-    if not isinstance(value, list) or not {type(beta) for beta in value} <= {int, float}:
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_TIMES:
         return False
-    if not 0 < len(value) <= MOST_TIMES:
+    if not {type(beta) for beta in value} <= {int, float}:
         return False
     betas = torch.tensor(value, dtype=torch.float32)
     alpha_bar = torch.cumprod(1 - betas, 0)
@@ -63,7 +67,7 @@ def are_betas(value):
 def is_schedule(value):
     if isinstance(value, dict):
         return isinstance(value.get('name'), str) and are_betas(value.get('betas'))
-    return isinstance(value, str) and value in ('cosine', 'linear')
+    return value in ('cosine', 'linear')
 
 
 MOST_TIMES = 10 ** 6
@@ -80,7 +84,9 @@ ENTRIES = dict(
     x_T=(torch.Tensor, lambda value: value.ndim == 4 and value.shape[2] == value.shape[3] > 0,
          'noise of shape (B, 3, H, H)'),
     unet_config=(dict, lambda value: True, 'the arguments of a UNet2DModel'),
-    step=COUNT, seed=COUNT, batch_size=COUNT, method=TEXT, dataset=TEXT, flags=TEXT, origin=TEXT)
+    edm=(dict, lambda value: True, 'the arguments of a network of EDM'),
+    step=COUNT, seed=COUNT, batch_size=COUNT, method=TEXT, dataset=TEXT, flags=TEXT, origin=TEXT,
+    license=TEXT)
 
 
 def check(values, table, file):
@@ -103,8 +109,8 @@ def brief(value):
     return ' '.join(reprlib.repr(value).split())
 
 
-def grid_of(entries, times, file):
-    """The arguments of `Diffusion` among checked entries; mean_type only if it is there.
+def schedule_of(entries, times, file):
+    """The `Diffusion` that checked entries of a checkpoint describe.
 
     Args:
         times: the largest time of the network. file: of both, for messages.
@@ -119,5 +125,4 @@ def grid_of(entries, times, file):
         raise UserError(f'T {T}, time_scale {scale} and N {N} in {file} do not fit each other, '
                         f'{betas} betas or a network for times up to {times}; restore a copy, or '
                         f'give another model')
-    found = dict(T=T, time_scale=scale, N=N, schedule=schedule)
-    return dict(found, mean_type=entries['mean_type']) if 'mean_type' in entries else found
+    return Diffusion(T, scale, entries['mean_type'], schedule=schedule, N=N)

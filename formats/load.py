@@ -15,9 +15,9 @@ import re
 import torch
 from absl import flags
 
-from diffusion import Diffusion, clean_linear
-from formats import diffusers_folder, diffusers_network
-from formats.entries import ENTRIES, Model, brief, check, grid_of
+from diffusion import clean_linear
+from formats import diffusers_read, edm
+from formats.entries import ENTRIES, Model, brief, check, schedule_of
 from model import UNet
 from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
@@ -44,8 +44,8 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
     Raises:
         UserError: no diffusion model, a damaged one, or one that cannot have `steps`.
     """
-    if diffusers_folder.is_folder(path):
-        model = diffusers_folder.read(path, dropout, img_size)
+    if diffusers_read.main_file(path) and not checkpoint.find(path).exists():
+        model = diffusers_read.read(path, dropout, img_size)
     else:
         model = read_checkpoint(path, weights, dropout, mean_type, img_size, clean=steps > 0)
     if model.diffusion.mean_type == 'epsilon' and model.diffusion.alpha[-1] == 0:
@@ -99,15 +99,6 @@ def check_flags(model, names=(*ARCHITECTURE, 'mean_type', 'img_size')):
                             f'same, or leave it out (repeated after a flagfile, it may append)')
 
 
-def save_as_run(model, folder):
-    """Write a model of any source as a run's checkpoint in a folder; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = {**model.provenance(), **model.network.entries, **model.diffusion.arguments()}
-    checkpoint.save(folder / 'ckpt.pt', dict(entries, net_model=model.network.state_dict(),
-                                             use='net_model', img_size=model.img_size))
-    return folder / 'ckpt.pt'
-
-
 # Checkpoints
 
 def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
@@ -124,9 +115,6 @@ def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
                         f'--local-dir DIR')
     state = checkpoint.read(file)
     check(state, ENTRIES, file)
-    if 'details' in state:
-        raise UserError(f'{file} holds a network of diffusers in the form of an earlier version, '
-                        f'which is no longer read; begin again from the folder of diffusers')
     name, weights = choose_weights(state, wanted, file)
     if clean and 'T' not in state and TABLE in weights:
         weights[TABLE] = torch.cat([weights[TABLE][:1], weights[TABLE]])
@@ -137,9 +125,9 @@ def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
                        mean_type=state.get('mean_type', 'epsilon'))
         distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
                            f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
-    if 'origin' in state:
-        network.entries = dict(network.entries, origin=state['origin'])
-    diffusion = Diffusion(**{'mean_type': mean_type, **grid_of(entries, arch['T'], file)})
+    network.entries = dict(network.entries, **{key: state[key] for key in ('origin', 'license')
+                                               if key in state})
+    diffusion = schedule_of(dict(dict(mean_type=mean_type), **entries), arch['T'], file)
     # published checkpoints do not state the size, but x_T of their sample grids shows it
     size = state['x_T'].shape[-1] if 'x_T' in state else img_size
     return Model(network, diffusion, file, name, arch, state.get('img_size', size), entries)
@@ -154,11 +142,11 @@ def choose_weights(state, wanted, file):
         UserError: there are none, or they are no finite tensors in memory of their own.
     """
     base = state.get('time_scale', 1) == 1 and 'ema_model' in state
-    name = dict(net='net_model', ema='ema_model').get(wanted) or state.get(
-        'use', 'ema_model' if base else 'net_model')
+    automatic = state.get('use', 'ema_model' if base else 'net_model')
+    name = dict(net='net_model', ema='ema_model', auto=automatic)[wanted]
     if not isinstance(state.get(name), dict):
         raise UserError(f'{file} is {kind_of_file(state)}, not a diffusion checkpoint with {name}; '
-                        f'give what train_base.py, PD.py or train_rdd.py wrote')
+                        f'give what train_base.py, PD.py, train_rdd.py or convert.py wrote')
     for key, value in state[name].items():
         good = (isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point()
                 and value.layout == torch.strided and value.device.type == 'cpu'
@@ -173,13 +161,14 @@ def choose_weights(state, wanted, file):
 
 
 def kind_of_file(state):
-    """What a file is that has no weights of a diffusion model of this project."""
-    model = state.get('model')
-    if {'model', 'ema', 'opt'} <= set(state) or any(str(key).startswith('ema_model.')
-                                                    for key in state):
-        return 'a checkpoint of denoising-diffusion-pytorch, whose networks are not supported'
-    if isinstance(model, dict) and any(str(key).endswith('fc.weight') for key in model):
+    """What a file is that has no weights of a network of this project."""
+    keys = state['model'] if isinstance(state.get('model'), dict) else ()
+    if any(str(key).endswith('fc.weight') for key in keys):
         return 'a classifier'
+    if {'model', 'ema', 'opt'} <= set(state):
+        return 'a checkpoint of denoising-diffusion-pytorch, whose network cannot be read here'
+    if 'input_blocks.0.0.weight' in state:
+        return 'a U-Net of guided-diffusion, which convert.py reads'
     return f'a file with {some_of(state)}'
 
 
@@ -191,8 +180,9 @@ def build(state, weights, dropout, where):
         where: the weights are, for messages.
     """
     try:
-        if 'unet_config' in state:
-            network = diffusers_network.build(state, dropout, where)
+        if 'edm' in state or 'unet_config' in state:
+            kind = edm if 'edm' in state else diffusers_read
+            network = kind.build(state, dropout, where)
             arch = network.architecture(state.get('N', state['T'] * state['time_scale']))
         else:
             arch = architecture(weights)

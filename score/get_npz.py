@@ -3,7 +3,10 @@
 Inside score/ or from the repository root:
   python get_npz.py --dataset cifar10
   torchrun --nproc_per_node=4 score/get_npz.py --dataset imagenet64 --data_root DIR
-Result: stats/<dataset>.<split>.npz in the repository root.
+Result: stats/<dataset>.<split>.npz in the repository root. The distance between the two halves of a
+data set is the lowest that a model can be expected to reach:
+  python get_npz.py --dataset cifar10 --half 1
+  python get_npz.py --dataset cifar10 --half 2 --compare_with stats/cifar10.train.half1.npz
 """
 
 import sys
@@ -19,10 +22,10 @@ from runtime.cli import UserError       # noqa: E402
 from runtime.flags import define_device_flags, without_effect       # noqa: E402
 from runtime.imagenet_batches import find_batches       # noqa: E402
 from runtime.log import progress    # noqa: E402
-from score.metrics import ActivationStats       # noqa: E402
+from score.metrics import ActivationStats, frechet_distance     # noqa: E402
 from score.networks import load_feature_network     # noqa: E402
-from score.reference import (Statistics, load_statistics, save_statistics,      # noqa: E402
-                             version_of_score)
+from score.reference import (Statistics, check_reference, load_statistics,      # noqa: E402
+                             save_statistics, version_of_score)
 
 FLAGS = flags.FLAGS
 
@@ -36,8 +39,7 @@ def define_flags():
                          lower_bound=1, upper_bound=4096)
     flags.DEFINE_enum('split', 'train', ['train', 'test'], 'images to measure')
     flags.DEFINE_integer('half', 0, '1 or 2: only every second image, from the first or from the '
-                         'second on; the distance between the two halves is the floor that no '
-                         'model gets below. 0: all', lower_bound=0, upper_bound=2)
+                         'second on; 0: all', lower_bound=0, upper_bound=2)
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
     flags.DEFINE_integer('batch_size', 128, 'images per process and step', lower_bound=1)
     flags.DEFINE_alias('batchsize', 'batch_size')       # its name in the released code
@@ -50,6 +52,8 @@ def define_flags():
                         'once and kept in torch\'s cache')
     flags.DEFINE_string('output', None, 'npz to write, relative to the repository root; none: '
                         'stats/<dataset>.<split>.npz, with .half1 or .half2 before .npz')
+    flags.DEFINE_string('compare_with', None, 'npz of other statistics; prints their Frechet '
+                        'distance from what is measured')
     flags.DEFINE_bool('overwrite', False, 'measure again even if the file is there')
     flags.DEFINE_bool('check', False, 'measure nothing: read every file of the data set once and '
                       'name those that cannot be used')
@@ -64,6 +68,9 @@ def main():
     if FLAGS.check:
         return check(*where)
     network = load_feature_network(FLAGS.feature_network, device, FLAGS.inception_weights)
+    if FLAGS.compare_with:
+        other = load_statistics(FLAGS.compare_with)
+        check_reference(other, network, img_size)
     half = f'.half{FLAGS.half}' if FLAGS.half else ''
     path = cli.anchored(FLAGS.output or f'stats/{FLAGS.dataset}.{FLAGS.split}{half}.npz')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +86,10 @@ def main():
         if distributed.is_main():
             counts = dataset.labels[indices].bincount(minlength=dataset.num_classes).numpy()
             save(path, stats, origin, counts)
+    if FLAGS.compare_with and distributed.is_main():
+        found = load_statistics(path)
+        distance = frechet_distance(found.mu, found.sigma, other.mu, other.sigma)
+        print(f'Frechet distance {distance:.4f} from {other.path}')
     distributed.cleanup()
 
 

@@ -15,7 +15,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     Args:
         mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
         device: where this is computed, in float64.
-
     Raises:
         UserError: features of different widths; values that are not finite (code 1).
     """
@@ -33,14 +32,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     eigenvalues = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0)
     trace = sigma1.trace() + sigma2.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0., ((mu1 - mu2).square().sum() + trace).item())
-
-
-def inception_score(probs, splits=10):
-    """(mean, std) of the Inception score of probabilities (N, K); see `ActivationStats`."""
-    probs = torch.as_tensor(probs)
-    stats = ActivationStats(len(probs), splits)
-    stats.update(probs[:, :0], probs, torch.arange(len(probs)))
-    return stats.inception_score()
 
 
 class ActivationStats:

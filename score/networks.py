@@ -1,7 +1,4 @@
-"""Networks that turn images into features and class probabilities, in float32.
-
-Data sets and samples are treated alike: uint8 and float images are brought into one range here.
-"""
+"""Networks that turn images, uint8 or float, into features and class probabilities in float32."""
 
 import hashlib
 from pathlib import Path
@@ -50,7 +47,6 @@ def load_feature_network(spec, device, weights=None):
         spec: 'inception' for pytorch-fid's Inception (D = 2048, K = 1008), or the folder or file
             of a classifier that classifier/train.py wrote.
         weights: file with Inception's weights; None: downloaded once, into torch's cache.
-
     Raises:
         UserError: no such file or other weights; the download failed (code 1).
     """

@@ -43,7 +43,6 @@ def load_statistics(path):
 
     Args:
         path: looked up in the working directory, then in the repository root.
-
     Raises:
         UserError: the file is missing, of another kind, or an entry does not fit `SCHEMA`.
     """
@@ -82,24 +81,24 @@ def problem_of(fields):
 
 
 def command_for(path):
-    """The command that writes statistics to `path`; the user fills in the data set."""
+    """The command that writes statistics to `path`."""
     return f'python score/get_npz.py --dataset DATASET --output {path}'
 
 
 def check_reference(statistics, network, img_size):
-    """Refuse statistics that samples of this size, scored with `network`, cannot be compared with.
+    """Refuse statistics with which images of this size, measured with `network`, do not compare.
 
     Older files name neither network nor size; then only the width of the features is compared.
     """
     path, problem = statistics.path, None
     if statistics.network not in (None, network.name):
-        problem = (f'was made with the feature network {statistics.network}, the samples are '
-                   f'scored with {network.name}')
+        problem = (f'was made with the feature network {statistics.network}, the images are '
+                   f'measured with {network.name}')
     elif len(statistics.mu) != network.dim:
         problem = (f'holds features of width {len(statistics.mu)}, those of {network.name} have '
                    f'{network.dim}')
     elif statistics.img_size not in (None, img_size):
-        problem = (f'was made from images of {statistics.img_size} px, the samples have '
+        problem = (f'was made from images of {statistics.img_size} px, those to compare have '
                    f'{img_size} px')
     if problem:
         raise UserError(f'{path} {problem}; make it again with: {command_for(path)} '

@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.distributed import print0
 
 NUMBERS = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'num_images')
+OTHERS = ('reference', 'reference_images', 'feature_network', 'pixels')
 
 
 def append(file, result):
@@ -25,7 +26,8 @@ def read(file):
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
-            complete = all(math.isfinite(result[name]) for name in NUMBERS)
+            complete = all(math.isfinite(result[name]) for name in NUMBERS) and all(
+                name in result for name in OTHERS)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             complete = False
         if complete:
