@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(PY) demo.py
 
 test: .venv/installed-dev
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto tests
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

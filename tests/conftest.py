@@ -3,17 +3,20 @@
 Two threads wait for each other on a busy machine, which made single tests ten times slower.
 """
 
-import atexit
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='rdd-tests-')
-atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def cache(tmp_path_factory):
+    """A cache of its own for every process of the tests, and for the scripts that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-SIDE_BY_SIDE = 2
+SIDE_BY_SIDE = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2      # two cores
 
 
 def preload():
@@ -35,7 +35,7 @@ def preload():
     import classifier  # noqa: F401
     import losses  # noqa: F401
     import training  # noqa: F401
-    import score  # noqa: F401
+    from score import metrics, networks, reference      # noqa: F401
     from runtime.torchvision_cpu import torchvision
     torchvision()
 

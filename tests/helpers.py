@@ -32,11 +32,6 @@ def environment(**more):
     return env
 
 
-def run_script(script, *words, cwd=ROOT):
-    """`start` with the words one by one."""
-    return start([script, *words], cwd)
-
-
 def start(words, cwd=ROOT, **how):
     """A command as typed in a shell, `python` in front; returns a finished process."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),

@@ -8,98 +8,89 @@ import torch
 from PIL import Image
 
 from classifier import build_classifier, load_classifier
-from classifier.augment import Augment, cutout, measured_normalisation, random_crop
+from classifier.augment import Augment, measured_normalisation, random_crop
 from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
 from runtime.cli import UserError
 
 
-def saved(path, name='convnet_small', num_classes=10, **extra):
-    """A classifier file and the network in it."""
-    model = build_classifier(name, num_classes)
-    checkpoint.save(path, dict(model=model.state_dict(), **extra))
-    return model.eval()
-
-
-@pytest.mark.parametrize('name, size, features', [
-    ('densenet_small', 8, 144), ('convnet_small', 16, 64), ('densenet121', 32, 1024),
-    ('resnet18', 32, 512)])
-def test_outputs(name, size, features):
+@pytest.mark.parametrize('name, size, features, keys', [
+    ('densenet_small', 8, 144, 'features.conv0.weight features.norm0.bias trans1.conv.weight '
+     'block1.denselayer1.norm1.weight final_norm.running_var fc.weight'),
+    ('convnet_small', 16, 64, 'stage1.conv.weight stage4.norm.bias fc.weight'),
+    ('resnet18', 32, 512, 'conv1.weight bn1.weight layer2.0.downsample.0.weight fc.bias')])
+def test_outputs_and_published_names(name, size, features, keys):
     model = build_classifier(name, 7).eval()
     logits, feature, feature_map = model(torch.rand(2, 3, size, size) * 2 - 1)
     assert model.num_features == features and model.num_classes == 7 and model.name == name
     assert logits.shape == (2, 7) and feature_map.shape == (2, features, 4, 4)
     assert feature_map.min() == 0       # after the final ReLU
     assert torch.equal(feature, feature_map.mean((2, 3)))
-
-
-def test_published_names():
-    keys = set(build_classifier('densenet_small', 10).state_dict())
-    assert {'features.conv0.weight', 'features.norm0.bias', 'block1.denselayer1.norm1.weight',
-            'trans1.conv.weight', 'final_norm.running_var', 'fc.weight'} <= keys
-    assert not any('mean' == key or 'std' == key for key in keys)
-    keys = set(build_classifier('resnet18', 10).state_dict())
-    assert {'conv1.weight', 'bn1.weight', 'layer2.0.downsample.0.weight', 'fc.bias'} <= keys
-
-
-def test_unknown_name():
-    with pytest.raises(UserError, match='densenet201'):
-        build_classifier('densenet999', 10)
+    found = set(model.state_dict())
+    assert set(keys.split()) <= found and not {'mean', 'std'} & found
 
 
 def test_normalisation():
     x = torch.rand(2, 3, 4, 4) * 2 - 1
     assert torch.equal(build_classifier('convnet_small', 10).normalise(x), x)
     model = build_classifier('convnet_small', 10, (0.5, 0.25, 0.1), (0.5, 0.25, 0.2))
-    white = model.normalise(torch.ones(1, 3, 1, 1)).flatten()
-    torch.testing.assert_close(white, torch.tensor([1., 3., 4.5]))
-    black = model.normalise(-torch.ones(1, 3, 1, 1)).flatten()
-    torch.testing.assert_close(black, torch.tensor([-1., -1., -0.5]))
+    for colour, expected in ((1, [1., 3., 4.5]), (-1, [-1., -1., -0.5])):
+        found = model.normalise(torch.full((1, 3, 1, 1), float(colour))).flatten()
+        torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_loads_frozen(tmp_path):
-    model = saved(tmp_path / 'ckpt.pt', name='convnet_small')       # as published: {model} alone
+    """A published file, {model} alone, in half precision; and one that describes itself."""
+    model = build_classifier('convnet_small', 10).half()
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=model.state_dict()))
     state = torch.get_rng_state()
     loaded = load_classifier(tmp_path, 'convnet_small', 10)
     assert torch.equal(state, torch.get_rng_state())        # loading draws nothing
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(loaded(x)[0], model(x)[0])
-
-
-def test_own_checkpoint_says_all(tmp_path):
-    saved(tmp_path / 'c.pt')
-    state = torch.load(str(tmp_path / 'c.pt'), weights_only=True)
-    state['model'] = {'module.' + key: value for key, value in state['model'].items()}
-    checkpoint.save(tmp_path / 'c.pt', dict(state, name='convnet_small', mean=[.1] * 3,
+    assert torch.equal(loaded(x)[0], model.float().eval()(x)[0])
+    weights = {f'module.{key}': value for key, value in model.state_dict().items()}
+    checkpoint.save(tmp_path / 'c.pt', dict(model=weights, name='convnet_small', mean=[.1] * 3,
                                             std=[.2] * 3))
     loaded = load_classifier(tmp_path / 'c.pt')
-    assert loaded.name == 'convnet_small'
-    torch.testing.assert_close(loaded.std.flatten(), torch.tensor([.2] * 3))
+    assert loaded.name == 'convnet_small' and (loaded.mean == .1).all() and (loaded.std == .2).all()
     assert (load_classifier(tmp_path / 'c.pt', mean=(.5,) * 3, std=(.5,) * 3).mean == .5).all()
 
 
 def test_refusals(tmp_path):
-    saved(tmp_path / 'bare.pt')
+    with pytest.raises(UserError, match='no classifier "densenet999"; .* densenet201'):
+        build_classifier('densenet999', 10)
+    model = build_classifier('convnet_small', 10).state_dict()
     torch.save(build_classifier('convnet_small', 10), str(tmp_path / 'pickle.pt'))
-    checkpoint.save(tmp_path / 'diffusion.pt', dict(net_model={}, T=8))
-    checkpoint.save(tmp_path / 'other.pt', dict(weights=torch.zeros(2)))
-    checkpoint.save(tmp_path / 'headless.pt', dict(model=dict(w=torch.zeros(2))))
-    saved(tmp_path / 'named.pt', name='convnet_small')
-    checkpoint.save(tmp_path / 'named.pt', dict(checkpoint.read(tmp_path / 'named.pt'),
-                                                name='convnet_small'))
+    for name, state in dict(
+            bare=dict(model=model), named=dict(model=model, name='convnet_small'),
+            diffusion=dict(net_model={}, T=8), other=dict(weights=torch.zeros(2)),
+            headless=dict(model=dict(w=torch.zeros(2))), list=dict(model=[1]),
+            nan=dict(model=dict(model, **{'fc.bias': torch.full((10,), torch.nan)})),
+            text=dict(model=dict(model, **{'fc.bias': 'b'})),
+            number=dict(model=model, name=3),
+            grey=dict(model=model, name='convnet_small', mean=[.5]),
+            flat=dict(model=model, name='convnet_small', std=[0., .5, .5])).items():
+        checkpoint.save(tmp_path / f'{name}.pt', state)
     for file, args, words in [
             ('bare.pt', ('convnet_small', 100), '10 classes, expected 100'),
-            ('bare.pt', (), 'does not say which network'),
+            ('bare.pt', (), 'does not name its network'),
             ('named.pt', ('resnet18',), 'holds the classifier convnet_small, expected resnet18'),
+            ('number.pt', (), 'holds the classifier 3, expected one of'),
             ('bare.pt', ('resnet18',), 'resnet18: conv1.weight is absent, expected .64, 3, 3'),
+            ('text.pt', ('convnet_small',), 'convnet_small: fc.bias is str, expected .10,'),
+            ('nan.pt', ('convnet_small',), 'fc.bias of the classifier in .* holds NaN'),
+            ('grey.pt', (), 'mean in .* is .0.5., expected three numbers from 0 to 1'),
+            ('flat.pt', (), 'std in .*, expected three numbers from 1e-06 to 1'),
             ('pickle.pt', ('convnet_small',), 'refused'),
-            ('diffusion.pt', ('convnet_small',), 'diffusion checkpoint'),
-            ('other.pt', ('convnet_small',), 'weights'),
-            ('headless.pt', ('convnet_small',), '"model" holds w, expected .* fc.weight'),
+            ('diffusion.pt', ('convnet_small',), 'a diffusion checkpoint'),
+            ('other.pt', ('convnet_small',), 'is no classifier .it holds weights'),
+            ('list.pt', ('convnet_small',), 'is no classifier .it holds model'),
+            ('headless.pt', ('convnet_small',), 'holds w., expected .* fc.weight'),
             ('none', ('resnet18',), 'train.py --model resnet18')]:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as caught:
             load_classifier(tmp_path / file, *args)
+        assert file in str(caught.value) and '\n' not in str(caught.value)
 
 
 # Images
@@ -117,16 +108,18 @@ def test_random_crop_moves_whole_images():
 
 
 def test_measured_mean_and_std():
-    digits = data.make_dataset('digits', '.', 16, train=True)
-    mean, std = measured_normalisation(digits)
-    pixels = digits.images.double() / 255
-    assert mean == [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
-    assert std == [round(v, 4) for v in pixels.std((0, 2, 3), unbiased=False).tolist()]
+    """Of all images, or of some that are spread over the set."""
+    pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
+    images = data.Images('x', 'train', 4, [0] * 6, 1, pixels)
+    for most, chosen in ((50000, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 5])):
+        mean, std = measured_normalisation(images, most)
+        expected = pixels[chosen].double() / 255
+        assert mean == [round(v, 4) for v in expected.mean((0, 2, 3)).tolist()]
+        assert std == [round(v, 4) for v in expected.std((0, 2, 3), unbiased=False).tolist()]
 
 
 def test_augment_is_a_function_of_seed_and_position():
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8,
-                          generator=torch.Generator().manual_seed(0))
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     before = torch.get_rng_state()
     one, again, next_one, other_seed = (
         Augment(32, seed)(image, position)
@@ -136,35 +129,34 @@ def test_augment_is_a_function_of_seed_and_position():
     assert not torch.equal(one, next_one) and not torch.equal(one, other_seed)
 
 
-def test_cutout_by_hand():
-    image = torch.full((3, 8, 8), 9, dtype=torch.uint8)
-    cut = cutout(image.clone(), 1, 6, 4)        # rows 0..2, columns 4..7: cut off at the border
-    expected = image.clone()
-    expected[:, 0:3, 4:8] = 0
-    assert torch.equal(cut, expected)
-
-
-def test_augment_crops_with_grey_and_mirrors():
-    """Without AutoAugment and cutout: shifts by up to an eighth, grey 128 from outside."""
+def test_augment_crops_with_grey_mirrors_and_cuts_out():
+    """Without AutoAugment: shifts by a pixel, grey 128 from outside, and black squares of 4 px
+    around any pixel, cut off at the border."""
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8).repeat(3, 1, 1)
-    augment, seen = Augment(8, 0), set()
+    augment, seen, corners = Augment(8, 0), set(), (set(), set())
     augment.transform.transforms = augment.transform.transforms[:2]
     padded = torch.nn.functional.pad(image, (1,) * 4, value=128)
     shifts = {(i, j, m): padded[:, i:i + 8, j:j + 8].flip(2) if m else padded[:, i:i + 8, j:j + 8]
               for i in range(3) for j in range(3) for m in (False, True)}
     for position in range(80):
         found = augment(image, position)
-        kept = found != 0       # the square of cutout is 0
-        fits = [key for key, value in shifts.items() if torch.equal(value[kept], found[kept])]
-        assert fits and 4 <= (~kept[0]).sum() <= 16
+        rows, columns = (found[0] == 0).any(1), (found[0] == 0).any(0)
+        fits = [key for key, value in shifts.items()
+                if torch.equal(value * ~(rows[:, None] & columns), found)]
+        assert fits
         seen.update(fits if len(fits) == 1 else [])
+        for found, side in zip(corners, (rows, columns)):
+            found.add(tuple(side.nonzero().flatten().tolist()))
     assert len(seen) == len(shifts)
+    assert corners[0] == corners[1] == {
+        tuple(range(max(0, c - 2), min(8, c + 2))) for c in range(8)}
 
 
 # Training, as a user runs it
 
 WORDS = ('classifier/train.py --dataset=digits --model=convnet_small --seed=5 --batchsize=32 '
          '--epoch=1 --num_workers=0').split()
+CHANGED = dict(lr='--init_lr=0.5', wd='--wd=0', amp='--amp=bf16', epoch='--epoch=2')
 
 
 @pytest.fixture(scope='module')
@@ -181,27 +173,17 @@ def ran(tmp_path_factory):
                      '--max_steps=4', '--init_lr=1e-3', *words, **how)
 
     log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
-    workers = '--recipe=released', '--num_workers=2', '--max_steps=12', '--log_step=1'
-    old = folder / 'old/digits/convnet_small/ckpt.pt'
-    old.parent.mkdir(parents=True)
-    checkpoint.save(old, dict(
-        model=build_classifier('convnet_small', 10).state_dict(), step=3, name='convnet_small',
-        optim=dict(state={}, param_groups=[]), config=dict(epoch=1), seed=0, accuracy=.5))
-    Image.new('RGB', (8, 8)).save(str(picture(folder, 'one', 'dog')))
-    six = '--max_steps=6'
+    released = '--recipe=released', '--num_workers=2', '--log_step=1', '--max_steps=12'
+    (folder / 'one/dog').mkdir(parents=True)
+    Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
-        parts=[train('parts', '--max_steps=2'), dict(
-            train('parts', six), cwd=str(ROOT / 'classifier')), train('parts', six),
-            *(train('parts', '--max_steps=8', word) for word in (
-                '--init_lr=0.5', '--wd=0', '--amp=bf16', '--epoch=2', '--seed=6'))],
-        whole=[train('whole', six, '--log_step=1')],
-        stopped=[train('stopped', *workers, signal=[signal.SIGTERM, str(log), 3], group=True),
-                 train('stopped', *workers)],
-        unstopped=[train('unstopped', *workers)],
-        accum=[train('accum', '--grad_accum=2', '--max_steps=3')],
-        saved=[train('saved', '--save_step=2', '--keep=9', '--max_steps=5')],
-        bad=[train('bad', '--init_lr=1e30', '--max_steps=5')],
-        old=[train('old')],
+        stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3], group=True),
+                 dict(train('stopped', *released), cwd=str(ROOT / 'classifier')),
+                 train('stopped', *released)],
+        whole=[train('whole', *released)],
+        parts=[train('parts', '--max_steps=1'), train('parts', '--max_steps=3'),
+               *(train('parts', '--max_steps=5', word) for word in CHANGED.values())],
+        plain=[train('plain', '--max_steps=3')],
         one=[train('one', '--dataset=folder', f'--data_root={folder}/one', '--batchsize=1')])
     for recipe in ('plain', 'released'):
         jobs[f'{recipe}1'] = [same(f'{recipe}1', f'--recipe={recipe}')]
@@ -209,47 +191,36 @@ def ran(tmp_path_factory):
     return fork_all(jobs), folder
 
 
-def picture(folder, *names):
-    (folder.joinpath(*names)).mkdir(parents=True)
-    return folder.joinpath(*names) / '0.png'
-
-
 def result(ran, name, model='convnet_small'):
     return checkpoint.read(ran[1] / name / 'digits' / model)
 
 
-def log_of(ran, name):
-    text = (ran[1] / name / 'digits/convnet_small/metrics.jsonl').read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def test_training_resumes_exactly(ran):
-    """In two parts, from another working directory; a finished one is left alone."""
-    assert_ran(ran[0]['parts'][:3])
+def test_stopped_with_its_workers_and_resumed_exactly(ran):
+    """The signal goes to the processes that load images as well. Goes on from another working
+    directory; a finished training is left alone."""
+    assert_ran(ran[0]['stopped'], [143, 0, 0])
     assert_ran(ran[0]['whole'])
-    assert_same(result(ran, 'parts'), result(ran, 'whole'), skip=['flags'])
-    assert 'is finished: step 6' in ran[0]['parts'][2][1]
+    assert 'SIGTERM: stopped after step ' in ran[0]['stopped'][0][1]
+    assert 'is finished: step 12' in ran[0]['stopped'][2][1]
     state = result(ran, 'whole')
-    assert state['step'] == 6 and state['total_steps'] == 47 and state['seed'] == 5
-    assert log_of(ran, 'whole')[-1]['test_accuracy'] == pytest.approx(state['accuracy'])
+    assert_same(result(ran, 'stopped'), state, skip=['flags'])
+    assert state['step'] == 12 and state['total_steps'] == 47 and state['seed'] == 5
+    log = (ran[1] / 'stopped/digits/convnet_small/metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in log] == list(range(1, 13))
+    assert json.loads(log[-1])['test_accuracy'] == pytest.approx(state['accuracy'])
     assert load_classifier(ran[1] / 'whole/digits/convnet_small').name == 'convnet_small'
 
 
-@pytest.mark.parametrize('number, flag', [(3, 'lr'), (4, 'wd'), (5, 'amp'), (6, 'epoch'),
-                                          (7, 'seed')])
-def test_flags_that_cannot_change(ran, number, flag):
-    code, _, err = ran[0]['parts'][number]
+def test_plain_recipe_resumes_exactly(ran):
+    assert_ran(ran[0]['parts'][:2] + ran[0]['plain'])
+    assert_same(result(ran, 'parts'), result(ran, 'plain'), skip=['flags'])
+
+
+@pytest.mark.parametrize('flag', CHANGED)
+def test_flags_that_cannot_change(ran, flag):
+    code, _, err = ran[0]['parts'][2 + list(CHANGED).index(flag)]
     assert code == 2 and f'--{flag} is ' in err and 'choose another --result_path' in err, err
     assert len(err.strip().splitlines()) == 1
-
-
-def test_stopped_with_its_workers(ran):
-    """The signal goes to the processes that load images as well."""
-    assert_ran(ran[0]['stopped'], [143, 0])
-    assert_ran(ran[0]['unstopped'])
-    assert 'SIGTERM: stopped after step ' in ran[0]['stopped'][0][1]
-    assert_same(result(ran, 'stopped'), result(ran, 'unstopped'), skip=['flags'])
-    assert [line['step'] for line in log_of(ran, 'stopped')] == list(range(1, 13))
 
 
 @pytest.mark.parametrize('recipe', ['plain', 'released'])
@@ -263,18 +234,7 @@ def test_same_result_on_several_processes(ran, recipe):
     assert not torch.allclose(one['model']['fc.weight'], other['model']['fc.weight'], rtol=1e-4)
 
 
-def test_parts_and_checkpoints_between(ran):
-    assert_ran(ran[0]['accum'] + ran[0]['saved'])
-    assert result(ran, 'accum')['step'] == 3
-    files = (ran[1] / 'saved/digits/convnet_small').glob('ckpt*.pt')
-    assert sorted(file.name for file in files) == ['ckpt.pt', 'ckpt_2.pt', 'ckpt_4.pt', 'ckpt_5.pt']
-
-
-@pytest.mark.parametrize('name, code, words', [
-    ('bad', 1, 'NaN or inf in model at step 5: nothing was saved'),
-    ('old', 2, 'without flags, so it cannot be continued'),
-    ('one', 2, '--dataset folder has one class, and a classifier learns nothing from it; make')])
-def test_refused(ran, name, code, words):
-    (found, _, err), = ran[0][name]
-    assert found == code and 'Traceback' not in err and words in err, err
-    assert len(list((ran[1] / name).rglob('*.pt'))) == (name == 'old')
+def test_one_class_is_refused(ran):
+    (code, _, err), = ran[0]['one']
+    assert code == 2 and '--dataset folder has one class, and a classifier learns nothing' in err
+    assert not list((ran[1] / 'one').rglob('*.pt'))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from helpers import BASE, ROOT, command, environment, fork_all
-from runtime import checkpoint, distributed
+from helpers import ROOT, command, environment, fork_all
+from runtime import distributed
 from runtime.cli import UserError
 
 PROGRAM = """
@@ -110,8 +110,17 @@ def test_environment_that_no_launcher_sets(done, monkeypatch, name):
 @pytest.mark.parametrize('closed', ['2>&1 | true', '>&- 2>&-'])
 def test_closed_output_loses_no_training(tmp_path, closed):
     """Nobody reads the output, or there is none, as under cron."""
-    words = f'{sys.executable} {" ".join(BASE)} --logdir={tmp_path} --total_steps=2'
-    done = subprocess.run(f'(sleep 1; exec {words}) {closed}', shell=True, cwd=str(ROOT),
-                          env=environment(), stderr=subprocess.PIPE)
+    (tmp_path / 'script.py').write_text(PROGRAM.format("""
+    import time
+    time.sleep(1)
+    from runtime.log import progress
+    with progress(3) as bar:
+        for _ in range(3):
+            cli.print0('a line')
+            bar.update()
+    open(flags.FLAGS.logdir, 'w').write('done')"""))
+    words = f'{sys.executable} {tmp_path}/script.py --logdir={tmp_path}/result'
+    done = subprocess.run(f'{words} {closed}', shell=True, cwd=str(ROOT), stderr=subprocess.PIPE,
+                          env=environment(PYTHONPATH=str(ROOT)))
     assert b'Traceback' not in done.stderr, done.stderr.decode()
-    assert checkpoint.read(tmp_path)['step'] == 2
+    assert (tmp_path / 'result').read_text() == 'done'

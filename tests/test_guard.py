@@ -10,11 +10,8 @@ from runtime import guard
 from runtime.cli import UserError
 from runtime.guard import Folder, Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-
-
 def handlers():
-    return [signal.getsignal(n) for n in SIGNALS]
+    return [signal.getsignal(number) for number in guard.SIGNALS]
 
 
 # The folder
@@ -48,27 +45,23 @@ print('free')
     assert (mine / 'flagfile.txt').read_text() == '--T=4\n'
 
 
-def test_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=r'file/run cannot be written to \(Not a dir.*; choose an'):
-        Folder(str(tmp_path / 'file/run'), '')
+def test_a_run_whose_study_was_killed_stops(monkeypatch):
+    for parent, expected in (os.getppid(), 0), (1, signal.SIGTERM):
+        monkeypatch.setenv('RDD_PARENT', str(parent))
+        with guard.Stop() as stop:
+            assert stop.asked() == expected
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'flagfile.txt'])
-@pytest.mark.parametrize('linked', [False, True])
-def test_files_of_something_else_are_kept(tmp_path, name, linked):
-    """A folder without a run whose files a run would overwrite, through a link as well."""
-    file = tmp_path / 'elsewhere' if linked else tmp_path / name
-    file.write_text('mine')
-    if linked:
-        (tmp_path / name).symlink_to(file)
+def test_files_of_something_else_are_kept(tmp_path, name):
+    """A folder without a run whose files a run would overwrite."""
+    (tmp_path / name).write_text('mine')
     with pytest.raises(UserError, match=f'has a file {name} that no run has written'):
         Folder(tmp_path, '--T=8')
-    assert file.read_text() == 'mine' and not (tmp_path / 'ckpt.pt').exists()
+    assert (tmp_path / name).read_text() == 'mine'
     (tmp_path / 'ckpt.pt').write_text('of a run')       # copied without its lock
     Folder(tmp_path, '--T=8').close()
     assert (tmp_path / 'flagfile.txt').read_text() == '--T=8\n'
-    assert not linked or file.read_text() == 'mine'
 
 
 def test_a_folder_where_a_file_must_be(tmp_path):
@@ -118,7 +111,6 @@ def test_hangup_is_ignored_under_nohup():
 def test_processes_agree(monkeypatch, on_gpus, expected):
     """On CPUs after every step, on GPUs after every tenth and the last one."""
     asked, theirs = [], [0]
-    monkeypatch.setattr(guard.distributed, 'world_size', lambda: 2)
     monkeypatch.setattr(guard.distributed, 'on_gpus', lambda: on_gpus)
     monkeypatch.setattr(guard.distributed, 'largest',
                         lambda received: asked.append(step) or max(received, theirs[0]))

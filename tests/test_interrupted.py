@@ -46,7 +46,7 @@ def lines(logdir):
 
 
 def assert_equal_runs(one, other):
-    """The same bits in the checkpoint, which has the flags with the name of its folder."""
+    """The same bits in the checkpoint, whose flags alone name its folder."""
     assert_same(checkpoint.read(one), checkpoint.read(other), skip=('flags',))
     assert lines(one) == lines(other)
 
@@ -71,19 +71,6 @@ def test_signals_at_random_steps(commands, name):
     assert_equal_runs(*logs)
 
 
-def workers(pid):
-    """Process numbers of the children of a launcher."""
-    found = []
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            if int(stat.read_text().rsplit(')', 1)[1].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-        except OSError:         # it has ended
-            continue
-    return sorted(found)
-
-
-@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='finds processes in /proc')
 def test_restarts_by_torchrun(commands):
     """A worker is killed twice, and torchrun starts both of them again."""
     words, folder = commands[0]['rdd'], commands[1]
@@ -97,7 +84,8 @@ def test_restarts_by_torchrun(commands):
         while not log.exists() or log.read_text().count('\n') < step:
             assert launcher.poll() is None
             time.sleep(.02)
-        os.kill(random.Random(step).choice(workers(launcher.pid)), signal.SIGKILL)
+        workers = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+        os.kill(int(random.Random(step).choice(workers)), signal.SIGKILL)
         time.sleep(5)           # until torchrun has noticed
     assert launcher.wait() == 0
     assert_equal_runs(f'{folder}/two_whole', f'{folder}/two_killed')

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from losses import MemoryP2P
+from runtime import distributed
 from runtime.distributed import GlobalBatchNorm2d
-from runtime.optim import adam, clip_gradient, nan_gradient_if_not_finite, step_optimizer
+from runtime.optim import adam, clip_gradient, step_optimizer
 
 
 def trained(fused):
@@ -53,18 +54,6 @@ def test_clip_gradient():
     torch.testing.assert_close(p.grad, torch.tensor([.6, .8]), rtol=1e-5, atol=0)
 
 
-def test_a_loss_that_is_not_finite_has_no_finite_gradient():
-    x = torch.tensor(3e30, requires_grad=True)
-    x.square().backward()                   # the loss is infinite, its gradient is not
-    assert x.square().isinf() and x.grad.isfinite()
-    x.grad = None
-    nan_gradient_if_not_finite(x.square()).backward()
-    assert x.grad.isnan()
-    y = torch.tensor(3., requires_grad=True)
-    nan_gradient_if_not_finite(y.square()).backward()
-    assert y.grad == 6 and nan_gradient_if_not_finite(y) == 3
-
-
 def test_global_batch_norm_is_batch_norm():
     one, other = nn.BatchNorm2d(3), GlobalBatchNorm2d(3)
     nn.init.normal_(one.weight)
@@ -83,6 +72,17 @@ def test_global_batch_norm_is_batch_norm():
     other(x * math.inf)
     for key in ('running_mean', 'running_var'):
         assert torch.equal(other.state_dict()[key], before[key])
+
+
+def test_batch_norms_of_several_processes(monkeypatch):
+    """Those of a network become global in place, where they are; nothing else changes."""
+    assert type(distributed.sync_batch_norm(nn.BatchNorm2d(2))) is nn.BatchNorm2d   # one process
+    monkeypatch.setattr(distributed.dist, 'is_initialized', lambda: True)
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.BatchNorm2d(2, eps=.5))).to('meta')
+    before = dict(network.state_dict(keep_vars=True))
+    found = distributed.sync_batch_norm(network)
+    assert type(found[1][0]) is GlobalBatchNorm2d and found[1][0].eps == .5
+    assert all(value is before[key] for key, value in found.state_dict(keep_vars=True).items())
 
 
 def test_queue_stays_finite():

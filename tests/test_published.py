@@ -6,9 +6,7 @@ their flags must act or be named at the start as one that does not.
 
 import functools
 import json
-import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,11 +14,9 @@ from classifier import build_classifier, load_classifier
 from diffusion import Diffusion
 from formats.load import load_model
 from model import UNet
-from runtime import checkpoint, seeding
-from runtime.pictures import to_uint8
-from score import save_statistics
-from score.reference import Statistics
+from runtime import checkpoint
 from helpers import assert_ran, command, fork_all
+from inprocess import make_scorer
 
 TINY = dict(ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, dropout=0.)
 GRIDS = dict(base=(8, 1, 'xstart', 'cosine'), student=(2, 4, 'xstart', 'cosine'),
@@ -93,8 +89,8 @@ def images_of(kind, unet):
         return diffusion.sample(unet, contents(kind)[0]['x_T'], STRIDES[kind], y=labels(kind))
 
 
-@pytest.mark.parametrize('disguise', DISGUISES)
-@pytest.mark.parametrize('kind', list(GRIDS))
+@pytest.mark.parametrize('kind, disguise', [
+    *(('base', disguise) for disguise in DISGUISES), *((kind, 'all') for kind in GRIDS)])
 def test_a_file_samples_the_images_of_its_network(tmp_path, kind, disguise):
     state, writer = contents(kind)
     write(tmp_path / 'ckpt.pt', state, disguise)
@@ -106,7 +102,7 @@ def test_a_file_samples_the_images_of_its_network(tmp_path, kind, disguise):
     assert (images_of(kind, other) - expected).abs().mean() > 0.05
 
 
-@pytest.mark.parametrize('disguise', DISGUISES)
+@pytest.mark.parametrize('disguise', ['plain', 'all'])
 def test_a_classifier_file_classifies_as_its_network(tmp_path, disguise):
     torch.manual_seed(0)
     model, x = build_classifier('densenet_small', 10).eval(), torch.rand(2, 3, 8, 8) * 2 - 1
@@ -141,29 +137,21 @@ FLAGFILES = dict(
           '--gpu_id=0,1,2,3', '--local_rank=0', '--num_workers=4'])
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-    """The folder of all runs and what the scripts said, {name: [(code, out, err), ..]}."""
+    """The folder of all runs, and (code, output, error) of the commands of `chain`."""
     folder = tmp_path_factory.mktemp('published')
     for name, lines in FLAGFILES.items():
         (folder / f'{name}.txt').write_text('\n'.join(lines) + '\n')
-    checkpoint.save(folder / 'classifier.pt', dict(
-        model=build_classifier('convnet_small', 10).state_dict(), name='convnet_small'))
-    save_statistics(folder / 'stats.npz', Statistics(np.zeros(64), np.eye(64)))
-    for kind in GRIDS:
-        (folder / kind).mkdir()
-        write(folder / kind / 'ckpt.pt', contents(kind)[0], 'all')
-    jobs = dict(chain=chain(folder), **scored(folder))
-    return folder, fork_all(jobs)
+    return folder, fork_all(dict(chain=chain(folder, make_scorer(folder))))['chain']
 
 
 def flagfile(script, path, *more):
     return command([script], f'--flagfile={path}', *more)
 
 
-def chain(folder):
+def chain(folder, score):
     """Base, resumed and finished by its own flagfile, PD, RCFD, each evaluated."""
     here = ['--dataset=digits', '--num_workers=0', '--gpu_id=', '--log_step=1']
     own = folder / 'new/base/flagfile.txt'
-    score = [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt']
     first = flagfile('train_base.py', folder / 'base.txt', *here, f'--logdir={folder}/new/base')
     return [
         dict(first, kill_after_save=True),
@@ -178,26 +166,11 @@ def chain(folder):
                  *score)]
 
 
-def scored(folder):
-    """Published checkpoints through the scripts."""
-    score = [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt',
-             '--num_images=4']
-    jobs = {kind: [command(['ddim_eval.py'], f'--logdir={folder}/{kind}', *score,
-                           f'--stride={STRIDES[kind]}', f'--save_images={folder}/{kind}.npz')]
-            for kind in ('base', 'student', 'ddpm')}
-    jobs['ddpm_stride'] = [command(['ddim_eval.py'], f'--logdir={folder}/ddpm', '--stride=100',
-                                   *score)]
-    jobs['ddpm_pd'] = [command(['PD.py'], '--dataset=digits', f'--base_ckpt={folder}/ddpm',
-                               '--mean_type=epsilon', f'--logdir={folder}/none')]
-    return jobs
-
-
 def test_old_flagfiles_run(ran):
     """Also that of the own run, which is resumed and then finished."""
     folder, results = ran
-    assert_ran(results['chain'], [137] + [0] * 7)
-    assert 'resuming at step 1;' in results['chain'][1][1]
-    assert 'is finished: step 2.' in results['chain'][2][1]
+    assert_ran(results, [137] + [0] * 7)
+    assert 'resuming at step 1;' in results[1][1] and 'is finished: step 2.' in results[2][1]
     for name, nfe, weights in (('base', 8, 'ema_model'), ('rcfd', 2, 'net_model')):
         result = json.loads((folder / f'new/{name}/results.jsonl').read_text())
         assert (result['nfe'], result['num_images'], result['weights']) == (nfe, 4, weights)
@@ -205,7 +178,7 @@ def test_old_flagfiles_run(ran):
 
 def test_flags_without_effect_are_named(ran):
     _, results = ran
-    base, _, _, own_eval, pd, rcfd, _, evaluation = (result[1] for result in results['chain'])
+    base, _, _, own_eval, pd, rcfd, _, evaluation = (result[1] for result in results)
     for out in (base, pd, rcfd):
         for name in ('num_gpus', 'distributed', 'var_type'):
             assert f'note: --{name} has no effect: ' in out
@@ -238,26 +211,3 @@ def test_other_flags_act(ran):
                 for key, value in base['ema_model'].items())
     assert moved > 0 and base['T'] == 8
     assert [checkpoint.read(folder / f'new/{name}')['T'] for name in ('pd', 'rcfd')] == [4, 2]
-
-
-@pytest.mark.parametrize('kind', ['base', 'student', 'ddpm'])
-def test_ddim_eval_samples_the_images_of_the_network(ran, kind):
-    folder, results = ran
-    (code, out, err), = results[kind]
-    assert code == 0 and ('pytorch-ddpm' in out) == (kind == 'ddpm'), err
-    T, time_scale, mean_type, schedule = GRIDS[kind]
-    x_T = seeding.noise_of_images(0, torch.arange(4), (3, 8, 8), torch.device('cpu'))
-    writer, diffusion = contents(kind)[1], Diffusion(T, time_scale, mean_type, schedule=schedule)
-    with torch.no_grad():
-        x_0 = diffusion.sample(writer, x_T, STRIDES[kind])
-    with np.load(str(folder / f'{kind}.npz')) as file:
-        found = torch.from_numpy(file['arr_0']).permute(0, 3, 1, 2).int()
-    assert (found - to_uint8(x_0).int()).abs().max() <= 1 and found.float().std() > 5
-
-
-@pytest.mark.parametrize('name, sentence', [
-    ('ddpm_stride', '--stride 100 does not divide the 999 steps .*ddpm'),
-    ('ddpm_pd', '/ddpm has 999 sampling steps, which cannot be halved.* --teacher_steps 128')])
-def test_refusals(ran, name, sentence):
-    (code, _, err), = ran[1][name]
-    assert code == 2 and len(err.strip().splitlines()) == 1 and re.search(sentence, err), err

@@ -1,7 +1,6 @@
 """Scores against closed forms, files of statistics and results, and get_npz as a user runs it."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +11,15 @@ from PIL import Image
 from classifier import build_classifier
 from diffusion import Diffusion
 from helpers import assert_ran, command, fork_all
+from inprocess import parsing
 from runtime import checkpoint, data, distributed
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
-from score import (ActivationStats, check_reference, frechet_distance, inception_score,
-                   get_npz, load_feature_network, load_statistics, results, sampling,
-                   save_statistics)
-from score.compare import compare
-from score.reference import Statistics, version_of_score
+from score import get_npz, results, sampling
+from score.metrics import ActivationStats, frechet_distance
+from score.networks import load_feature_network
+from score.reference import (Statistics, check_reference, load_statistics, save_statistics,
+                             version_of_score)
 
 rng = np.random.RandomState(0)
 
@@ -57,13 +57,6 @@ def test_same_distance_as_pytorch_fid(monkeypatch):
     assert expected > 100 and frechet_distance(*stats) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_same_distance_on_the_gpu():
-    mu, sigma, other = rng.standard_normal(64), random_covariance(64, 500), random_covariance(64)
-    found = frechet_distance(mu, sigma, mu + 1, other, device='cuda')
-    assert found == pytest.approx(frechet_distance(mu, sigma, mu + 1, other), rel=1e-9)
-
-
 def test_statistics_that_cannot_be_compared():
     mu, sigma = np.zeros(3), np.eye(3)
     with pytest.raises(UserError, match='different widths, 3 and 4'):
@@ -73,6 +66,19 @@ def test_statistics_that_cannot_be_compared():
 
 
 # Inception score, and the sums of both scores
+
+def streamed(features, probs, cuts=(), splits=10):
+    """`ActivationStats` of images that come in batches with these borders."""
+    features, probs = map(torch.as_tensor, (features, probs))
+    stats = ActivationStats(len(features), splits)
+    for part in torch.tensor_split(torch.arange(len(features)), list(cuts)):
+        stats.update(features[part], probs[part], part)
+    return stats
+
+
+def inception_score(probs, splits=10):
+    return streamed(probs[:, :0], probs, splits=splits).inception_score()
+
 
 def test_inception_score_bounds():
     uniform = np.full((100, 5), 0.2)
@@ -84,36 +90,19 @@ def test_inception_score_bounds():
         inception_score(one_hot * np.nan)
 
 
-@pytest.mark.parametrize('number, cuts', [(40, [10, 20, 30]), (10, [3, 5, 8])])
-def test_inception_score_is_the_definition(number, cuts):
-    """Splits are contiguous; with 10 images in 4 splits they differ by one image."""
+@pytest.mark.parametrize('number, borders', [(40, [10, 20, 30]), (10, [3, 5, 8])])
+@pytest.mark.parametrize('cuts', [[], [1], [2, 5, 9]])
+def test_stats_match_numpy(number, borders, cuts):
+    """Whatever the batches; with 10 images in 4 splits, which are contiguous, they differ by one
+    image; a large mean costs no precision."""
+    features = rng.standard_normal((number, 7)) + 100
     probs = torch.from_numpy(rng.standard_normal((number, 6))).softmax(1).numpy()
-    scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, cuts)]
-    assert inception_score(probs, splits=4) == pytest.approx((np.mean(scores), np.std(scores)))
-
-
-def streamed(features, probs, cuts):
-    stats = ActivationStats(len(features), splits=3)
-    for part in torch.tensor_split(torch.arange(len(features)), cuts):
-        stats.update(features[part], probs[part], part)
-    return stats
-
-
-@pytest.mark.parametrize('cuts', [[], [1], [10, 11, 35]])
-def test_stats_match_numpy(cuts):
-    features = torch.from_numpy(rng.standard_normal((50, 7)))
-    probs = torch.from_numpy(rng.standard_normal((50, 4))).softmax(1)
-    stats = streamed(features, probs, cuts).reduce()
+    stats = streamed(features, probs, cuts, splits=4).reduce()
     mu, sigma = stats.mean_cov()
-    assert np.abs(mu - features.numpy().mean(0)).max() < 1e-10
-    assert np.abs(sigma - np.cov(features.numpy(), rowvar=False)).max() < 1e-10
-    assert stats.inception_score() == pytest.approx(inception_score(probs.numpy(), 3))
-
-
-def test_stats_survive_a_large_mean():
-    features = (torch.randn(5000, 8, generator=torch.Generator().manual_seed(0)) + 100).float()
-    _, sigma = streamed(features, torch.full((5000, 2), .5), [777]).mean_cov()
-    assert np.abs(sigma - np.cov(features.double().numpy(), rowvar=False)).max() < 1e-9
+    assert np.abs(mu - features.mean(0)).max() < 1e-10
+    assert np.abs(sigma - np.cov(features, rowvar=False)).max() < 1e-9
+    scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, borders)]
+    assert stats.inception_score() == pytest.approx((np.mean(scores), np.std(scores)))
 
 
 def test_stats_of_two_processes(monkeypatch):
@@ -128,7 +117,7 @@ def test_stats_of_two_processes(monkeypatch):
     monkeypatch.setattr(distributed, 'all_reduce_sum', lambda value: value.add_(next(others)))
     one.reduce()
     assert np.allclose(one.mean_cov()[1], np.cov(features.numpy(), rowvar=False), atol=1e-12)
-    assert one.inception_score() == pytest.approx(inception_score(probs.numpy()))
+    assert one.inception_score() == pytest.approx(inception_score(probs))
 
 
 # Networks
@@ -215,34 +204,23 @@ def test_inception_is_downloaded(tmp_path, monkeypatch, inception_weights):
 
 
 def test_other_inception_weights_refused(tmp_path, inception_weights):
-    with pytest.raises(UserError, match='--inception_weights .*none.pth does not exist'):
-        load_feature_network('inception', 'cpu', str(tmp_path / 'none.pth'))
     weights = dict(inception_weights)
     weights['fc.weight'] = weights['fc.weight'][:1000]      # torchvision's own has 1000 classes
     for name, state in (('classes', weights), ('other', dict(net_model={}, T=8)), ('keys', {1: 2})):
         torch.save(state, str(tmp_path / f'{name}.pth'))
-        with pytest.raises(UserError, match='not hold the weights of pytorch-fid') as caught:
+        with pytest.raises(UserError, match=f'{name}.pth does not hold the weights of pytorch-fid'):
             load_feature_network('inception', 'cpu', str(tmp_path / f'{name}.pth'))
-        assert f'{name}.pth' in str(caught.value) and '\n' not in str(caught.value)
+    with pytest.raises(UserError, match='--inception_weights .*none.pth does not exist'):
+        load_feature_network('inception', 'cpu', str(tmp_path / 'none.pth'))
 
 
 # Statistics files
 
 def statistics(**changes):
-    facts = dict(mu=np.zeros(64), sigma=np.eye(64), dataset='digits', split='train', half=0,
+    facts = dict(mu=np.zeros(64), sigma=np.eye(64), dataset='digits', split='train',
                  num_images=9, img_size=16, network='convnet_small-0', inception_mean=2.,
                  fingerprint='ab', class_counts=np.array([4, 5]))
     return Statistics(**dict(facts, **changes))
-
-
-def test_statistics_round_trip(tmp_path):
-    save_statistics(tmp_path / 'a.npz', statistics())
-    loaded = load_statistics(tmp_path / 'a.npz')
-    assert np.array_equal(loaded.sigma, np.eye(64)) and loaded.inception_std is None
-    assert loaded.class_counts.tolist() == [4, 5] and loaded.path == str(tmp_path / 'a.npz')
-    for name in ('dataset', 'split', 'half', 'num_images', 'network', 'fingerprint'):
-        assert getattr(loaded, name) == getattr(statistics(), name)
-    assert [p.name for p in tmp_path.iterdir()] == ['a.npz']
 
 
 @pytest.mark.parametrize('words, changes', [
@@ -278,54 +256,52 @@ def test_reference_must_fit_the_samples(tmp_path, classifier_folder):
         check_reference(statistics(), network, 16)
     with pytest.raises(UserError, match='width 3'):
         check_reference(statistics(network=None, mu=np.zeros(3), sigma=np.eye(3)), network, 16)
-    with pytest.raises(UserError, match='from images of 16 px, the samples have 8 px;.* --img_si'):
+    with pytest.raises(UserError, match='from images of 16 px, those to compare .* --img_size 8'):
         check_reference(ours, network, 8)
 
 
-def test_compare(tmp_path):
-    for name, changes in dict(a={}, b=dict(mu=np.full(64, .5)), size=dict(img_size=8),
-                              network=dict(network='x')).items():
-        save_statistics(tmp_path / f'{name}.npz', statistics(**changes))
-    assert compare(tmp_path / 'a.npz', tmp_path / 'b.npz')[0] == pytest.approx(16)
-    for name, words in dict(size='img_size 16 and .* with 8', network='npz with x; make').items():
-        with pytest.raises(UserError, match=words):
-            compare(tmp_path / 'a.npz', tmp_path / f'{name}.npz')
-
-
-def test_statistics_of_other_images_or_with_a_bias_are_stale(monkeypatch, tmp_path):
+def test_stale_statistics(monkeypatch, tmp_path):
+    """Of other images, with the bias of Inception, or of every second image."""
     monkeypatch.setattr(get_npz, 'FLAGS', SimpleNamespace(overwrite=False))
     network, path = 'inception-2015-12-05', tmp_path / 'a.npz'
-    save_statistics(path, statistics(network=network))
     origin = dict(network=network, score_version=version_of_score(network))
-    assert not get_npz.up_to_date(path, origin)
-    save_statistics(path, statistics(**origin))
-    assert get_npz.up_to_date(path, origin)
-    assert not get_npz.up_to_date(path, dict(origin, fingerprint='of another folder'))
+    for changes, wanted, expected in [
+            (dict(network=network), origin, False), (origin, origin, True),
+            (dict(origin, half=1), dict(origin, half=0), False),
+            (origin, dict(origin, fingerprint='of another folder'), False)]:
+        save_statistics(path, statistics(**changes))
+        assert get_npz.up_to_date(path, wanted) == expected
     assert version_of_score('convnet_small-0') is None
 
 
-def test_get_npz(tmp_path, classifier_folder):
-    words = ['score/get_npz.py', '--dataset=digits', '--half=1', '--max_images=100',
-             '--batchsize=32', '--num_workers=0', f'--feature_network={classifier_folder}']
-    output, here = tmp_path / 'stats/digits.train.half1.npz', dict(cwd=str(tmp_path))
+@pytest.fixture
+def measure(classifier_folder):
+    """measure('--dataset=digits', ..): get_npz.py with these flags."""
+    with parsing(get_npz.define_flags) as parse:
+        given = '--num_workers=0', f'--feature_network={classifier_folder}'
+        yield lambda *words: (parse(*given, *words), get_npz.main())
+
+
+def test_get_npz(measure, capsys, tmp_path, classifier_folder):
+    """Two processes measure the same; a file is made anew only for other images."""
+    words, output = ['--dataset=digits', '--max_images=100', '--batchsize=32'], tmp_path / 'a/b.npz'
+    two, = fork_all(dict(two=[command(
+        ['score/get_npz.py', *words, '--num_workers=0', f'--feature_network={classifier_folder}'],
+        f'--output={tmp_path}/two.npz', ranks=2)])).values()
+    assert_ran(two)
+    for size, note in (8, 'digits, train: 1498'), (8, 'already holds'), (16, 'note: overwriting'):
+        measure(*words, f'--output={output}', f'--img_size={size}')
+        assert note in capsys.readouterr().out and load_statistics(output).img_size == size
     np.savez(str(tmp_path / 'mine.npz'), a=np.zeros(2))
-    one, two, refused = fork_all(dict(
-        one=[command(words, f'--output={output}', **here)] * 2
-        + [command(words, f'--output={output}', '--img_size=16')],
-        two=[command(words, f'--output={tmp_path}/two.npz', ranks=2)],
-        refused=[command(words, f'--output={tmp_path}/mine.npz')])).values()
-    assert_ran([*one, *two])
-    assert 'already holds' in one[1][1] and 'overwriting' in one[2][1]
-    assert refused[0][0] == 2 and 'mine.npz exists and holds no statistics' in refused[0][2]
+    with pytest.raises(UserError, match='mine.npz exists and holds no statistics'):
+        measure(*words, f'--output={tmp_path}/mine.npz')
     assert np.load(str(tmp_path / 'mine.npz')).files == ['a']
     loaded, network = load_statistics(tmp_path / 'two.npz'), load_feature_network(
         str(classifier_folder), 'cpu')
     check_reference(loaded, network, 8)
-    assert load_statistics(output).img_size == 16
-    assert loaded.num_images == 100 and loaded.half == 1 and loaded.inception_mean >= 1
+    assert loaded.num_images == 100 and loaded.half == 0 and loaded.inception_mean >= 1
     digits = data.make_dataset('digits', '.', 8, train=True)
-    chosen = torch.arange(len(digits))[::2]
-    chosen = chosen[torch.arange(100) * len(chosen) // 100]
+    chosen = torch.arange(100) * len(digits) // 100
     features = network(digits.images[chosen])[0].double().numpy()
     assert np.allclose(loaded.mu, features.mean(0), atol=1e-6)
     assert np.allclose(loaded.sigma, np.cov(features, rowvar=False), atol=1e-6)
@@ -333,20 +309,40 @@ def test_get_npz(tmp_path, classifier_folder):
     assert loaded.class_counts.tolist() == digits.labels[chosen].bincount(minlength=10).tolist()
 
 
-def test_get_npz_checks_every_file(tmp_path):
+def test_compare_with(measure, capsys, tmp_path):
+    """The distance from another file, also of what is measured already; other sizes are refused."""
+    words = ['--dataset=digits', '--split=test', f'--output={tmp_path}/a.npz', '--max_images=80']
+    measure(*words)
+    found = load_statistics(tmp_path / 'a.npz')
+    save_statistics(tmp_path / 'b.npz', found._replace(mu=found.mu + .5))
+    measure(*words, f'--compare_with={tmp_path}/b.npz')
+    assert f'Frechet distance 16.0000 from {tmp_path}/b.npz' in capsys.readouterr().out
+    with pytest.raises(UserError, match='from images of 8 px, those to compare have 16 px'):
+        measure(*words, f'--compare_with={tmp_path}/b.npz', '--img_size=16')
+
+
+@pytest.mark.parametrize('half, most, expected', [
+    (0, 0, [0, 1, 2, 3, 4, 5, 6]), (1, 0, [0, 2, 4, 6]), (2, 0, [1, 3, 5]), (1, 2, [0, 4]),
+    (0, 3, [0, 2, 4])])
+def test_images_that_are_measured(monkeypatch, half, most, expected):
+    """Every second one, then evenly spaced ones, of seven images."""
+    monkeypatch.setattr(get_npz, 'FLAGS', SimpleNamespace(half=half, max_images=most))
+    assert get_npz.chosen_images(7).tolist() == expected
+
+
+def test_get_npz_checks_every_file(measure, capsys, tmp_path):
     for i in range(6):
         path = tmp_path / f'train/{"ab"[i % 2]}/{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8), (20 * i, 0, 0)).save(str(path))
-    check = command(['score/get_npz.py', '--check', '--dataset=folder', f'--data_root={tmp_path}',
-                     '--num_workers=0', '--img_size=8'])
-    (good,), = fork_all(dict(good=[check])).values()
-    assert_ran([good])
-    assert '6 images of 2 classes' in good[1] and 'every file can be used' in good[1]
+    words = ['--check', '--dataset=folder', f'--data_root={tmp_path}', '--img_size=8']
+    measure(*words)
+    output = capsys.readouterr().out
+    assert '6 images of 2 classes' in output and 'every file can be used' in output
     (tmp_path / 'train/a/0.png').write_bytes(b'no picture')
-    ((code, output, error),), = fork_all(dict(bad=[check])).values()
-    assert code == 1 and '1 of 6 files cannot be used' in error
-    assert re.search('train/a/0.png cannot be read', output), output
+    with pytest.raises(UserError, match='1 of 6 files cannot be used') as caught:
+        measure(*words)
+    assert caught.value.code == 1 and 'train/a/0.png cannot be read' in capsys.readouterr().out
 
 
 # Labels and results
@@ -378,7 +374,8 @@ def test_images_that_are_not_finite_are_refused(monkeypatch):
 
 
 def test_bad_lines_of_results_are_left_out_and_named(tmp_path, capsys):
-    good = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9)
+    good = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
+                reference='r', reference_images=9, feature_network='n', pixels='8-bit')
     lines = [b'{"half', json.dumps(good).encode(), b'[1, 2]', b'\xff', b'',
              json.dumps(dict(good, fid=float('nan'))).encode(), b'{"fid": 1}', b'{"cut']
     file = tmp_path / 'results.jsonl'

@@ -1,68 +1,136 @@
-"""The scripts' own steps on a simulated GPU: no step mixes devices or makes the host wait."""
+"""The scripts' own steps as on a GPU, on a machine without one: tensors are on torch's meta device.
+
+Tensors on the meta device have a shape and no values. To read one (`.item()`, `bool(tensor)`,
+`.cpu()`, a mask as an index) raises where the host would wait for a GPU; so does an operation on
+tensors of two devices. Each script is run by this file and ends in its third step or batch.
+
+Not simulated: values, memory, time, streams, pinned memory, autocast, DDP and NCCL.
+"""
+
+import contextlib
+import itertools
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from classifier import build_classifier
-from helpers import BASE, EVAL, PD, RDD, command, fork_all
-from model import UNet
-from runtime import checkpoint
-from simulated_gpu import GPU, OneDevice
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-RUNS = dict(
-    base=[*BASE, '--dropout=0.1', '--conditional'],
-    pd=[*PD, '--grad_accum=2', '--ema_decay=0.9'],
-    rdd=[*RDD, '--grad_accum=2', '--alpha=0.1', '--beta=0.5', '--logits', '--gt'],
-    evaluation=EVAL)
+from classifier import build_classifier     # noqa: E402
+from helpers import BASE, EVAL, PD, RDD, assert_ran, command, fork_all       # noqa: E402
+from model import UNet      # noqa: E402
+from runtime import checkpoint, distributed, optim, seeding     # noqa: E402
+from score.metrics import ActivationStats       # noqa: E402
+
+GPU = torch.device('meta')
 
 
-@pytest.fixture(scope='module')
-def results(tmp_path_factory):
-    """{name: (exit code, standard output, standard error)} of the first steps of every script."""
-    folder = tmp_path_factory.mktemp('gpu')
+class OneDevice(TorchDispatchMode):
+    """Inside, an operation on tensors of two devices raises; single numbers and copies may be.
+
+    Attributes:
+        starting: whether the host may read tensors, as zeros: scripts digest the weights they load.
+    """
+
+    starting = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values, _ = tree_flatten((args, kwargs))
+        devices = {v.device.type for v in values if isinstance(v, torch.Tensor) and v.dim()}
+        if len(devices) > 1 and func is not torch.ops.aten.copy_.default:
+            raise RuntimeError(f'{func} on tensors of {" and ".join(sorted(devices))}')
+        if self.starting and func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=kwargs.get('dtype') or args[0].dtype,
+                               device=kwargs.get('device') or GPU)
+        return func(*args, **kwargs)
+
+
+class Generator(torch.Generator):
+    """A generator of the CPU whose `device` is the simulated GPU, which has none of its own."""
+
+    device = GPU
+
+
+def generator(device, *key):
+    kind = Generator if torch.device(device) == GPU else torch.Generator
+    return kind().manual_seed(seeding.mix(*key))
+
+
+def adam_step(adam):
+    """In place of the fused kernel, which the meta device does not have."""
+    params = adam.param_groups[0]['params']
+    assert {v.device for p in params for v in (p, p.grad, adam.found_inf)} == {GPU}
+
+
+def stop_after(function, mode):
+    """`function`, called in every step: the script is ready at the first, and ends in the third."""
+    calls = itertools.count(1)
+
+    def call(*args, **how):
+        mode.starting = False
+        if next(calls) == 3:
+            sys.exit(print('reached step 3'))
+        return function(*args, **how)
+    return call
+
+
+def main():
+    del sys.argv[0]
+    mode = OneDevice()
+    mode.starting = True
+    forms = [(distributed, 'init', lambda *_: GPU), (seeding, 'generator', generator),
+             (torch.optim.Adam, 'step', adam_step),
+             (torch, 'autocast', lambda *_, **__: contextlib.nullcontext()),
+             (optim, 'learning_rate', stop_after(optim.learning_rate, mode)),
+             (ActivationStats, 'update', stop_after(ActivationStats.update, mode))]
+    with contextlib.ExitStack() as stack:
+        for owner, name, form in forms:
+            stack.enter_context(mock.patch.object(owner, name, form))
+        stack.enter_context(mode)
+        runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def test_devices_agree_and_the_host_never_waits(tmp_path):
     torch.manual_seed(0)
-    checkpoint.save(folder / 'teacher.pt', dict(
+    checkpoint.save(tmp_path / 'teacher.pt', dict(
         net_model=UNet(8, 32, [1, 1], [1], 1).state_dict(), T=8, time_scale=1, img_size=8))
     classifier = build_classifier('densenet_small', 10)
-    checkpoint.save(folder / 'classifier.pt', dict(model=classifier.state_dict(),
-                                                   name='densenet_small'))
+    checkpoint.save(tmp_path / 'classifier.pt', dict(model=classifier.state_dict(),
+                                                     name='densenet_small'))
     features = classifier.num_features
-    np.savez(str(folder / 'real.npz'), mu=np.zeros(features), sigma=np.eye(features))
-    files = [f'--base_ckpt={folder}/teacher.pt', f'--classifier_path={folder}/classifier.pt']
-    more = dict(base=[], pd=files[:1], rdd=files, evaluation=[
-        f'--fid_cache={folder}/real.npz', f'--feature_network={folder}/classifier.pt'])
-    jobs = {}
-    for name, words in RUNS.items():
-        logdir = f'{folder}/teacher.pt' if name == 'evaluation' else f'{folder}/{name}'
-        # grids, checkpoints and log lines read values, and are not due in these steps
-        steps = [] if name == 'evaluation' else ['--save_step=0', '--log_step=9', '--total_steps=9']
-        argv = ['tests/simulated_gpu.py', *words, *more[name], *steps]
-        jobs[name] = [command(argv, f'--logdir={logdir}')]
-    return {name: result for name, (result,) in fork_all(jobs).items()}
-
-
-@pytest.mark.parametrize('name', list(RUNS))
-def test_devices_agree_and_the_host_never_waits(results, name):
-    code, out, error = results[name]
-    assert code == 0 and out.endswith('reached step 3\n'), error
+    np.savez(str(tmp_path / 'real.npz'), mu=np.zeros(features), sigma=np.eye(features))
+    # grids, checkpoints and log lines read values, and are not due in these steps
+    steps = ['--save_step=0', '--log_step=9', '--total_steps=9']
+    distil = ['--grad_accum=2', f'--base_ckpt={tmp_path}/teacher.pt', *steps]
+    runs = dict(
+        base=[*BASE, '--dropout=0.1', '--conditional', *steps, f'--logdir={tmp_path}/base'],
+        pd=[*PD, '--ema_decay=0.9', *distil, f'--logdir={tmp_path}/pd'],
+        rdd=[*RDD, '--alpha=0.1', '--beta=0.5', '--logits', '--gt', *distil,
+             f'--classifier_path={tmp_path}/classifier.pt', f'--logdir={tmp_path}/rdd'],
+        evaluation=[*EVAL, f'--logdir={tmp_path}/teacher.pt', f'--fid_cache={tmp_path}/real.npz',
+                    f'--feature_network={tmp_path}/classifier.pt'])
+    results = fork_all({name: [command(['tests/test_simulated_gpu.py', *words])]
+                        for name, words in runs.items()})
+    for result in results.values():
+        assert_ran(result)
+        assert result[0][1].endswith('reached step 3\n')
 
 
 @pytest.mark.parametrize('wrong', [
-    lambda x: x + torch.ones(3), lambda x: torch.ones(2, 3) @ x, lambda x: x[torch.tensor([0])],
-    lambda x: torch.ones(3)[x.long()], lambda x: x[0].item(), lambda x: x.tolist(),
-    lambda x: bool(x[0] > 0), lambda x: x[x > 0], lambda x: x.cpu(),
-    lambda x: torch.ones(3).copy_(x),
-    lambda x: torch.nn.functional.linear(x, torch.ones(3, 3, requires_grad=True))])
+    lambda x: x + torch.ones(3), lambda x: x[torch.tensor([0])], lambda x: x[0].item(),
+    lambda x: bool(x[0] > 0), lambda x: x[x > 0], lambda x: x.cpu()])
 def test_the_simulation_notices(wrong):
-    """Another device, and every way to wait for a value."""
+    """Another device, and ways to wait for a value."""
     with OneDevice(), pytest.raises((RuntimeError, NotImplementedError)):
         wrong(torch.ones(3, device=GPU))
 
 
-def test_the_simulation_allows():
-    """Copies to the device, single numbers, and gradients."""
-    with OneDevice():
-        x = torch.ones(3).to(GPU).requires_grad_()
-        (2 * x * torch.tensor(3.)).sum().backward()
-        assert x.grad.device == GPU
+if __name__ == '__main__':
+    main()

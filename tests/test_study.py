@@ -1,4 +1,4 @@
-"""study.py: a tiny study, intervals and differences by hand, and mistakes."""
+"""study.py: a tiny study, what its commands are, intervals and differences by hand, mistakes."""
 
 import json
 import os
@@ -7,19 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import demo
 import study
-from classifier import build_classifier
-from helpers import ROOT, command, environment, fork_all
+from formats.load import load_model
+from helpers import ROOT, assert_ran, command, environment, fork_all
 from model import UNet
 from runtime import checkpoint
-from score.reference import Statistics, save_statistics
+from runtime.cli import UserError
+from score import results
+from inprocess import make_scorer, parsing
+
+RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
+              reference='r.npz', reference_images=9, feature_network='n', pixels='8-bit')
 
 
 @pytest.fixture(scope='module')
@@ -30,14 +37,7 @@ def tiny(tmp_path_factory):
     checkpoint.save(folder / 'ckpt.pt', dict(net_model=net.state_dict(), T=8, time_scale=1))
     train = ('--ch=32\n--dataset=digits\n--img_size=8\n--batch_size=8\n--total_steps=1\n'
              '--sample_step=0\n')
-    net = build_classifier('convnet_small', 10)
-    (folder / 'scorer').mkdir()
-    checkpoint.save(folder / 'scorer/ckpt.pt', dict(
-        model=net.state_dict(), name='convnet_small', mean=[.5] * 3, std=[.5] * 3))
-    save_statistics(folder / 'real.npz', Statistics(np.zeros(net.num_features),
-                                                    np.eye(net.num_features)))
-    score = (f'--img_size=8\n--num_images=20\n--feature_network={folder}/scorer\n'
-             f'--fid_cache={folder}/real.npz\n')
+    score = '\n'.join(['--img_size=8', '--num_images=20', *make_scorer(folder)])
     (folder / 'config').mkdir()
     for stage, text in dict(PD=train, RDD=train, EVAL=score).items():
         (folder / f'config/TINY_{stage}.txt').write_text(text)
@@ -46,7 +46,9 @@ def tiny(tmp_path_factory):
 
 MISTAKES = {
     'there is no checkpoint none': '--base_ckpt=none',
-    '--methods TAT is unknown; choose of DDIM, PD, CFD': '--methods=PD,TAT',
+    '--methods PD,TAT: choose of DDIM, PD, CFD': '--methods=PD,TAT',
+    '--methods PD,PD: choose of .* each once': '--methods=PD,PD',
+    '--method "../x=PD.py" is not understood': '--method=../x=PD.py',
     '--baseline PD is not among --methods RDD': '--methods=RDD',
     '--method "mine=rm x" is not understood': '--method=mine=rm x',
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
@@ -57,19 +59,18 @@ MISTAKES = {
     '--logdir is missing': '--logdir='}
 
 
-def test_mistakes(tiny):
-    words = ['study.py', f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new']
-    said = fork_all({pattern: [command(words, more)] for pattern, more in MISTAKES.items()})
-    for pattern, ((code, _, error),) in said.items():
-        assert code == 2 and 'Traceback' not in error and re.search(pattern, error), error
+@pytest.fixture
+def parse():
+    with parsing(study.define_flags) as parse:
+        yield parse
+
+
+@pytest.mark.parametrize('sentence', list(MISTAKES))
+def test_mistakes(parse, tiny, sentence):
+    parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', MISTAKES[sentence])
+    with pytest.raises(UserError, match=sentence):
+        study.main()
     assert not (tiny / 'new').exists()
-
-
-def test_interval_by_hand():
-    mean, half = study.interval(np.array([1., np.nan, 2., 3.]))
-    assert mean == 2 and half == pytest.approx(4.302653 * 1 / 3 ** .5, rel=1e-6)
-    mean, half = study.interval(np.array([np.nan, 7.]))
-    assert mean == 7 and np.isnan(half)
 
 
 def test_table_by_hand(monkeypatch):
@@ -82,86 +83,145 @@ def test_table_by_hand(monkeypatch):
 
 
 def test_the_demo_writes_into_one_folder():
-    lines = [*demo.TEACHER, *demo.FEATURES, *demo.SCORER, *demo.SCORE_TEACHER, *demo.STUDY,
-             demo.SAMPLES]
-    paths = re.findall(r'\./[a-z]+', ' '.join(lines))
+    paths = re.findall(r'\./[a-z]+', str(demo.STAGES))
     assert set(paths) == {'./config', './demo'} and demo.DEMO.name == 'demo'
 
 
-def test_every_training_has_its_own_seed(monkeypatch, tiny):
-    monkeypatch.setattr(study, 'config', lambda stage: tiny / f'config/TINY_{stage}.txt')
-    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(
-        logdir='x', train_flags='--lr=1', eval_flags='', double=False))
-    teacher = SimpleNamespace(diffusion=SimpleNamespace(T=8), file='teacher.pt')
+# The students of one method and seed
+
+@pytest.fixture
+def chain(tiny, tmp_path, monkeypatch):
+    """chain(seed, ..): that of PD, or of DDIM, with these flags of the study."""
+    monkeypatch.chdir(tiny)
+
+    def chain(seed=0, method='PD', **changes):
+        monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(**dict(dict(
+            logdir=str(tmp_path), config='TINY', methods=['DDIM', 'PD'], baseline='PD', seeds=2,
+            until=1, train_flags='--lr=1 --data_root=./config', eval_flags='--num_images=4',
+            read_flags_from_files=flags.FLAGS.read_flags_from_files), **changes)))
+        counts = [8, 4, 2, 1] if method == 'DDIM' else [4, 2, 1]
+        return study.Chain(method, study.METHODS[method], seed, counts, load_model('ckpt.pt'))
+    return chain
+
+
+class Commands:
+    """In place of `runtime.commands.Commands`: writes what the commands would have written."""
+
+    def __init__(self, fails=''):
+        self.ran, self.fails = [], fails
+
+    def run(self, words, stdout, **_):
+        self.ran.append(words[0])
+        values = dict(word.split('=', 1) for word in words[1:])
+        folder = Path(values['--logdir'])
+        if f'{words[0]} {folder.name}' == self.fails:
+            stdout.write('a line\nthe reason\n')
+            return 2
+        for T in (4, 2, 1) if words[0] == 'PD.py' else ():
+            (folder / f'{T}').mkdir(exist_ok=True)
+            (folder / f'{T}/ckpt.pt').touch()
+        if words[0] == 'ddim_eval.py':
+            assert (folder / 'ckpt.pt').exists()
+            results.append(folder / 'results.jsonl', RESULT)
+            np.savez(values['--save_images'], np.zeros((4, 8, 8, 3), np.uint8))
+        return 0
+
+
+def test_commands(chain, tmp_path):
+    """A seed of its own for every training and its scores; one command halves down to --until."""
     for seed in (0, 1, 2):
-        one, two = (study.Student('PD', 'PD.py', seed, T, teacher) for T in (4, 2))
-        for student in (one, two):
-            train, score = student.commands()
-            for words in (train, score):
-                assert f'--seed={seed}' in words and f'--logdir={student.folder}' in words
-        assert '--base_ckpt=teacher.pt' in one.commands()[0]
-        assert f'--base_ckpt={one.folder}' in two.commands()[0]
-        assert '--lr=1' in one.commands()[0] and str(one.folder) == f'x/PD/seed{seed}/4'
-    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(
-        logdir='x', train_flags='', eval_flags='', double=True, until=1))
-    assert one.commands()[0] == two.commands()[0]       # one command, the last two twice as long
-    assert {'--until=1', '--logdir=x/PD/seed2', '--seed=2'} <= set(two.commands()[0])
+        train, *scores = chain(seed).commands().values()
+        assert train[0] == 'PD.py' and {
+            f'--seed={seed}', f'--logdir={tmp_path}/PD/seed{seed}', '--base_ckpt=ckpt.pt',
+            '--flagfile=config/TINY_PD.txt', '--until=1', '--lr=1'} <= set(train)
+        for T, words in zip((4, 2, 1), scores):
+            assert words[0] == 'ddim_eval.py' and {
+                f'--seed={seed}', f'--logdir={tmp_path}/PD/seed{seed}/{T}', '--stride=1',
+                '--flagfile=config/TINY_EVAL.txt', '--num_images=4'} <= set(words)
+    ddim = chain(1, 'DDIM')
+    ddim.counts = [4, 2, 1]     # its model may have more steps than the teacher: --ddim_ckpt
+    scores = ddim.commands()
+    assert {T: [word for word in words if 'stride' in word] for T, words in scores.items()} == {
+        T: [f'--stride={8 // T}'] for T in (4, 2, 1)}
+    assert all('--seed=1' in words for words in scores.values())
 
 
-def study_of(tiny, logdir, *more):
-    """Exit code, standard output and error of a study of one seed."""
-    words = [f'--base_ckpt={tiny}', '--config=TINY', '--seeds=1', '--until=4', '--methods=DDIM,PD',
-             f'--logdir={tiny}/{logdir}', *more]
-    (result,), = fork_all(dict(it=[command(['study.py'], *words, cwd=str(tiny))])).values()
-    assert 'Traceback' not in result[2], result[2]
-    return result
+@pytest.mark.parametrize('method, first, again', [
+    ('PD', ['PD.py'] + ['ddim_eval.py'] * 3, ['PD.py', 'ddim_eval.py']),
+    ('DDIM', ['ddim_eval.py'] * 4, ['ddim_eval.py'])])
+def test_finished_students_are_skipped(chain, method, first, again):
+    it, commands = chain(method=method), [Commands(), Commands(), Commands()]
+    it.claim()
+    it.make(commands[0], {})
+    it.make(commands[1], {})
+    (it.folder / '1/results.jsonl').write_text('{"cut')
+    it.make(commands[2], {})
+    assert [found.ran for found in commands] == [first, [], again]
 
 
-def test_failed_students_are_named(tiny):
-    code, _, error = study_of(tiny, 'failed', '--train_flags=--ch=64', '--methods=PD', '--until=2')
-    assert code == 1 and '2 of 2 students are missing' in error, error
-    text = (tiny / 'failed/table.md').read_text()
-    assert re.search('- PD, seed 0, 4 steps: .*--ch is 64 and the network in', text)
-    assert '- PD, seed 0, 2 steps: an earlier student of its chain is missing' in text
-    assert '| PD | - | - |' in text and not (tiny / 'failed/PD/seed0/4/ckpt.pt').exists()
+def test_failed_students_are_named(chain, tmp_path):
+    """In the table, with the last line of the command; what was made counts."""
+    chains = [chain(0), chain(1), chain(0, 'DDIM')]
+    for it, fails in zip(chains, ('ddim_eval.py 2', 'PD.py seed1', '')):
+        it.claim()
+        it.make(Commands(fails), {})
+    with pytest.raises(UserError, match='5 students are missing, see .*table.md') as caught:
+        study.report(chains)
+    assert caught.value.code == 1
+    text = (tmp_path / 'table.md').read_text()
+    assert '- PD, seed 0, 2 steps: ddim_eval.py ended with code 2: the reason\n' in text
+    assert '- PD, seed 1, 4 steps: PD.py ended with code 2: the reason\n' in text
+    assert '| PD | - | 1.000 | - | - |' in text
+    assert Image.open(tmp_path / 'samples_4.png').size[1] > 2 * 64      # two rows
+    assert (tmp_path / 'study.png').exists() or 'matplotlib' not in sys.modules
 
 
-def test_a_study_and_once_more(tiny):
-    """Students that are finished are skipped, others made again; --report makes none."""
-    assert study_of(tiny, 'done', '--jobs=2')[0] == 0
-    ddim, pd = (tiny / 'done' / name / 'results.jsonl' for name in ('DDIM/seed0/8', 'PD/seed0/4'))
-    before, scores, picture = ddim.stat().st_mtime_ns, pd.read_text(), tiny / 'done/samples_4.png'
+def test_report_before_anything_is_scored(chain, tmp_path):
+    with pytest.raises(UserError, match='3 students are missing'):
+        study.report([chain()])
+    assert '- PD, seed 0, 1 steps: not made yet' in (tmp_path / 'table.md').read_text()
+    assert not (tmp_path / 'study.png').exists()
+
+
+def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch):
+    """Other flags, another text of a flagfile, other weights; not another working directory."""
+    it = chain()
+    it.claim()
+    it.make(Commands(), {})
+    (tmp_path / 'config').symlink_to(tiny / 'config')
+    it.teacher.file = tiny / 'ckpt.pt'
+    monkeypatch.setattr(study.cli, 'ROOT', tiny)        # where relative paths are looked up
+    monkeypatch.chdir(tmp_path)
+    study.FLAGS.logdir, study.FLAGS.until = '.', 2
+    study.FLAGS.train_flags = f'--lr=1 --data_root={tiny}/config'
+    again = study.Chain('PD', 'PD.py', 0, [4, 2], it.teacher)
+    again.claim()
+    monkeypatch.chdir(tiny)
+    chain(1).claim()                                    # another folder
+    text = Path('config/TINY_EVAL.txt').read_text()
+    for change in ('flags', 'flagfile', 'teacher'):
+        other = chain(**dict(train_flags='--lr=2') if change == 'flags' else {})
+        if change == 'flagfile':
+            Path('config/TINY_EVAL.txt').write_text(text + '\n--num_images=5\n')
+        if change == 'teacher':
+            other.teacher.network.head.bias.data += 1
+        with pytest.raises(UserError, match='seed0 was made by other commands, from other flagf'):
+            other.claim()
+        Path('config/TINY_EVAL.txt').write_text(text)
+    chain().claim()
+
+
+def test_a_study(tiny, tmp_path):
+    """As a user starts it, and once more from another folder, where nothing is left to do."""
+    words = ['study.py', '--config=TINY', '--seeds=1', '--until=4', '--methods=PD']
+    (tmp_path / 'config').symlink_to(tiny / 'config')
+    ran = fork_all(dict(it=[
+        command(words, '--base_ckpt=.', '--logdir=done', cwd=str(tiny)),
+        command(words, f'--base_ckpt={tiny}', f'--logdir={tiny}/done', cwd=str(tmp_path))]))['it']
+    assert_ran(ran)
+    line, = (tiny / 'done/PD/seed0/4/results.jsonl').read_text().splitlines()
     table = (tiny / 'done/table.md').read_text()
-    fid = json.loads(scores)['fid']
-    assert f'| PD | - | {fid:.3f} |' in table and 'Missing' not in table
-    assert Image.open(str(picture)).size[1] > 16        # two rows of 8 px
-    pd.write_text('{"cut')
-    code, _, error = study_of(tiny, 'done', '--report')
-    assert code == 1 and '1 of 3 students are missing' in error
-    assert '- PD, seed 0, 4 steps: not made yet' in (tiny / 'done/table.md').read_text()
-    assert study_of(tiny, 'done')[0] == 0
-    assert ddim.stat().st_mtime_ns == before
-    assert json.loads(pd.read_text().splitlines()[-1])['fid'] == fid
-    assert (tiny / 'done/table.md').read_text() == table
-
-
-def test_students_of_other_commands_are_refused(tiny):
-    """Other flags, another text of the same flagfile, other weights in the same file."""
-    assert study_of(tiny, 'same', '--methods=PD')[0] == 0
-    flagfile, teacher = tiny / 'config/TINY_PD.txt', checkpoint.read(tiny)
-    text, refused = flagfile.read_text(), [study_of(tiny, 'same', '--methods=PD',
-                                                    '--train_flags=--lr=1')]
-    flagfile.write_text(text + '--lr=1\n')
-    refused.append(study_of(tiny, 'same', '--methods=PD'))
-    flagfile.write_text(text)
-    other = {key: value + 1 for key, value in teacher['net_model'].items()}
-    checkpoint.save(tiny / 'ckpt.pt', dict(teacher, net_model=other))
-    refused.append(study_of(tiny, 'same', '--methods=PD'))
-    checkpoint.save(tiny / 'ckpt.pt', teacher)
-    for code, output, _ in refused:
-        assert code == 1
-        assert 'was made by other commands, from other flagfiles or another teacher' in output
-    assert study_of(tiny, 'same', '--methods=PD')[0] == 0
+    assert f'| PD | {json.loads(line)["fid"]:.3f} |' in table and 'Missing' not in table
 
 
 STARTER = '''

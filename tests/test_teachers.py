@@ -5,21 +5,20 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from absl import flags
 
-from classifier import build_classifier
+import training
 from diffusion import Diffusion
-from formats import diffusers_scheduler
+from formats import diffusers_read, diffusers_write
 from formats.load import load_model
-from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
-from score import save_statistics
-from score.reference import Statistics
 from helpers import ROOT, assert_ran, command, fork_all
+from inprocess import make_scorer, parsing
 
+FLAGS = flags.FLAGS
 SIZE = 8
 SMALL = dict(sample_size=SIZE, layers_per_block=1, block_out_channels=(32, 64),
              down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
@@ -31,7 +30,8 @@ GOOGLE = dict(sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64
               down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'),
               up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'))
 TRAINING = ['--dataset=digits', '--batch_size=4', '--num_workers=0', '--sample_size=2',
-            '--log_step=1', '--sample_step=0', '--save_step=0', '--total_steps=1', '--lr=1e-4']
+            '--log_step=1', '--sample_step=0', '--save_step=0', '--total_steps=1', '--lr=1e-4',
+            '--img_size=8']
 SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1] \
     .split('\n## ')[0]
 
@@ -80,18 +80,19 @@ def noise(count=3, size=SIZE):
 
 # DDIM
 
-@pytest.mark.parametrize('steps', [8, 50])
-@pytest.mark.parametrize('prediction', ['epsilon', 'sample', 'v_prediction'])
-@pytest.mark.parametrize('beta_schedule', ['linear', 'scaled_linear', 'squaredcos_cap_v2'])
-def test_ddim_of_diffusers(beta_schedule, prediction, steps):
+@pytest.mark.parametrize('beta_schedule, prediction, steps', [
+    ('linear', 'epsilon', 8), ('linear', 'sample', 50), ('linear', 'v_prediction', 8),
+    ('scaled_linear', 'epsilon', 8), ('squaredcos_cap_v2', 'v_prediction', 50)])
+def test_ddim_of_diffusers(tmp_path, beta_schedule, prediction, steps):
     scheduler = diffusers().DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction)
+    scheduler.save_pretrained(str(tmp_path))
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 3, 3, padding=1)
 
     def network(z, t, y=None):
         return torch.tanh(convolution(z) + torch.sin(t / 300.).reshape(-1, 1, 1, 1))
 
-    grid = diffusers_scheduler.grid_of_scheduler(json.loads(scheduler.to_json_string()))
+    grid = diffusers_read.read_scheduler(tmp_path / 'scheduler_config.json')
     diffusion = Diffusion(**grid).with_steps(steps)
     theirs = their_images(network, ddim(scheduler, prediction, steps), noise())
     with torch.no_grad():
@@ -100,23 +101,16 @@ def test_ddim_of_diffusers(beta_schedule, prediction, steps):
     assert diffusion.times()[:-1] == (ddim(scheduler, prediction, steps).timesteps + 1).tolist()
 
 
-@pytest.mark.parametrize('steps', [128, 64, 32, 16, 3])
-def test_rounded_times_are_those_of_trailing_spacing(steps):
-    """The times, where the number of steps does not divide 1000; their step() is not right then."""
-    scheduler = ddim(diffusers().DDPMScheduler(), 'epsilon', steps)
-    assert Diffusion(steps, N=1000).times()[:-1] == (scheduler.timesteps + 1).tolist()
-
-
 # Networks and students
 
 @pytest.mark.parametrize('config', [GOOGLE, dict(SMALL, num_class_embeds=10)],
                          ids=['google', 'labels'])
-def test_a_network_is_loaded_trained_and_exported(tmp_path, config):
-    unet, scheduler = pipeline(tmp_path / 'given', **config)
+def test_a_network_makes_its_images(tmp_path, config):
+    unet, scheduler = pipeline(tmp_path, **config)
     size = config['sample_size']
     y, x_T = (torch.tensor([3, 9]) if 'num_class_embeds' in config else None), noise(2, size)
-    model = load_model(tmp_path / 'given', steps=4)
-    assert model.img_size == size and not unet.training
+    model = load_model(tmp_path, steps=4)
+    assert model.img_size == size and not model.network.training
     unet.double(), model.network.double()   # random weights enlarge the rounding of float32
     theirs = their_images(unet, ddim(scheduler, 'epsilon', 4), x_T.double(), y)
     assert (our_images(model, x_T.double(), y) - theirs).abs().max() < 1e-3
@@ -124,24 +118,6 @@ def test_a_network_is_loaded_trained_and_exported(tmp_path, config):
         t = torch.tensor([0, 999])
         found = model.network(x_T.double(), t + 1, y)
         assert (unet(x_T.double(), t, y).sample - found).abs().max() < 1e-9
-
-    given = [f'--base_ckpt={tmp_path}/given', '--teacher_steps=4', *TRAINING, f'--img_size={size}']
-    made = f'--logdir={tmp_path}/student'
-    assert_ran(fork_all(dict(run=[
-        command(['PD.py'], *given, made), command(['PD.py'], *given, made, '--total_steps=2'),
-        command(['export.py'], made, f'--output={tmp_path}/diffusers')]))['run'])
-    student = load_model(tmp_path / 'student')
-    assert (student.diffusion.T, student.diffusion.N, student.diffusion.mean_type) == (2, 1000, 'v')
-    assert student.entries['origin'] == 'given' and student.entries['step'] == 2
-    assert '`given`' in (tmp_path / 'diffusers/README.md').read_text()
-    lib = diffusers()
-    unet = lib.UNet2DModel.from_pretrained(str(tmp_path / 'diffusers/unet')).eval()
-    scheduler = lib.DDIMScheduler.from_pretrained(str(tmp_path / 'diffusers/scheduler'))
-    scheduler.set_timesteps(2)
-    wanted, again = our_images(student, x_T, y), load_model(tmp_path / 'diffusers')
-    assert (their_images(unet, scheduler, x_T, y) - wanted).abs().max() < 1e-4
-    assert again.diffusion.arguments() == student.diffusion.arguments()
-    assert torch.equal(our_images(again, x_T, y), wanted)
 
 
 def test_precision_and_dropout(tmp_path):
@@ -164,39 +140,41 @@ def test_precision_and_dropout(tmp_path):
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_students_of_every_output(tmp_path):
-    """One training step to each; the default of a teacher that predicts x_0 is x_0."""
-    pipeline(tmp_path / 'eps')
-    pipeline(tmp_path / 'x', dict(prediction_type='sample'))
-    pipeline(tmp_path / 'zero', dict(prediction_type='v_prediction', rescale_betas_zero_snr=True))
-    cases = [('eps', None, 'v'), ('eps', 'epsilon', 'epsilon'), ('eps', 'xstart', 'xstart'),
-             ('x', None, 'xstart'), ('zero', None, 'v'), ('zero', 'xstart', 'xstart'),
-             ('zero', 'epsilon', None)]
-    jobs = {}
-    for teacher, wanted, _ in cases:
-        words = [f'--base_ckpt={tmp_path}/{teacher}', '--teacher_steps=8', '--img_size=8',
-                 f'--logdir={tmp_path}/{teacher}_{wanted}', *TRAINING]
-        words += [f'--mean_type={wanted}'] if wanted else []
-        jobs[f'{teacher}_{wanted}'] = [command(['PD.py'], *words)]
-    jobs['zero_None'].append(command(['export.py'], f'--logdir={tmp_path}/zero_None',
-                                     f'--output={tmp_path}/diffusers'))
-    results = fork_all(jobs)
-    (code, _, error), = results.pop('zero_epsilon')
-    assert code == 2 and 'ends with alpha 0' in error and '--mean_type=v' in error, error
-    assert not (tmp_path / 'zero_epsilon').exists()
-    for teacher, wanted, found in cases[:-1]:
-        name = f'{teacher}_{wanted}'
-        assert_ran(results[name])
-        student = load_model(tmp_path / name)
-        assert (student.diffusion.T, student.diffusion.mean_type) == (4, found), name
-        note = dict(eps='epsilon', x='xstart', zero='v')[teacher] != found
-        assert ('note: the student predicts' in results[name][0][1]) == note
-        line = json.loads((tmp_path / name / 'metrics.jsonl').read_text())
-        assert np.isfinite(line['loss'])
-    assert load_model(tmp_path / 'zero').diffusion.alpha[-1] == 0
-    for name in ('DDIMScheduler', 'DPMSolverMultistepScheduler'):       # of the export
-        kind = getattr(diffusers(), name)
-        scheduler = kind.from_pretrained(str(tmp_path / 'diffusers/scheduler'))
+@pytest.fixture
+def parse():
+    with parsing(training.define_distillation_flags) as parse:
+        yield parse
+
+
+ZERO_SNR = dict(prediction_type='v_prediction', rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize('schedule, words, expected', [
+    ({}, [], 'v'), ({}, ['--mean_type=epsilon'], 'epsilon'), ({}, ['--mean_type=xstart'], 'xstart'),
+    (dict(prediction_type='sample'), [], 'xstart'), (ZERO_SNR, [], 'v'),
+    (ZERO_SNR, ['--mean_type=xstart'], 'xstart'), (ZERO_SNR, ['--mean_type=epsilon'], None)])
+def test_students_of_every_output(tmp_path, parse, capsys, schedule, words, expected):
+    """The default of an eps teacher is v, of others their own output."""
+    pipeline(tmp_path, schedule)
+    teacher = load_model(tmp_path, steps=8)
+    assert (teacher.diffusion.alpha[-1] == 0) == (schedule == ZERO_SNR)
+    parse(*words)
+    if expected is None:
+        with pytest.raises(UserError, match='ends with alpha 0.*--mean_type=v'):
+            training.new_student(teacher)
+        return
+    network, diffusion = training.new_student(teacher)
+    assert (diffusion.T, diffusion.mean_type, FLAGS.mean_type) == (4, expected, expected)
+    note = teacher.diffusion.mean_type != expected
+    assert ('note: the student predicts' in capsys.readouterr().out) == note
+    assert diffusion.predict(network, noise(), torch.tensor([250, 500, 1000]))[0].isfinite().all()
+
+
+def test_exports_of_zero_snr_work_with_other_schedulers(tmp_path):
+    pipeline(tmp_path / 'zero', ZERO_SNR)
+    diffusers_write.write(load_model(tmp_path / 'zero', steps=4), 1, tmp_path)
+    for name in ('DDIMScheduler', 'DPMSolverMultistepScheduler'):
+        scheduler = getattr(diffusers(), name).from_pretrained(str(tmp_path / 'scheduler'))
         scheduler.set_timesteps(4)
         z = noise()
         for t in scheduler.timesteps:
@@ -204,39 +182,39 @@ def test_students_of_every_output(tmp_path):
         assert z.isfinite().all(), name
 
 
-# README's section and the other commands
+# README's section and RDD
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """Two pipelines, as the commands of the README name them; statistics and a classifier."""
+def ran(tmp_path_factory):
+    """(folder, results) of README's commands and of RDD with a teacher that has labels."""
     folder = tmp_path_factory.mktemp('teacher')
     (folder / 'config').symlink_to(ROOT / 'config')
     pipeline(folder / 'ddpm-cifar10-32', attention_head_dim=None)
     pipeline(folder / 'labels', num_class_embeds=10)
-    network = build_classifier('densenet_small', 10)
-    checkpoint.save(folder / 'classifier.pt', dict(model=network.state_dict(),
-                                                   name='densenet_small'))
-    size = network.num_features
-    save_statistics(folder / 'stats.npz', Statistics(np.zeros(size), np.eye(size)))
-    return folder
+    scoring = [*make_scorer(folder, 'densenet_small'), '--num_images=4', '--batch_size=4',
+               '--sample_size=2', '--img_size=8']
+    more = {'PD.py': TRAINING, 'ddim_eval.py': scoring, 'score/get_npz.py': None}
+    readme = [line.split()[1:] for line in SECTION.split('```')[1].strip().splitlines()
+              if line.startswith('python')]
+    assert [words[0] for words in readme] == ['PD.py', 'score/get_npz.py', 'ddim_eval.py']
+    del readme[1]       # it would download CIFAR-10
+    rdd = ['train_rdd.py', '--flagfile=config/TEACHER_RDD.txt', *TRAINING, '--queue_size=64',
+           '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
+           '--classifier=densenet_small', '--classifier_path=classifier.pt', '--base_ckpt=labels',
+           '--logdir=rdd']
+    again, here = ['train_rdd.py', '--flagfile=rdd/flagfile.txt'], dict(cwd=str(folder))
+    return folder, fork_all(dict(
+        readme=[command(words, *more[words[0]], **here) for words in readme],
+        rdd=[command(rdd, **here), command(again, '--total_steps=2', **here),
+             command(['ddim_eval.py', '--logdir=rdd'], *scoring, **here),
+             command(again, '--total_steps=3', '--mean_type=xstart', **here)]))
 
 
-def scoring(folder):
-    return [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt',
-            '--num_images=4', '--batch_size=4', '--sample_size=2', '--img_size=8']
-
-
-def test_the_section_is_short_and_runs_as_written(folder):
+def test_the_section_is_short_and_runs_as_written(ran):
+    folder, results = ran
     assert len(SECTION.strip().splitlines()) < 25
-    lines = [line.split()[1:] for line in SECTION.split('```')[1].strip().splitlines()
-             if line.startswith('python')]
-    assert [words[0] for words in lines] == ['PD.py', 'score/get_npz.py', 'ddim_eval.py']
-    del lines[1]        # it would download CIFAR-10
-    more = {'PD.py': [*TRAINING, '--img_size=8'], 'ddim_eval.py': scoring(folder)}
-    results = fork_all(dict(run=[command(words, *more[words[0]], cwd=str(folder))
-                                 for words in lines]))['run']
-    assert_ran(results)
-    assert results[0][1].count('note: the student predicts v') == 1     # in the first stage
+    assert_ran(results['readme'])
+    assert results['readme'][0][1].count('note: the student predicts v') == 1  # in the first stage
     for T in (64, 32, 16, 8, 4, 2, 1):
         student = load_model(folder / f'logs/mine/{T}')
         assert student.diffusion.times()[::-1] == [round(k * 1000 / T) for k in range(T + 1)]
@@ -246,35 +224,20 @@ def test_the_section_is_short_and_runs_as_written(folder):
     assert (result['nfe'], result['T'], result['method']) == (1, 1, 'pd')
 
 
-def test_a_teacher_is_scored_distilled_and_studied(folder):
-    """By RDD, whose flagfile fits; its run goes on from its own flagfile."""
-    train = [*TRAINING, '--img_size=8']
-    rdd = ['train_rdd.py', '--flagfile=config/TEACHER_RDD.txt', *train, '--queue_size=64',
-           '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
-           '--classifier=densenet_small', f'--classifier_path={folder}/classifier.pt',
-           f'--base_ckpt={folder}/labels', f'--logdir={folder}/rdd']
-    again = ['train_rdd.py', f'--flagfile={folder}/rdd/flagfile.txt']
-    study = ['study.py', '--config=TEACHER', f'--base_ckpt={folder}/labels', '--teacher_steps=4',
-             '--methods=DDIM,PD', '--seeds=1', '--until=2', f'--logdir={folder}/study',
-             f'--train_flags={" ".join(train)}', f'--eval_flags={" ".join(scoring(folder))}']
-    results = fork_all(dict(
-        teacher=[command(['ddim_eval.py'], f'--logdir={folder}/labels', '--teacher_steps=128',
-                         '--stride=16', *scoring(folder))],
-        rdd=[command(rdd, cwd=str(folder)), command(again, '--total_steps=2'),
-             command(['ddim_eval.py'], f'--logdir={folder}/rdd', *scoring(folder)),
-             command(again, '--total_steps=3', '--mean_type=xstart')], study=[command(study)]))
-    code, _, error = results['rdd'].pop()
+def test_rdd_of_a_teacher_with_labels(ran, tmp_path):
+    """Its run goes on from its own flagfile, is scored and exported, and read again."""
+    folder, results = ran
+    code, _, error = results['rdd'][-1]
     assert code == 2 and '--mean_type is xstart and the run in' in error
-    for name in results:
-        assert_ran(results[name])
-    result = json.loads((folder / 'labels/results.jsonl').read_text())
-    assert (result['T'], result['nfe'], result['stride']) == (128, 8, 16)
+    assert_ran(results['rdd'][:-1])
     assert 'resuming at step 1' in results['rdd'][1][1]
-    model = load_model(folder / 'rdd')
+    model, y = load_model(folder / 'rdd'), torch.tensor([3, 9, 0])
     assert (model.diffusion.times(), model.diffusion.mean_type) == ([1000, 750, 500, 250, 0], 'v')
-    assert model.entries['origin'] == 'labels' and 'unet_config' in model.entries
-    table = (folder / 'study/table.md').read_text()
-    assert re.search(r'\| PD \| - \| \d', table) and re.search(r'\| DDIM \| \d.* \| \d', table)
+    assert (model.entries['origin'], model.entries['step']) == ('labels', 2)
+    diffusers_write.write(model, 1, tmp_path)
+    again = load_model(tmp_path)
+    assert again.diffusion.arguments() == model.diffusion.arguments()
+    assert torch.equal(our_images(again, noise(), y), our_images(model, noise(), y))
 
 
 # Folders that people have

