@@ -23,7 +23,7 @@ from formats.entries import brief, is_schedule
 from formats.load import NOT_BUILT, build, choose_weights, kind_of_file
 from runtime import checkpoint, cli
 from runtime.cli import UserError
-from runtime.files import replacing_folder
+from runtime.files import check_new_folder, replacing_folder
 from runtime.flags import given, require
 
 FLAGS = flags.FLAGS
@@ -61,8 +61,7 @@ def main():
     require(teacher='the file to convert',
             output='the new folder for ckpt.pt, such as ./teachers/edm_cifar10')
     file, output = cli.find(FLAGS.teacher), Path(FLAGS.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f'--output {output} exists and is not an empty folder; choose another')
+    check_new_folder(output)
     if not file.is_file():
         raise UserError(f'--teacher {file} is no file; give the weights of a teacher')
     kind = FLAGS.kind or kind_of(file)
@@ -76,7 +75,6 @@ def main():
                         f'float32; give the number it was trained with, or 1024 for EDM')
     _, weights = choose_weights(dict(net_model=weights), 'net', file)
     network, arch = build(state, weights, 0., f'the network in {file}')
-    output.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(output) as folder:
         checkpoint.save(folder / 'ckpt.pt', dict(state, net_model=weights, use='net_model'))
     report(kind, state, network, arch)

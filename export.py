@@ -18,7 +18,7 @@ from formats.diffusers_read import check_packages, first_line
 from formats.load import load_model
 from runtime import cli
 from runtime.cli import UserError
-from runtime.files import replacing_folder
+from runtime.files import check_new_folder, replacing_folder
 from runtime.flags import MEAN_TYPES, define_teacher_steps, require
 
 FLAGS = flags.FLAGS
@@ -47,8 +47,7 @@ def main():
     require(output='the new folder for the result, such as ./export/rdd',
             logdir='the folder of a trained model, such as ./logs/8to4/rdd')
     output = Path(FLAGS.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f'--output {output} exists and is not an empty folder; choose another')
+    check_new_folder(output)
     model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
                        img_size=FLAGS.img_size, steps=FLAGS.teacher_steps)
     if model.diffusion.T % FLAGS.stride:
@@ -56,7 +55,6 @@ def main():
                         f'the model in {model.file}; choose a divisor')
     check_packages(PACKAGES[FLAGS.format])
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(output) as folder:
             write(model, folder)
     except Exception as error:

@@ -51,14 +51,14 @@ class UpSample(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, in the precision of its weights.
+    """By default 32 groups, in the precision of its weights.
 
     Autocast does so on GPUs. On CPUs it would leave bfloat16 as it is, whose kernel is slow in
     channels_last (docs/speed.md).
     """
 
-    def __init__(self, channels):
-        super().__init__(32, channels)
+    def __init__(self, channels, groups=32, eps=1e-5):
+        super().__init__(groups, channels, eps)
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))

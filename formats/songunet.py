@@ -11,17 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import GroupNorm
+
 HALF = math.sqrt(.5)
 
 
-class GroupNorm(nn.GroupNorm):
-    """In the precision of its weights, under autocast as well; see `model.GroupNorm`."""
-
-    def __init__(self, channels):
-        super().__init__(min(32, channels // 4), channels, eps=1e-6)
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+def group_norm(channels):
+    return GroupNorm(channels, min(32, channels // 4), eps=1e-6)
 
 
 class Conv(nn.Conv2d):
@@ -61,17 +57,17 @@ class Block(nn.Module):
 
     def __init__(self, in_ch, out_ch, attention=False, resample=None, *, emb_ch, dropout, taps):
         super().__init__()
-        self.norm0 = GroupNorm(in_ch)
+        self.norm0 = group_norm(in_ch)
         self.conv0 = Conv(in_ch, out_ch, 3, resample, taps)
         self.affine = nn.Linear(emb_ch, out_ch)
-        self.norm1 = GroupNorm(out_ch)
+        self.norm1 = group_norm(out_ch)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = Conv(out_ch, out_ch, 3)
         same = in_ch == out_ch and not resample
         self.skip = nn.Identity() if same else Conv(in_ch, out_ch, 1, resample, taps)
         self.attention = attention
         if attention:
-            self.norm2 = GroupNorm(out_ch)
+            self.norm2 = group_norm(out_ch)
             self.qkv = Conv(out_ch, 3 * out_ch, 1)
             self.proj = Conv(out_ch, out_ch, 1)
 
@@ -138,7 +134,7 @@ class SongUNet(nn.Module):
                 attention = i == num_blocks and size in attn_resolutions
                 self.dec[f'{at}_block{i}'] = block(now + skips.pop(), width, attention)
                 now = width
-        self.dec[f'{at}_aux_norm'] = GroupNorm(now)
+        self.dec[f'{at}_aux_norm'] = group_norm(now)
         self.dec[f'{at}_aux_conv'] = Conv(now, 3, 3)
 
     def forward(self, x, noise, y=None):

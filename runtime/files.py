@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from runtime.cli import UserError
+
 UMASK = os.umask(0)     # to read it means to set it twice
 os.umask(UMASK)
 
@@ -31,10 +33,20 @@ def replacing(path):
             temporary.unlink()
 
 
+def check_new_folder(output):
+    """Refuse a value of --output, a path, that is neither new nor an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f'--output {output} exists and is not an empty folder; choose another')
+
+
 @contextlib.contextmanager
 def replacing_folder(path):
-    """The same for a folder: `path` is new or empty, and becomes what the block has written."""
+    """The same for a folder: `path` is new or empty, and becomes what the block has written.
+
+    Folders above it are made if they are missing.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=str(path.parent), prefix=f'{path.name}.',
                                      suffix='.tmp') as place:
         folder = Path(place) / 'new'
