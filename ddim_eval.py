@@ -15,8 +15,8 @@ from runtime.flags import require
 from runtime.pictures import to_uint8
 from runtime.precision import choose
 from score import results
-from score.metrics import ActivationStats, frechet_distance
-from score.networks import load_feature_network
+from score.metrics import ActivationStats, frechet_distance, precision_recall
+from score.networks import define_feature_flags, load_feature_network
 from score.reference import check_reference, load_statistics
 from score.sampling import (define_sampling_flags, draw_labels, model_of_flags, nfe, sampled,
                             title)
@@ -30,8 +30,7 @@ flags.DEFINE_string('fid_cache', './stats/cifar10.train.npz', 'statistics of the
 flags.DEFINE_bool('fid_use_torch', False, 'compute the Frechet distance on the GPU rather than the '
                   'CPU; in float64 either way')
 flags.DEFINE_bool('fid_float', False, 'score float samples instead of 8-bit images')
-flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of a classifier')
-flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded')
+define_feature_flags()
 flags.DEFINE_string('save_images', None, 'where all images go: one file that ends in .npz (arr_0: '
                     'uint8 (N, H, W, 3); arr_1: labels, if any), or a new folder of PNGs')
 
@@ -57,6 +56,12 @@ def main():
         score, deviation = stats.inception_score()
         result.update(fid=round(distance, 4), inception_score=round(score, 4),
                       inception_std=round(deviation, 4), images_per_s=round(rate, 1))
+        if reference.features is None:
+            print(f'note: {reference.path} holds no features, so precision and recall are left '
+                  f'out; make it again by score/get_npz.py')
+        else:
+            both = precision_recall(reference.features, stats.features, device=device)
+            result.update(precision=both[0], recall=both[1])
         report(result, len(reference.mu))
         write(model, result, images, y)
     distributed.cleanup()
@@ -72,7 +77,7 @@ def sample_and_score(model, y, feature_network):
     for indices, x_0, time in sampled(model, y):
         images = to_uint8(x_0)
         stats.update(*feature_network(x_0 if FLAGS.fid_float else images),
-                     torch.arange(indices.start, indices.stop, device=x_0.device))
+                     torch.arange(indices.start, indices.stop))
         images = images[:max(0, wanted - indices.start)].clone()    # no view of the batch
         kept.append(images.cpu() if FLAGS.save_images else images)
         count += len(indices)
@@ -95,14 +100,17 @@ def protocol(model, reference, feature_network, labels):
 
 def report(result, features):
     """Print the scores below their protocol; `features` is the width of the features."""
-    scores = ('fid', 'inception_score', 'inception_std', 'images_per_s')
+    scores = ('fid', 'inception_score', 'inception_std', 'images_per_s', 'precision', 'recall')
     print(', '.join(f'{key} {value}' for key, value in result.items()
                     if value is not None and key not in scores))
     if result['num_images'] < features:
         print(f'note: fewer images than the {features} features; compare such a distance only with '
               f'others of the same number of images.')
+    both = [f'{name} {result[name]:.3f}   ' for name in ('precision', 'recall')
+            if result.get(name) is not None]
     print(f'Frechet distance {result["fid"]:.3f}   Inception score {result["inception_score"]:.3f} '
-          f'+- {result["inception_std"]:.3f}   {result["images_per_s"]:.0f} images/s', flush=True)
+          f'+- {result["inception_std"]:.3f}   {"".join(both)}'
+          f'{result["images_per_s"]:.0f} images/s', flush=True)
 
 
 def write(model, result, images, y):

@@ -2,9 +2,10 @@
 
   python demo.py          (or `make demo`, which also sets up the environment)
 Teacher with 64 steps -> PD 32 -> 16 -> 8 -> 4, 2 and 1 steps, by PD and by the recipe of
-config/DIGITS_BEST.txt -> scores. Runs the scripts and flagfiles that you would call yourself, and
-prints every command. Run it again to go on where it stopped. Everything it writes is in ./demo/,
-the table and summary.png as well; `make clean` removes that folder.
+config/DIGITS_BEST.txt; from PD's student of 1 step on by DMD -> scores. Runs the scripts and
+flagfiles that you would call yourself, and prints every command. Run it again to go on where it
+stopped. Everything it writes is in ./demo/, the tables and summary.png as well; `make clean`
+removes that folder.
 """
 
 import os
@@ -22,11 +23,10 @@ CLASSIFIER = ('classifier/train.py --dataset digits --num_workers 0 --init_lr 0.
               '--result_path ./demo/classifier')
 NETWORK = '--feature_network ./demo/classifier/digits/convnet_small'
 MEASURE = f'score/get_npz.py --dataset digits --num_workers 0 {NETWORK}'
-SCORE = f'{NETWORK} --fid_cache ./demo/half1.npz'
-SAMPLES = '"teacher, 64 steps=./demo/64/samples.npz"'
-for method, counts in dict(PD=(4, 2, 1), Ours=(4, 2, 1), DDIM=(8, 4, 2, 1)).items():
-    for T in counts:
-        SAMPLES += f' "{method}, {T}=./demo/study/{method}/seed0/{T}/samples.npz"'
+ROWS = [('DDIM', 64), ('PD+DMD', 1), ('Ours', 1), ('PD', 1), ('Ours', 2), ('PD', 2), ('Ours', 4),
+        ('PD', 4), ('DDIM', 8), ('DDIM', 4), ('DDIM', 2), ('DDIM', 1)]
+SAMPLES = ' '.join(f'"{method}, {T}=./demo/study/{method}/seed0/{T}/samples.npz"'
+                   for method, T in ROWS)
 # stages: what is shown, and what runs in the background at the same time
 STAGES = [
     (['train_base.py --flagfile ./config/DIGITS_BASE.txt --logdir ./demo/64',
@@ -36,11 +36,10 @@ STAGES = [
       f'{MEASURE} --half 1 --output ./demo/half1.npz',      # the reference
       f'{MEASURE} --half 2 --output ./demo/half2.npz']),    # the lowest distance to be expected
     (['study.py --config DIGITS --base_ckpt ./demo/8 --ddim_ckpt ./demo/64 '
-      '--logdir ./demo/study --seeds 1 --jobs 2 --methods PD,Ours,DDIM '
+      '--logdir ./demo/study --seeds 1 --jobs 2 --methods PD,Ours,DDIM,PD+DMD --baseline DDIM/64 '
       '--method "Ours=train_rdd.py --flagfile ./config/DIGITS_BEST.txt '
-      f'--classifier_path ./demo/classifier/digits/densenet_small" --eval_flags "{SCORE}"'],
-     [f'ddim_eval.py --flagfile ./config/DIGITS_EVAL.txt --logdir ./demo/64 {SCORE} '
-      f'--save_images ./demo/64/samples.npz']),
+      '--classifier_path ./demo/classifier/digits/densenet_small" '
+      f'--eval_flags "{NETWORK} --fid_cache ./demo/half1.npz"'], []),
     ([f'tools/plot.py --samples --output ./demo/summary.png {SAMPLES}'], [])]
 
 
@@ -54,9 +53,9 @@ def main():
             other = pool.submit(run, commands, background, 2, log)
             run(commands, foreground, 2 if background else 1)
             other.result()
-    rows = real_and_teacher()       # below the table that the study has printed
+    rows = real_digits()            # below the tables that the study has printed
     (DEMO / 'table.md').write_text((DEMO / 'study/table.md').read_text() + rows)
-    print(f'{rows}\nBoth tables are in {DEMO}/table.md, images in {DEMO}/summary.png. '
+    print(f'{rows}\nAll tables are in {DEMO}/table.md, images in {DEMO}/summary.png. '
           f'{time.time() - start:.0f} s.')
 
 
@@ -79,20 +78,17 @@ def run(commands, lines, shares, log=None):
                             + '; run the demo again to go on from here', code=1)
 
 
-def real_and_teacher():
-    """Rows that the study lacks: real digits, and the teacher."""
-    from score import results
-    from score.metrics import frechet_distance
+def real_digits():
+    """What the study lacks: the scores of real digits, the other half of them."""
+    from score.metrics import frechet_distance, precision_recall
     from score.reference import load_statistics
     half, other = load_statistics(DEMO / 'half1.npz'), load_statistics(DEMO / 'half2.npz')
     floor = frechet_distance(half.mu, half.sigma, other.mu, other.sigma)
-    teacher = results.read(DEMO / '64/results.jsonl')[-1]
-    return (f'\n{half.num_images} images each. The features are those of a small digit network '
-            f'that is trained for scoring alone,\nso compare these scores with each other only.\n\n'
-            f'| | NFE | Frechet distance | Inception score |\n| :--- | ---: | ---: | ---: |\n'
-            f'| Real digits, other half | - | {floor:.3f} | {other.inception_mean:.3f} |\n'
-            f'| Teacher | {teacher["nfe"]} | {teacher["fid"]:.3f} | '
-            f'{teacher["inception_score"]:.3f} |\n')
+    precision, recall = precision_recall(half.features, other.features)
+    return (f'\nReal digits, the half that is not the reference: distance {floor:.3f}, Inception '
+            f'score {other.inception_mean:.3f}, precision {precision:.3f}, recall {recall:.3f}.\n'
+            f'{half.num_images} images each. The features are those of a small digit network that '
+            f'is trained for scoring alone,\nso compare these scores with each other only.\n')
 
 
 if __name__ == '__main__':

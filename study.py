@@ -3,17 +3,23 @@
   python study.py --base_ckpt ./logs/digits/8 --config DIGITS --logdir ./logs/study --jobs 2
   python study.py --base_ckpt ./logs/CIFAR10/8 --config CIFAR10 --logdir ./logs/study --seeds 3 \\
       --method "mine=train_rdd.py --logits --logits_weight 3" --methods DDIM,PD,RDD,mine
+  python study.py --base_ckpt ./logs/digits/8 --ddim_ckpt ./logs/digits/64 --config DIGITS \\
+      --logdir ./logs/study --methods DDIM,PD,PD+DMD --baseline DDIM/64
 
-A method halves the steps of the teacher down to --until, by the scripts and flagfiles that you
-would call yourself: config/<config>_PD.txt, _RDD.txt and _EVAL.txt. With one seed, all students are
-scored from the same noise. Results in --logdir: <method>/seed<S>/<steps>/, a run for every student;
-table.md (means, 95 % intervals over the seeds, paired differences from --baseline, what failed);
-study.png (scores over the network evaluations; needs matplotlib); samples_<steps>.png.
+A method halves the steps of the teacher down to --until, or goes on from the last student of
+another method by train_dmd.py. It calls the scripts and flagfiles that you would call yourself:
+config/<config>_PD.txt, _RDD.txt, _DMD.txt and _EVAL.txt. With one seed, all students are scored
+from the same noise. Results in --logdir: <method>/seed<S>/<steps>/, a run for every student;
+table.md (means, 95 % intervals over the seeds, paired differences from --baseline, seconds of
+training, what failed); study.png (scores over the network evaluations; needs matplotlib);
+samples_<steps>.png.
 """
 
 import json
 import os
 import shlex
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +38,8 @@ from score import results
 from training import halvings
 
 FLAGS = flags.FLAGS
-# name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps
+# name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps,
+# and "PD > train_dmd.py" goes on from the last student of the method PD
 METHODS = {
     'DDIM': '',
     'PD': 'PD.py',
@@ -41,22 +48,33 @@ METHODS = {
     'RDD': 'train_rdd.py',
     'RDD-released': 'train_rdd.py --queue_layout released',
     'CFD+PD': 'train_rdd.py --loss_type none --logits',
-    'RDD+PD': 'train_rdd.py --logits'}
-SCORES = dict(fid='Frechet distance', inception_score='Inception score')
-OWN_FLAGS = {'seed', 'base_ckpt', 'logdir', 'until', 'teacher_steps', 'save_images', 'stride'}
+    'RDD+PD': 'train_rdd.py --logits',
+    'CFD+10PD': 'train_rdd.py --loss_type none --logits --logits_weight 10',
+    'DMD': 'train_dmd.py',
+    'PD+DMD': 'PD > train_dmd.py',
+    'RDD+DMD': 'RDD > train_dmd.py'}
+STAGES = {'PD.py': 'PD', 'train_rdd.py': 'RDD', 'train_dmd.py': 'DMD'}      # name of the flagfile
+SCORES = dict(fid='Frechet distance', inception_score='Inception score', precision='Precision',
+              recall='Recall')
+OWN_FLAGS = {'seed', 'base_ckpt', 'teacher_ckpt', 'logdir', 'until', 'teacher_steps',
+             'student_steps', 'save_images', 'stride'}
 
 
 def define_flags():
     flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, for example the '
                         'student of 8 steps that PD.py made, or a folder of diffusers')
     define_teacher_steps()
-    flags.DEFINE_string('ddim_ckpt', None, 'model that the method DDIM samples; none: --base_ckpt')
-    flags.DEFINE_string('config', None, 'DIGITS: use config/DIGITS_PD.txt, _RDD.txt and _EVAL.txt')
+    flags.DEFINE_string('ddim_ckpt', None, 'model that the method DDIM samples, and the teacher of '
+                        'train_dmd.py; none: --base_ckpt')
+    flags.DEFINE_string('config', None, 'DIGITS: use config/DIGITS_PD.txt, _RDD.txt, ..')
     flags.DEFINE_string('logdir', None, 'folder for all students and the results')
-    flags.DEFINE_list('methods', list(METHODS), 'methods to compare')
-    flags.DEFINE_multi_string('method', [], 'a method of your own, "NAME=SCRIPT FLAGS"; repeat it '
-                              'for more, and name it in --methods')
-    flags.DEFINE_string('baseline', 'PD', 'method that the others are compared with')
+    flags.DEFINE_list('methods', [name for name in METHODS if 'DMD' not in name],
+                      'methods to compare')
+    flags.DEFINE_multi_string('method', [], 'a method of your own, "NAME=SCRIPT FLAGS", or '
+                              '"NAME=OTHER > train_dmd.py FLAGS" to go on from the last student of '
+                              'OTHER; repeat it for more, and name it in --methods')
+    flags.DEFINE_string('baseline', 'PD', 'method that the others are compared with, at as many '
+                        'steps; DDIM/64: with DDIM at 64 steps, whatever theirs')
     flags.DEFINE_integer('until', 1, 'steps of the last student', 1)
     flags.DEFINE_integer('seeds', 5, 'trainings of every method, with seeds 0, 1, ..', 1, 1000)
     flags.DEFINE_integer('jobs', 1, 'trainings at once, each on its GPU or cores', 1, 256)
@@ -79,16 +97,43 @@ def main():
         for model in (teacher, sampled):        # what the commands read is a run's checkpoint
             if model is teacher and FLAGS.teacher_steps or model.file.suffix != '.pt':
                 save_as_run(model)
-    chains = []
-    for seed in range(FLAGS.seeds):
-        for name, command in methods.items():
-            where = (steps, teacher) if command else ([2 * steps[0], *steps], sampled)
-            chains.append(Chain(name, command, seed, *where))
+    chains = all_chains(methods, steps, teacher, sampled)
     if not FLAGS.report:
         for chain in chains:
             chain.claim()
         run_all(chains)
     report(chains)
+
+
+def all_chains(methods, steps, teacher, sampled):
+    """A `Chain` per seed and method, in the order in which they are made.
+
+    Args:
+        methods: {name: command}. steps: of the students, the largest first.
+        teacher: `Model` that PD.py and train_rdd.py halve.
+        sampled: `Model` that DDIM samples and train_dmd.py imitates.
+    """
+    baseline, _, count = FLAGS.baseline.partition('/')
+    T, sampled_steps = sampled.diffusion.T, [2 * steps[0], *steps]
+    if baseline == 'DDIM' and count in [str(n) for n in range(1, T + 1) if T % n == 0]:
+        sampled_steps = sorted({*sampled_steps, int(count)}, reverse=True)
+    chains = []
+    for seed in range(FLAGS.seeds):
+        made = {}
+        for name, command in methods.items():
+            first, _, command = command.rpartition('> ')
+            if command.startswith('train_dmd.py'):
+                made[name] = Chain(name, command, seed, steps[-1:], sampled,
+                                   made.get(first.strip()))
+            elif command:
+                made[name] = Chain(name, command, seed, steps, teacher)
+            else:
+                made[name] = Chain(name, command, seed, sampled_steps, sampled)
+        if count and count not in map(str, made[baseline].counts):
+            raise UserError(f'--baseline {FLAGS.baseline}: no student has {count} steps; choose of '
+                            f'{", ".join(map(str, made[baseline].counts))}')
+        chains += made.values()
+    return chains
 
 
 def save_as_run(model):
@@ -107,9 +152,11 @@ def chosen_methods():
     known = dict(METHODS)
     for text in FLAGS.method:
         name, _, command = text.partition('=')
-        if not command.startswith(('PD.py', 'train_rdd.py')) or '/' in name:
+        first, arrow, last = command.rpartition('> ')
+        if '/' in name or not last.startswith(('train_dmd.py',) if arrow else tuple(STAGES)):
             raise UserError(f'--method "{text}" is not understood; expected "NAME=SCRIPT FLAGS" '
-                            f'with PD.py or train_rdd.py as the script')
+                            f'with {", ".join(STAGES)} as the script, or "NAME=OTHER > '
+                            f'train_dmd.py FLAGS"')
         known[name] = command
     for text in [*known.values(), FLAGS.train_flags, FLAGS.eval_flags]:
         try:
@@ -122,10 +169,19 @@ def chosen_methods():
     if not set(FLAGS.methods) <= set(known) or len(set(FLAGS.methods)) < len(FLAGS.methods):
         raise UserError(f'--methods {",".join(FLAGS.methods)}: choose of {", ".join(known)}, each '
                         f'once')
-    if FLAGS.baseline not in FLAGS.methods:
+    for place, name in enumerate(FLAGS.methods):
+        first, arrow, _ = known[name].rpartition('> ')
+        if arrow and first.strip() not in FLAGS.methods[:place]:
+            raise UserError(f'--methods {",".join(FLAGS.methods)}: {name} goes on from a student '
+                            f'of {first.strip()}; name that before it')
+        if 'train_dmd.py' in known[name] and FLAGS.until > 4:
+            raise UserError(f'--until {FLAGS.until} is more than the 4 steps that a student of '
+                            f'{name} can have; lower it, or leave that method out')
+    if FLAGS.baseline.partition('/')[0] not in FLAGS.methods:
         raise UserError(f'--baseline {FLAGS.baseline} is not among --methods '
                         f'{",".join(FLAGS.methods)}; add it, or choose another baseline')
-    for stage in ('PD', 'RDD', 'EVAL'):
+    scripts = {STAGES[name] for name in STAGES for method in FLAGS.methods if name in known[method]}
+    for stage in [*sorted(scripts), 'EVAL']:
         if not config(stage).is_file():
             raise UserError(f'--config {FLAGS.config}: there is no {config(stage)}; write it, or '
                             f'choose another')
@@ -139,10 +195,12 @@ def config(stage):
 class Chain:
     """The students of one method and seed, and the commands that make and score them."""
 
-    def __init__(self, method, command, seed, counts, teacher):
+    def __init__(self, method, command, seed, counts, teacher, first=None):
         self.method, self.seed = method, seed
         self.counts = counts        # steps of the students, the largest first
         self.teacher = teacher      # the `Model` that is distilled, or sampled by DDIM
+        self.first = first          # the chain whose last student this one goes on from, or None
+        self.finished = threading.Event()
         self.script, *self.extra = shlex.split(command) or [None]       # None: no training
         self.folder = Path(FLAGS.logdir).resolve() / method / f'seed{seed}'
         self.problem = 'not made yet'
@@ -150,11 +208,19 @@ class Chain:
     def commands(self):
         """{steps: words of the evaluation}; before them 'train': those of the training, if any."""
         found, seed = {}, f'--seed={self.seed}'
+        start, until = self.teacher.file, self.counts[-1]
+        if self.script == 'train_dmd.py':
+            if self.first:
+                start = f'{self.first.folder}/{until}'
+            where = [f'--teacher_ckpt={self.teacher.file}', f'--logdir={self.folder}/{until}',
+                     f'--student_steps={0 if self.first else until}']
+        else:
+            where = [f'--logdir={self.folder}', f'--until={FLAGS.until}']
         if self.script:
             found['train'] = [
-                self.script, f'--flagfile={config("PD" if self.script == "PD.py" else "RDD")}',
-                *self.extra, *shlex.split(FLAGS.train_flags), f'--base_ckpt={self.teacher.file}',
-                '--teacher_steps=0', f'--logdir={self.folder}', f'--until={FLAGS.until}', seed]
+                self.script, f'--flagfile={config(STAGES[self.script])}', *self.extra,
+                *shlex.split(FLAGS.train_flags), f'--base_ckpt={start}', '--teacher_steps=0',
+                *where, seed]
         for T in self.counts:
             stride = 1 if self.script else self.teacher.diffusion.T // T
             found[T] = [
@@ -172,7 +238,7 @@ class Chain:
         """
         words = [absolute(word) for command in list(self.commands().values())[:2]
                  for word in FLAGS.read_flags_from_files(command)
-                 if not word.startswith(('--until=', '--base_ckpt='))]
+                 if not word.startswith(('--until=', '--base_ckpt=', '--teacher_ckpt='))]
         digest = checkpoint.digest(self.teacher.network.state_dict())
         plan, file = json.dumps(dict(words=words, teacher=digest)), self.folder / 'commands.json'
         if any(self.folder.glob('*/ckpt.pt')) and file.is_file() and file.read_text() != plan:
@@ -197,12 +263,22 @@ class Chain:
                 ckpt.parent.mkdir(exist_ok=True)
                 ckpt.unlink(missing_ok=True)        # a link of an earlier start
                 ckpt.symlink_to(self.teacher.file.resolve())
+            since = time.time()
             with open(log, 'a') as file:
                 code = commands.run(words, stdout=file, stderr=file, env=env)
+            if name == 'train':
+                with open(self.folder / 'seconds.txt', 'a') as file:
+                    file.write(f'{time.time() - since:.1f}\n')
             if code:
                 last = log.read_text(errors='replace').strip().rpartition('\n')[2]
                 self.problem = f'{words[0]} ended with code {code}: {last}'
                 break
+
+    def seconds(self):
+        """Of its training, all starts together, and of the student that it goes on from."""
+        file = self.folder / 'seconds.txt'
+        own = sum(map(float, file.read_text().split())) if file.is_file() else 0.
+        return own + (self.first.seconds() if self.first else 0.)
 
 
 def absolute(word):
@@ -219,13 +295,18 @@ def run_all(chains):
     free = list(range(FLAGS.jobs))
 
     def run_chain(chain):
+        if chain.first:     # it was started before this one
+            chain.first.finished.wait()
         place = free.pop()
         env = {'OMP_NUM_THREADS': threads, **os.environ}        # unless you set it yourself
         if gpus:
             env['CUDA_VISIBLE_DEVICES'] = visible.split(',')[place % gpus]
-        chain.make(commands, env)
+        try:
+            chain.make(commands, env)
+        finally:
+            chain.finished.set()
+            free.append(place)
         bar.update()
-        free.append(place)
 
     with progress(len(chains), 'methods and seeds', unit='chain') as bar, \
             ThreadPoolExecutor(FLAGS.jobs) as pool, Commands() as commands:
@@ -244,12 +325,17 @@ def report(chains):
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
             continue
         for score, values in scores.items():
-            values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = result[score]
+            value = result.get(score)       # no precision without features in the reference
+            values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = (
+                np.nan if value is None else value)
         if chain.seed == 0:
             with np.load(str(chain.folder / f'{T}/samples.npz')) as samples:
                 images = torch.from_numpy(samples['arr_0'][:16])
             rows[T][chain.method] = images.permute(0, 3, 1, 2)
+    scores = {score: values for score, values in scores.items()
+              if score == 'fid' or not np.isnan(values).all()}
     text = '\n\n'.join(table(values, steps, score) for score, values in scores.items())
+    text += '\n\n' + cost(chains)
     if missing:
         text += '\n\nMissing:\n\n' + '\n'.join(missing)
     folder.mkdir(parents=True, exist_ok=True)
@@ -281,30 +367,43 @@ def words(values, sign=''):
 
 def table(values, steps, score):
     """Markdown of values (methods, steps, seeds): a row per method, a column per step count."""
+    baseline, _, count = FLAGS.baseline.partition('/')
+    reference = values[FLAGS.methods.index(baseline)]       # (steps, seeds)
+    if count:
+        reference = reference[[steps.index(int(count))]]
     rows = [f'{SCORES[score]}: mean +- half the 95 % interval over the seeds; in brackets the '
             f'difference from {FLAGS.baseline}, paired over seeds', '',
             '| method | ' + ' | '.join(f'{T} step{"s" if T > 1 else ""}' for T in steps) + ' |',
             '| :--- |' + ' ---: |' * len(steps)]
     for method, mine in zip(FLAGS.methods, values):
-        differences = mine - values[FLAGS.methods.index(FLAGS.baseline)]
+        differences = mine - reference
         cells = []
         for value, difference in zip(mine, differences):
             cell = '-' if np.isnan(value).all() else words(value)
-            if method != FLAGS.baseline and not np.isnan(difference).all():
+            if (method != baseline or count) and not np.isnan(difference).all():
                 cell += f' ({words(difference, "+")})'
             cells.append(cell)
         rows.append(f'| {method} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
 
 
+def cost(chains):
+    """Seconds of training, up to the last student of each method, mean over the seeds."""
+    seconds = dict.fromkeys(FLAGS.methods, 0.)
+    for chain in chains:
+        seconds[chain.method] += chain.seconds() / FLAGS.seeds
+    return 'Seconds of training, from the teacher to the last student, mean over the seeds: ' + (
+        ', '.join(f'{name} {mean:.0f}' for name, mean in seconds.items() if mean) + '.')
+
+
 def draw(scores, steps, path):
-    """Both scores over NFE with error bars, a colour per method, side by side."""
+    """The scores over NFE with error bars, a colour per method."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print('note: no study.png without matplotlib (see requirements-export.txt).')
-    figure = Figure(figsize=(11, 4.5), layout='constrained')
-    for axis, (score, values) in zip(figure.subplots(1, 2), scores.items()):
+    figure = Figure(figsize=(11, 4.5 * len(scores) / 2), layout='constrained')
+    for axis, (score, values) in zip(figure.subplots(len(scores) // 2, 2).flat, scores.items()):
         for method, mine in zip(FLAGS.methods, values):
             mean, half = zip(*map(interval, mine))
             axis.errorbar(steps, mean, half, marker='o', capsize=2, label=method)

@@ -109,11 +109,12 @@ def student_and_teacher():
     Both must make images of one kind, at times on one grid; what they predict may differ.
     """
     how = dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size)
-    student = load_model(FLAGS.base_ckpt, **how)
+    student = load_model(FLAGS.base_ckpt, steps=FLAGS.student_steps, **how)
     teacher = load_model(FLAGS.teacher_ckpt, steps=FLAGS.teacher_steps, **how)
     if student.diffusion.T not in (1, 2, 4):
         raise UserError(f'--base_ckpt {FLAGS.base_ckpt} has {student.diffusion.T} steps, expected '
-                        f'a student of 1, 2 or 4; halve it by PD.py or train_rdd.py first')
+                        f'a student of 1, 2 or 4; halve it by PD.py or train_rdd.py first, or set '
+                        f'--student_steps 1')
     if teacher.diffusion.T < FINE:
         raise UserError(f'--teacher_ckpt {FLAGS.teacher_ckpt} has {teacher.diffusion.T} steps, '
                         f'expected the teacher before it was distilled, with {FINE} or more')

@@ -37,7 +37,7 @@ def write(folder, model, stride, form, license, measured=''):
     scores = [SCORE.format(**line) for line in results.read(model.file.parent / 'results.jsonl')
               if (line.get('step'), line.get('weights')) == (model.entries.get('step'),
                                                              model.weights_name)]
-    text = (Path(__file__).parent / 'card.txt').read_text()
+    text = (Path(__file__).parent / 'card.txt').read_text(encoding='utf-8')
     (folder / 'README.md').write_text(text.format(
         license=license, library=LIBRARIES[form], nfe=nfe, size=model.img_size, T=d.T, N=d.N,
         stride=f'; one DDIM step spans {stride} of them' if stride > 1 else '',
@@ -46,12 +46,12 @@ def write(folder, model, stride, form, license, measured=''):
         schedule=d.schedule['name'] if d.clean_end else d.schedule,
         prediction=PREDICTIONS[d.mean_type], loading=loading(model, nfe, form, classes),
         measured=measured, training='\n'.join(training), scores='\n'.join(scores) or
-        'Not measured yet (`ddim_eval.py` writes scores beside a checkpoint).'))
+        'Not measured yet (`ddim_eval.py` writes scores beside a checkpoint).'), encoding='utf-8')
 
 
 def loading(model, nfe, form, classes):
     """Python code that loads an export in the format `form` and samples from it, and notes."""
-    text = (Path(__file__).parent / 'loading.txt').read_text()
+    text = (Path(__file__).parent / 'loading.txt').read_text(encoding='utf-8')
     sections = dict(section.split('\n', 1) for section in text.split('\n# ')[1:])
     title = form + (' with labels' if classes and form != 'safetensors' else '')
     modules = [name for entry, name in (('edm', 'edm'), ('unet_config', 'diffusers_read'))

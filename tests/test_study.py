@@ -50,6 +50,9 @@ MISTAKES = {
     '--methods PD,PD: choose of .* each once': '--methods=PD,PD',
     '--method "../x=PD.py" is not understood': '--method=../x=PD.py',
     '--baseline PD is not among --methods RDD': '--methods=RDD',
+    '--baseline PD/3: no student has 3 steps; choose of 4, 2, 1': '--baseline=PD/3',
+    'PD.DMD goes on from a student of PD; name that before it': '--methods=PD+DMD,PD',
+    '"x=PD > PD.py" is not understood; .* "NAME=OTHER > train_dmd.py FL': '--method=x=PD > PD.py',
     '--method "mine=rm x" is not understood': '--method=mine=rm x',
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
     '"--lr 1 --seed=3" sets --seed, which the study': '--train_flags=--lr 1 --seed=3',
@@ -80,6 +83,15 @@ def test_table_by_hand(monkeypatch):
     rows = study.table(values, [4, 2], 'fid').splitlines()[4:]
     assert rows == ['| PD | 2.000 +- 2.484 | 5.000 +- 0.000 |',
                     '| RDD | 4.000 +- 6.572 (+2.000 +- 4.303) | 9.000 |']
+
+
+def test_table_against_one_number_of_steps(monkeypatch):
+    """All columns are compared with the baseline at 4 steps, and so is its own row."""
+    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(methods=['DDIM', 'DMD'],
+                                                        baseline='DDIM/4'))
+    values = np.array([[[1.], [9.]], [[np.nan], [.5]]])
+    rows = study.table(values, [4, 1], 'fid').splitlines()[4:]
+    assert rows == ['| DDIM | 1.000 (+0.000) | 9.000 (+8.000) |', '| DMD | - | 0.500 (-0.500) |']
 
 
 def test_the_demo_writes_into_one_folder():
@@ -144,6 +156,45 @@ def test_commands(chain, tmp_path):
     assert {T: [word for word in words if 'stride' in word] for T, words in scores.items()} == {
         T: [f'--stride={8 // T}'] for T in (4, 2, 1)}
     assert all('--seed=1' in words for words in scores.values())
+
+
+def test_commands_of_dmd(chain, tmp_path, tiny):
+    """One student, from that of the chain before or from the teacher; the cost counts both."""
+    (tiny / 'config/TINY_DMD.txt').write_text('--dataset=digits\n')
+    first = chain(1)
+    for method, script in (('PD+DMD', 'train_dmd.py'), ('DMD', 'train_dmd.py --fake_steps 5')):
+        it = study.Chain(method, script, 1, [1], first.teacher, first if '+' in method else None)
+        train, score = it.commands().values()
+        start = [f'--base_ckpt={tmp_path}/PD/seed1/1', '--student_steps=0']
+        if method == 'DMD':
+            start = ['--base_ckpt=ckpt.pt', '--student_steps=1', '--fake_steps', '5']
+        assert train[0] == 'train_dmd.py' and not any('until' in word for word in train) and {
+            '--flagfile=config/TINY_DMD.txt', '--teacher_ckpt=ckpt.pt', '--seed=1', '--lr=1',
+            f'--logdir={tmp_path}/{method}/seed1/1', *start} <= set(train)
+        assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/{method}/seed1/1' in score
+        it.claim()
+        (it.folder / 'seconds.txt').write_text('2.5\n1\n')
+        first.folder.mkdir(parents=True, exist_ok=True)
+        (first.folder / 'seconds.txt').write_text('10\n')
+        assert it.seconds() == (13.5 if '+' in method else 3.5)
+
+
+def test_a_chain_waits_for_the_one_it_goes_on_from(chain, monkeypatch):
+    """Also if that one fails; with two jobs at once."""
+    ended = []
+
+    def make(self, commands, env):
+        time.sleep(.2 if self.method == 'PD' else 0)
+        ended.append(self.method)
+        if self.method == 'PD':
+            raise OSError('no space left')
+
+    first = chain()
+    monkeypatch.setattr(study.Chain, 'make', make)
+    study.FLAGS.jobs = 2
+    with pytest.raises(OSError):
+        study.run_all([first, study.Chain('PD+DMD', 'train_dmd.py', 0, [1], None, first)])
+    assert ended == ['PD', 'PD+DMD']
 
 
 @pytest.mark.parametrize('method, first, again', [
