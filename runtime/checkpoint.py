@@ -13,6 +13,7 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 WRAPPERS = ('module.', '_orig_mod.', 'ema_model.')      # prefixes that wrapped networks leave
+LFS = b'version https://git-lfs'     # how a pointer begins, in place of a file
 STATES = ('ema_model', 'memory', 'optim_head')      # a run either has them or does not
 MOMENTS = {torch.optim.Adam: {'step', 'exp_avg', 'exp_avg_sq'},
            torch.optim.SGD: {'momentum_buffer'}}
@@ -55,7 +56,13 @@ def read(path):
         raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
                         f'run')
     try:
+        with open(path, 'rb') as file:
+            if file.read(len(LFS)) == LFS:
+                raise UserError(f'{path} is a pointer of Git LFS, not the file itself; fetch it '
+                                f'with: git lfs pull')
         state = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
     except PermissionError:
         raise UserError(f'{path} cannot be read: permission denied; make it readable')
     except pickle.UnpicklingError:
@@ -158,20 +165,19 @@ def read_run(logdir, key, fixed, inputs):
         UserError: the checkpoint is none to go on from, or that of another run.
     """
     state = read_newest(logdir)
-    step = state.get('step') if state else 0
+    step, remedy = state.get('step', 0) if state else 0, f'choose another {flags.folder_flag()}'
+    if type(step) is not int or step < 0:
+        raise UserError(f'{logdir} holds a checkpoint whose step is {step!r}, expected a whole '
+                        f'number; restore a copy, or {remedy}')
     if distributed.broadcast_object(step) != step:
         raise UserError(f'process {distributed.rank()} finds step {step} in {logdir}, the first '
                         f'one another; all machines must see the same folder', code=1)
     if state is None:
         return None
-    remedy = f'choose another {flags.folder_flag()}'
     lacking = [name for name in (key, 'optim', 'step', 'flags') if name not in state]
     if lacking:
         raise UserError(f'{logdir} holds a checkpoint without {", ".join(lacking)}, so it cannot '
                         f'be continued and would be overwritten; {remedy}')
-    if type(step) is not int or step < 0:
-        raise UserError(f'{logdir} holds a checkpoint whose step is {step}, expected a whole '
-                        f'number; restore a copy, or {remedy}')
     if not isinstance(state[key], dict) or not_finite({key: state[key]}):
         raise UserError(f'{logdir} holds a checkpoint whose weights are missing or not finite; '
                         f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or {remedy}')

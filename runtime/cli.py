@@ -70,7 +70,9 @@ def run(main, words=False):
     except UnicodeDecodeError:
         fail('a flagfile is not UTF-8 text; give one with a flag per line, --name=value', 2)
     except flags.Error as error:
-        fail(' '.join(str(error).split()) + ' (see --help)', 2)
+        text = re.sub(r"invalid literal for int\(\) with base 10: '.*'", 'expected a whole number',
+                      ' '.join(str(error).split()))
+        fail(f'{text} (see --help)', 2)
     except UserError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
@@ -109,6 +111,8 @@ def without_foreign_flags(argv):
     Raises:
         UserError: a line that is no flag, or a flag that is nearly one of this script.
     """
+    if any(word in ('--flagfile=', '-flagfile=') for word in argv):
+        raise UserError('--flagfile is empty; give a file, such as ./config/DIGITS_BASE.txt')
     words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
     names = [flag.name for flag in own_flags()]
     for word in words:

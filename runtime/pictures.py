@@ -49,8 +49,9 @@ def check_place(path, flag, suffixes=('.npz',)):
         free = not path.exists() or holds_samples(path)
     elif path.is_dir():
         free = not any(path.iterdir())
-    else:
-        free = not path.exists() and path.suffix not in ('.npz', '.png')
+    else:       # a new folder; with a name such as x.jpg, a file of another kind was meant
+        kinds = {'.npz', *Image.registered_extensions()}
+        free = not path.exists() and not {path.suffix.lower(), path.name} & kinds
     if not free:
         raise UserError(f'{flag} {path} is neither a new or empty folder, nor a file '
                         f'({" or ".join(suffixes)}) that is new or holds samples; choose another')

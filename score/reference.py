@@ -80,6 +80,10 @@ def problem_of(fields):
     mu, sigma = fields['mu'].shape, fields['sigma'].shape
     if sigma != 2 * mu:
         return f'mu {mu} and sigma {sigma}, expected (D,) and (D, D)'
+    sigma = fields['sigma'].astype(np.float64)
+    near = 1e-3 * abs(sigma).max()      # some tools write float32
+    if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, rtol=0, atol=near):
+        return 'a sigma that is not symmetric or has a negative variance, and so is no covariance'
     width = fields['features'].shape[1:] if 'features' in fields else mu
     return None if width == mu else f'features of width {width[0]} and mu of {mu[0]}'
 

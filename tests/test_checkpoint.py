@@ -83,6 +83,13 @@ def test_earlier_checkpoints(tmp_path, monkeypatch, links):
     assert checkpoint.read(tmp_path / 'ckpt_10.pt')['step'] == 10       # not written through
 
 
+def test_files_that_are_no_checkpoint(tmp_path):
+    file = tmp_path / 'ckpt.pt'
+    file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    with pytest.raises(UserError, match='ckpt.pt is a pointer of Git LFS.*: git lfs pull'):
+        checkpoint.read(tmp_path)
+
+
 def test_truncated_newest(tmp_path, capsys):
     assert checkpoint.read_newest(tmp_path) is None
     for step in (1, 2, 3):

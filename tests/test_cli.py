@@ -16,6 +16,7 @@ from runtime import cli, distributed
 flags.DEFINE_string('logdir', None, '')
 flags.DEFINE_float('lr', 1., '')
 flags.DEFINE_float('ema_decay', 1., '')
+flags.DEFINE_integer('steps', 1, '')
 def main():
     {}
 cli.run(main)
@@ -65,6 +66,8 @@ def done(tmp_path_factory):
     add('fault', 'raise RuntimeError("a fault")')
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         add(name, 'distributed.init()', **{name: 'two'})
+    add('empty', words=['--flagfile='])
+    add('whole', words=['--steps=1e3'])
     return {name: results[0] for name, results in fork_all(jobs).items()}, folder
 
 
@@ -90,6 +93,25 @@ def test_flagfiles_that_are_refused(done, text):
 @pytest.mark.parametrize('do', list(FAILURES))
 def test_failures_are_one_sentence(done, do):
     check(done[0][do], *FAILURES[do])
+
+
+def test_words_that_are_refused(done):
+    results, _ = done
+    check(results['empty'], 2, '--flagfile is empty; give a file')
+    check(results['whole'], 2, '--steps=1e3: expected a whole number (see --help)')
+
+
+@pytest.mark.parametrize('do, words, code, text', [
+    ('print("na\\xefve")', [], 0, b'na\\xefve'),
+    ('pass', ['--logdir=na\xefve'], 2, b'set PYTHONUTF8=1, or use other names')])
+def test_shells_without_utf8(tmp_path, do, words, code, text):
+    """What their encoding lacks is printed as escapes, and refused on the command line."""
+    (tmp_path / 'script.py').write_text(PROGRAM.format(do))
+    found = subprocess.run(
+        [sys.executable, f'{tmp_path}/script.py', *words], cwd=str(ROOT), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=environment(PYTHONPATH=str(ROOT), LC_ALL='C', PYTHONUTF8='0',
+                                                  PYTHONCOERCECLOCALE='0'))
+    assert found.returncode == code and text in found.stdout, found.stdout
 
 
 def test_other_errors_keep_their_traceback(done):

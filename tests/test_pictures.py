@@ -46,7 +46,8 @@ def test_places_that_hold_something_else_are_refused(tmp_path):
                            ('here/samples.npz', both), ('here/grid.png', both)]:
         pictures.check_place(tmp_path / name, '--flag', suffixes)
     for name, suffixes in [('here', both), ('here/mine.npz', both), ('new.png', both[:1]),
-                           ('here/grid.png', both[:1]), ('here/text.png', both)]:
+                           ('here/grid.png', both[:1]), ('here/text.png', both),
+                           ('new.jpg', both), ('.npz', both), ('/dev/null', both)]:
         with pytest.raises(UserError, match='--flag .* is neither a new or empty folder'):
             pictures.check_place(tmp_path / name, '--flag', suffixes)
     with pytest.raises(OSError):

@@ -294,6 +294,8 @@ def statistics(**changes):
     (r'mu \(64,\) and sigma \(4, 4\), expected \(D,\)', dict(sigma=np.eye(4))),
     ('values that are not finite in mu', dict(mu=np.full(64, np.nan))),
     ('mu of type int64 with 1 dimensions, expected floating-point', dict(mu=np.zeros(64, int))),
+    ('a sigma that is not symmetric', dict(sigma=np.eye(64) + np.eye(64, k=1))),
+    ('has a negative variance', dict(sigma=-np.eye(64))),
     ('network of type int64', dict(network=3)), ('img_size of type <U2', dict(img_size='16')),
     ('img_size of type int64 with 1 dim', dict(img_size=np.array([16]))),
     ('negative numbers in class_counts', dict(class_counts=np.array([-1, 5]))),
