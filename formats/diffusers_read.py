@@ -1,5 +1,6 @@
 """Models of diffusers: the folder of a `UNet2DModel` with a scheduler, and its students."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -173,6 +174,7 @@ def read_unet(folder, config, dropout):
         UserError: its weights are missing, damaged, not finite, or those of another network.
     """
     from diffusers import UNet2DModel
+    from safetensors.torch import load_file
     files = sorted(folder.glob('*.safetensors')) or sorted(folder.glob('*.bin'))
     if not files:
         raise UserError(f'{folder} has no diffusion_pytorch_model.safetensors, the weights of its '
@@ -196,6 +198,15 @@ def read_unet(folder, config, dropout):
                         f'({first_line(error)}); restore a copy of config.json and the weights')
     wrong = [*info['missing_keys'], *info['unexpected_keys'],
              *(key for key, *_ in info['mismatched_keys'])]
+    # saved while the network was wrapped for several GPUs or compiled: prefixes before all names
+    plain_names = checkpoint.plain_keys({key: key for key in info['unexpected_keys']})
+    if wrong and plain_names.keys() == set(unet.state_dict()):
+        stored = {}
+        for file in files:
+            stored.update(load_file(file) if safe else checkpoint.read(file))
+        with contextlib.suppress(RuntimeError):     # of other shapes
+            unet.load_state_dict({name: stored[key] for name, key in plain_names.items()})
+            wrong = []
     if wrong:
         raise UserError(f'the weights in {folder} are not those of its config.json: {wrong[0]} is '
                         f'missing, unexpected or of another shape; restore a copy of both')

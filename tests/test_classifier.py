@@ -2,12 +2,13 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from classifier import build_classifier, load_classifier
+from classifier import build_classifier, load_classifier, load_frozen
 from classifier.augment import Augment, measured_normalisation, random_crop
 from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
@@ -55,6 +56,16 @@ def test_loads_frozen(tmp_path):
     loaded = load_classifier(tmp_path / 'c.pt')
     assert loaded.name == 'convnet_small' and (loaded.mean == .1).all() and (loaded.std == .2).all()
     assert (load_classifier(tmp_path / 'c.pt', mean=(.5,) * 3, std=(.5,) * 3).mean == .5).all()
+
+
+def test_features_of_one_pixel_are_said(tmp_path, capsys):
+    """IS_P2P compares pixels of a map: with one pixel it is 0."""
+    network = build_classifier('convnet_small', 10)
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=network.state_dict()))
+    for size, said in ((4, True), (8, False)):
+        images = SimpleNamespace(name='digits', num_classes=10, img_size=size)
+        load_frozen('convnet_small', tmp_path, images, 'imagenet', torch.device('cpu'))
+        assert ('has one pixel for images of 4 pixels' in capsys.readouterr().out) == said
 
 
 def test_refusals(tmp_path):

@@ -67,6 +67,7 @@ def done(tmp_path_factory):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         add(name, 'distributed.init()', **{name: 'two'})
     add('empty', words=['--flagfile='])
+    add('slurm', 'distributed.init()', SLURM_NTASKS='4')
     add('whole', words=['--steps=1e3'])
     return {name: results[0] for name, results in fork_all(jobs).items()}, folder
 
@@ -93,6 +94,10 @@ def test_flagfiles_that_are_refused(done, text):
 @pytest.mark.parametrize('do', list(FAILURES))
 def test_failures_are_one_sentence(done, do):
     check(done[0][do], *FAILURES[do])
+
+
+def test_tasks_of_slurm_are_no_processes(done):
+    assert 'note: Slurm has 4 tasks and this is a run of one process' in done[0]['slurm'][1]
 
 
 def test_words_that_are_refused(done):

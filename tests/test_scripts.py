@@ -165,6 +165,13 @@ def test_processes_that_disagree_do_not_train(runs, name, difference):
     assert re.search(rf'were started with different scripts or flags \(.*{difference}', err), err
 
 
+def test_the_start_that_an_average_keeps_is_said(runs):
+    """.5 ** 4 of it after four steps, 1 % with --ema_decay .01 ** (1 / 4)."""
+    (_, base, _), (_, pd, _) = runs.forked['chain']
+    assert 'will hold 6 % of the weights it starts from' in base and '--ema_decay 0.316.' in base
+    assert 'will hold' not in pd        # a student has no average
+
+
 def test_stages(runs):
     """Students of 2 steps and 1 train twice as long; finished stages are left alone."""
     assert_ran(runs.forked['until'])

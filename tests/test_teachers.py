@@ -280,6 +280,7 @@ TAKEN = dict(
                                    timestep_values=None, skip_prk_steps=True),
     old_attention=lambda f: renamed(f, lambda key: re.sub(
         r'\.(to_[qkv]|to_out)(\.0)?\.', lambda found: f'.{OLD_NAMES[found.group(1)]}.', key)),
+    wrapped=lambda f: renamed(f, lambda key: f'_orig_mod.module.{key}'),
     size_pair=lambda f: edited(f / 'unet/config.json', sample_size=[8, 8]),
     size_null=lambda f: edited(f / 'unet/config.json', sample_size=None),
     variant=lambda f: resaved(f, variant='fp16'), shards=lambda f: resaved(f, max_shard_size='1MB'),
