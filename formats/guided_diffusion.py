@@ -14,13 +14,17 @@ from runtime.cli import UserError
 # What the shapes do not show of the public files
 GUIDED = dict(img_size=256, num_head_channels=64, beta_schedule='linear')
 EDM = dict(GUIDED, new_attention_order=True)
+CIFAR10 = dict(img_size=32, num_heads=4, beta_schedule='cosine', steps=4000,
+               rescale_timesteps=True)
+LSUN = dict(img_size=256, num_heads=1, beta_schedule='linear')
 PRESETS = {
     '64x64_diffusion': dict(EDM, img_size=64, beta_schedule='cosine'),
     '256x256_diffusion': GUIDED, '256x256_diffusion_uncond': GUIDED,
     '512x512_diffusion': dict(GUIDED, img_size=512),
     'lsun_bedroom': GUIDED, 'lsun_cat': GUIDED, 'lsun_horse': GUIDED,
-    'cifar10_uncond_50M_500K': dict(img_size=32, num_heads=4, beta_schedule='cosine', steps=4000,
-                                    rescale_timesteps=True),
+    'lsun_horse_nodropout': GUIDED,
+    'cifar10_uncond_50M_500K': CIFAR10, 'cifar10_uncond_vlb_50M_500K': CIFAR10,
+    'lsun_uncond_100M_1200K_bs128': LSUN, 'lsun_uncond_100M_2400K_bs64': LSUN,
     'edm_imagenet64_ema': dict(EDM, img_size=64), 'edm_bedroom256_ema': EDM, 'edm_cat256_ema': EDM}
 
 ENDS = {'time_embed.0': 'time_embedding.linear_1', 'time_embed.2': 'time_embedding.linear_2',
