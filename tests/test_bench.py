@@ -10,12 +10,13 @@ from runtime.cli import UserError
 from tools import bench
 
 # images of the recipe of the digits, and forward passes of the U-Net per image
-RECIPE = dict(base=(1200 * 64, 3), pd=(3 * 150 * 64, 5), rdd=(5 * 150 * 64, 5), sample=(749, 8))
+RECIPE = dict(base=(1200 * 64, 3), pd=(3 * 150 * 64, 5), rdd=(5 * 150 * 64, 5), dmd=(200 * 64, 9),
+              sample=(749, 8))
 FORWARD = .0160     # GFLOP of the network of the digits with 32 channels in place of 64
 
 
 @pytest.mark.parametrize('rows', [
-    ['pd'], pytest.param(['base', 'rdd', 'sample'], marks=pytest.mark.slow)])
+    ['pd'], pytest.param(['base', 'rdd', 'dmd', 'sample'], marks=pytest.mark.slow)])
 def test_table(rows, tmp_path):
     """Started in another folder, with a flag for the scripts; base, if any, comes first."""
     done = start([ROOT / 'tools/bench.py', '--config=DIGITS', f'--rows={",".join(rows[::-1])}',
@@ -36,5 +37,5 @@ def test_table(rows, tmp_path):
 
 def test_unknown_row(monkeypatch):
     monkeypatch.setattr(bench, 'FLAGS', SimpleNamespace(rows=['bass']))
-    with pytest.raises(UserError, match='--rows bass: choose of base, pd, rdd, sample'):
+    with pytest.raises(UserError, match='--rows bass: choose of base, pd, rdd, dmd, sample'):
         bench.main([])

@@ -6,7 +6,7 @@
   python tools/bench.py --rows rdd --profile          the slowest operators as well
   python tools/bench.py -- --compile --grad_accum=2   further flags for the scripts
 The scripts get the flagfiles of --config, and random images and networks in a temporary folder: a
-teacher of 8 steps and a classifier. CUDA_VISIBLE_DEVICES= measures the CPU.
+teacher of 16 steps and a classifier. CUDA_VISIBLE_DEVICES= measures the CPU.
 
 images/s: median (smallest .. largest) of five lines of metrics.jsonl, --steps in all, after a first
     one that is left out; of the sampler, the mean over 4 batches.
@@ -15,7 +15,8 @@ GFLOP/image: torch.utils.flop_counter on one step; a multiply-add counts as two 
 % of conv.: GFLOP/image times images/s, in percent of the same for one 3x3 convolution in the same
     precision, forward and backward: 256 channels, 32 x 32 pixels, 64 images (8 on a CPU).
 hours: what the recipe takes at these images/s, or with --tflops at that rate. base: --total_steps;
-    pd: from the teacher to 8 steps; rdd: from 8 steps to 1; sample: --num_images with 8 steps.
+    pd: from the teacher to 8 steps; rdd: from 8 steps to 1; dmd: --total_steps of a 1-step student;
+    sample: --num_images with 8 steps.
 """
 
 import json
@@ -41,12 +42,13 @@ from classifier import build_classifier     # noqa: E402
 from runtime import checkpoint, cli     # noqa: E402
 
 FLAGS = flags.FLAGS
-SCRIPTS = dict(base='train_base.py', pd='PD.py', rdd='train_rdd.py', sample='ddim_eval.py')
+SCRIPTS = dict(base='train_base.py', pd='PD.py', rdd='train_rdd.py', dmd='train_dmd.py',
+               sample='ddim_eval.py')
 LINES, BATCHES = 5, 4       # what is measured of a training, of the sampler
 
 
 def define_flags():
-    flags.DEFINE_list('rows', list(SCRIPTS), 'what to measure: base, pd, rdd, sample')
+    flags.DEFINE_list('rows', ['base', 'pd', 'rdd', 'sample'], 'what to measure, of these and dmd')
     flags.DEFINE_string('config', 'CIFAR10', 'flagfiles config/CONFIG_BASE.txt and so on')
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16'], 'precision of the networks')
     flags.DEFINE_integer('steps', 20, 'steps of a training that are measured', lower_bound=LINES)
@@ -131,14 +133,14 @@ def recipe_images(row):
     if row == 'sample':
         return int(values['num_images'])
     # RDD makes students of 4, 2 and 1 steps; the last two train twice as long
-    students = dict(base=1, pd=math.log2(int(recipe('base')['T']) / 8), rdd=1 + 2 + 2)
+    students = dict(base=1, pd=math.log2(int(recipe('base')['T']) / 8), rdd=1 + 2 + 2, dmd=1)
     return students[row] * int(values['total_steps']) * int(values['batch_size'])
 
 
 def make_inputs(folder, words):
     """Random images, networks and statistics, and a flagfile that names them for all scripts."""
     classes, size = (int(recipe('base')[name]) for name in ('class_num', 'img_size'))
-    for i in range(max(classes, *map(batch_size, SCRIPTS))):
+    for i in range(max(classes, *map(batch_size, ['base', *FLAGS.rows]))):
         file = folder / f'images/train/{i % classes:04}/{i}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.randint(256, size=(size, size, 3), dtype=np.uint8)).save(file)
@@ -147,8 +149,9 @@ def make_inputs(folder, words):
         checkpoint.save(folder / f'{name}.pt', dict(model=network.state_dict(), name=name))
     features = network.num_features
     np.savez(folder / 'real.npz', mu=np.zeros(features), sigma=np.eye(features))
-    values = dict(amp=FLAGS.amp, dataset='folder', data_root=folder / 'images', img_size=size, T=8,
-                  time_scale=128, base_ckpt=folder / 'base', until=0, sample_step=0, save_step=0,
+    values = dict(amp=FLAGS.amp, dataset='folder', data_root=folder / 'images', img_size=size, T=16,
+                  time_scale=64, base_ckpt=folder / 'base', teacher_ckpt=folder / 'base',
+                  student_steps=1, stride=2, until=0, sample_step=0, save_step=0,
                   classifier_path=folder / f'{recipe("rdd")["classifier"]}.pt',
                   feature_network=folder / 'convnet_small.pt', fid_cache=folder / 'real.npz')
     lines = [f'--{name}={value}' for name, value in values.items()]
