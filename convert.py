@@ -95,7 +95,7 @@ def from_edm(file):
         if name != 'steps' and given(name):
             raise UserError(f'--{name} is given and {file} is a snapshot of EDM, which states its '
                             f'settings; leave it out')
-    name, arguments, weights, _ = edm_pickle.read(file)
+    name, arguments, weights = edm_pickle.read(file)
     network = arguments.get('model_type') if isinstance(arguments, dict) else None
     if name == 'Precond':
         raise UserError(f'{file} is a model of EDM2, whose network is not supported; give one of '

@@ -151,12 +151,15 @@ class Diffusion:
     def evaluation(self, model, x_T, number, y=None):
         """x_pred (B, C, H, W) of evaluation `number` = 0 .. T - 1 of the sampler from noise x_T.
 
-        The evaluations before it run without gradient (DMD2, 2405.14867, section 4.4).
+        The evaluations before it run without gradient, as in DMD2 (2405.14867, section 4.5), but by
+        DDIM, without new noise.
         """
         z, times = x_T, [torch.full((len(x_T),), t, device=x_T.device) for t in self.times()]
         with torch.no_grad():
             for t, s in zip(times[:number], times[1:]):
                 z = self.ddim_step(model, z, t, s, y=y)
+        # before torch 2.10, autocast also keeps weights that it has cast without gradient
+        torch.clear_autocast_cache()
         return self.predict(model, z, times[number], y)[0]
 
     def two_step_target(self, teacher, z_t, t, y=None, clip=None):

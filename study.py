@@ -6,8 +6,8 @@
   python study.py --base_ckpt ./logs/digits/8 --ddim_ckpt ./logs/digits/64 --config DIGITS \\
       --logdir ./logs/study --methods DDIM,PD,PD+DMD --baseline DDIM/64
 
-A method halves the steps of the teacher down to --until, or goes on from the last student of
-another method by train_dmd.py. It calls the scripts and flagfiles that you would call yourself:
+A method halves the steps of the teacher down to --until, or trains the last student of another
+method further by train_dmd.py. It calls the scripts and flagfiles that you would call yourself:
 config/<config>_PD.txt, _RDD.txt, _DMD.txt and _EVAL.txt. With one seed, all students are scored
 from the same noise. Results in --logdir: <method>/seed<S>/<steps>/, a run for every student;
 table.md (means, 95 % intervals over the seeds, paired differences from --baseline, seconds of
@@ -35,11 +35,11 @@ from runtime.commands import Commands
 from runtime.flags import define_teacher_steps, require
 from runtime.log import progress
 from score import results
-from training import halvings
+from training import LEAST_STEPS, halvings
 
 FLAGS = flags.FLAGS
 # name: script and what is added to its flagfile; DDIM samples the teacher itself with fewer steps,
-# and "PD > train_dmd.py" goes on from the last student of the method PD
+# and "PD then train_dmd.py" starts from the last student of the method PD
 METHODS = {
     'DDIM': '',
     'PD': 'PD.py',
@@ -51,13 +51,17 @@ METHODS = {
     'RDD+PD': 'train_rdd.py --logits',
     'CFD+10PD': 'train_rdd.py --loss_type none --logits --logits_weight 10',
     'DMD': 'train_dmd.py',
-    'PD+DMD': 'PD > train_dmd.py',
-    'RDD+DMD': 'RDD > train_dmd.py'}
-STAGES = {'PD.py': 'PD', 'train_rdd.py': 'RDD', 'train_dmd.py': 'DMD'}      # name of the flagfile
+    'PD+DMD': 'PD then train_dmd.py',
+    'RDD+DMD': 'RDD then train_dmd.py'}
+# script: the end of the name of its flagfile
+CONFIG_OF = {'PD.py': 'PD', 'train_rdd.py': 'RDD', 'train_dmd.py': 'DMD'}
 SCORES = dict(fid='Frechet distance', inception_score='Inception score', precision='Precision',
               recall='Recall')
 OWN_FLAGS = {'seed', 'base_ckpt', 'teacher_ckpt', 'logdir', 'until', 'teacher_steps',
              'student_steps', 'save_images', 'stride'}
+# flags that only tell where students are, or how many steps they have
+WHERE = tuple(f'--{name}=' for name in ('until', 'base_ckpt', 'teacher_ckpt', 'logdir',
+                                        'student_steps', 'save_images', 'stride'))
 
 
 def define_flags():
@@ -71,10 +75,10 @@ def define_flags():
     flags.DEFINE_list('methods', [name for name in METHODS if 'DMD' not in name],
                       'methods to compare')
     flags.DEFINE_multi_string('method', [], 'a method of your own, "NAME=SCRIPT FLAGS", or '
-                              '"NAME=OTHER > train_dmd.py FLAGS" to go on from the last student of '
-                              'OTHER; repeat it for more, and name it in --methods')
-    flags.DEFINE_string('baseline', 'PD', 'method that the others are compared with, at as many '
-                        'steps; DDIM/64: with DDIM at 64 steps, whatever theirs')
+                              '"NAME=OTHER then train_dmd.py FLAGS" to start from the last '
+                              'student of OTHER; repeat it for more, and list it in --methods')
+    flags.DEFINE_string('baseline', 'PD', 'method to compare the others with, at the same number '
+                        'of steps; DDIM/64: always with DDIM at 64 steps')
     flags.DEFINE_integer('until', 1, 'steps of the last student', 1)
     flags.DEFINE_integer('seeds', 5, 'trainings of every method, with seeds 0, 1, ..', 1, 1000)
     flags.DEFINE_integer('jobs', 1, 'trainings at once, each on its GPU or cores', 1, 256)
@@ -89,49 +93,48 @@ def main():
             logdir='the folder of the study, such as ./logs/study')
     methods, teacher = chosen_methods(), load_model(FLAGS.base_ckpt, steps=FLAGS.teacher_steps)
     steps = halvings(teacher.diffusion.T, FLAGS.until, FLAGS.base_ckpt)
-    sampled = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
-    if sampled.diffusion.T % (2 * steps[0]):
-        raise UserError(f'--ddim_ckpt {FLAGS.ddim_ckpt} has {sampled.diffusion.T} steps, expected '
-                        f'a multiple of the {2 * steps[0]} of --base_ckpt; give another model')
+    ddim_model = load_model(FLAGS.ddim_ckpt) if FLAGS.ddim_ckpt else teacher
+    T = ddim_model.diffusion.T
+    if T % (2 * steps[0]):
+        raise UserError(f'--ddim_ckpt {FLAGS.ddim_ckpt} has {T} steps, expected a multiple of the '
+                        f'{2 * steps[0]} of --base_ckpt; give another model')
+    if T < LEAST_STEPS and any(script == 'train_dmd.py' for _, script, _ in methods.values()):
+        raise UserError(f'train_dmd.py needs a teacher of {LEAST_STEPS} steps or more, found {T}; '
+                        f'give the one before it was distilled as --ddim_ckpt')
     if not FLAGS.report:
-        for model in (teacher, sampled):        # what the commands read is a run's checkpoint
+        for model in (teacher, ddim_model):        # what the commands read is a run's checkpoint
             if model is teacher and FLAGS.teacher_steps or model.file.suffix != '.pt':
                 save_as_run(model)
-    chains = all_chains(methods, steps, teacher, sampled)
+    chains = all_chains(methods, steps, teacher, ddim_model)
     if not FLAGS.report:
         for chain in chains:
-            chain.claim()
+            chain.record_plan()
         run_all(chains)
     report(chains)
 
 
-def all_chains(methods, steps, teacher, sampled):
-    """A `Chain` per seed and method, in the order in which they are made.
+def all_chains(methods, steps, teacher, ddim_model):
+    """A `Chain` per seed and method.
 
     Args:
-        methods: {name: command}. steps: of the students, the largest first.
+        methods: of `chosen_methods`. steps: of the students, the largest first.
         teacher: `Model` that PD.py and train_rdd.py halve.
-        sampled: `Model` that DDIM samples and train_dmd.py imitates.
+        ddim_model: `Model` that DDIM samples and train_dmd.py imitates.
     """
     baseline, _, count = FLAGS.baseline.partition('/')
-    T, sampled_steps = sampled.diffusion.T, [2 * steps[0], *steps]
+    T, ddim_steps = ddim_model.diffusion.T, [2 * steps[0], *steps]
     if baseline == 'DDIM' and count in [str(n) for n in range(1, T + 1) if T % n == 0]:
-        sampled_steps = sorted({*sampled_steps, int(count)}, reverse=True)
+        ddim_steps = sorted({*ddim_steps, int(count)}, reverse=True)
     chains = []
     for seed in range(FLAGS.seeds):
         made = {}
-        for name, command in methods.items():
-            first, _, command = command.rpartition('> ')
-            if command.startswith('train_dmd.py'):
-                made[name] = Chain(name, command, seed, steps[-1:], sampled,
-                                   made.get(first.strip()))
-            elif command:
-                made[name] = Chain(name, command, seed, steps, teacher)
-            else:
-                made[name] = Chain(name, command, seed, sampled_steps, sampled)
-        if count and count not in map(str, made[baseline].counts):
+        for name, (first, script, extra) in methods.items():
+            step_counts = {None: ddim_steps, 'train_dmd.py': steps[-1:]}.get(script, steps)
+            model = teacher if script in ('PD.py', 'train_rdd.py') else ddim_model
+            made[name] = Chain(name, script, extra, seed, step_counts, model, made.get(first))
+        if count and count not in map(str, made[baseline].step_counts):
             raise UserError(f'--baseline {FLAGS.baseline}: no student has {count} steps; choose of '
-                            f'{", ".join(map(str, made[baseline].counts))}')
+                            f'{", ".join(map(str, made[baseline].step_counts))}')
         chains += made.values()
     return chains
 
@@ -148,17 +151,13 @@ def save_as_run(model):
 
 
 def chosen_methods():
-    """{name: script and its flags} of --methods, own ones included."""
-    known = dict(METHODS)
+    """{name: (first, script, flags)} of --methods, see `parsed`; own methods included."""
+    commands = dict(METHODS)
     for text in FLAGS.method:
-        name, _, command = text.partition('=')
-        first, arrow, last = command.rpartition('> ')
-        if '/' in name or not last.startswith(('train_dmd.py',) if arrow else tuple(STAGES)):
-            raise UserError(f'--method "{text}" is not understood; expected "NAME=SCRIPT FLAGS" '
-                            f'with {", ".join(STAGES)} as the script, or "NAME=OTHER > '
-                            f'train_dmd.py FLAGS"')
-        known[name] = command
-    for text in [*known.values(), FLAGS.train_flags, FLAGS.eval_flags]:
+        name, _, commands[name] = text.partition('=')
+        if '/' in name:
+            raise UserError(f'--method "{text}" has a name with /; choose one without')
+    for text in [*commands.values(), FLAGS.train_flags, FLAGS.eval_flags]:
         try:
             names = {word.lstrip('-').partition('=')[0] for word in shlex.split(text)}
         except ValueError as error:
@@ -166,26 +165,38 @@ def chosen_methods():
         for name in OWN_FLAGS & names:
             raise UserError(f'"{text}" sets --{name}, which the study chooses for every student; '
                             f'leave it out')
-    if not set(FLAGS.methods) <= set(known) or len(set(FLAGS.methods)) < len(FLAGS.methods):
-        raise UserError(f'--methods {",".join(FLAGS.methods)}: choose of {", ".join(known)}, each '
-                        f'once')
-    for place, name in enumerate(FLAGS.methods):
-        first, arrow, _ = known[name].rpartition('> ')
-        if arrow and first.strip() not in FLAGS.methods[:place]:
-            raise UserError(f'--methods {",".join(FLAGS.methods)}: {name} goes on from a student '
-                            f'of {first.strip()}; name that before it')
-        if 'train_dmd.py' in known[name] and FLAGS.until > 4:
+    if not set(FLAGS.methods) <= set(commands) or len(set(FLAGS.methods)) < len(FLAGS.methods):
+        raise UserError(f'--methods {",".join(FLAGS.methods)}: choose of {", ".join(commands)}, '
+                        f'each once')
+    methods = {}
+    for name in FLAGS.methods:
+        methods[name] = first, script, _ = parsed(commands[name])
+        if script not in CONFIG_OF and name != 'DDIM' or first and script != 'train_dmd.py':
+            raise UserError(f'--method "{name}={commands[name]}" is not understood; expected '
+                            f'"NAME=SCRIPT FLAGS" with {", ".join(CONFIG_OF)} as the script, or '
+                            f'"NAME=OTHER then train_dmd.py FLAGS"')
+        if first and (first not in methods or first == 'DDIM'):
+            raise UserError(f'--methods {",".join(FLAGS.methods)}: {name} starts from the last '
+                            f'student of {first}; list a method that makes one, before it')
+        if script == 'train_dmd.py' and FLAGS.until > 4:
             raise UserError(f'--until {FLAGS.until} is more than the 4 steps that a student of '
                             f'{name} can have; lower it, or leave that method out')
-    if FLAGS.baseline.partition('/')[0] not in FLAGS.methods:
+    if FLAGS.baseline.partition('/')[0] not in methods:
         raise UserError(f'--baseline {FLAGS.baseline} is not among --methods '
                         f'{",".join(FLAGS.methods)}; add it, or choose another baseline')
-    scripts = {STAGES[name] for name in STAGES for method in FLAGS.methods if name in known[method]}
+    scripts = {CONFIG_OF[script] for _, script, _ in methods.values() if script}
     for stage in [*sorted(scripts), 'EVAL']:
         if not config(stage).is_file():
             raise UserError(f'--config {FLAGS.config}: there is no {config(stage)}; write it, or '
                             f'choose another')
-    return {name: known[name] for name in FLAGS.methods}
+    return methods
+
+
+def parsed(command):
+    """(method whose last student it starts from or '', script or None, flags) of a command."""
+    first, _, rest = command.rpartition(' then ')
+    script, *extra = shlex.split(rest) or [None]
+    return first, script, extra
 
 
 def config(stage):
@@ -195,20 +206,20 @@ def config(stage):
 class Chain:
     """The students of one method and seed, and the commands that make and score them."""
 
-    def __init__(self, method, command, seed, counts, teacher, first=None):
+    def __init__(self, method, script, extra, seed, step_counts, teacher, first=None):
         self.method, self.seed = method, seed
-        self.counts = counts        # steps of the students, the largest first
+        self.script, self.extra = script, extra     # None: no training; flags after its flagfile
+        self.step_counts = step_counts      # of the students, the largest first
         self.teacher = teacher      # the `Model` that is distilled, or sampled by DDIM
-        self.first = first          # the chain whose last student this one goes on from, or None
+        self.first = first          # the chain whose last student this one starts from, or None
         self.finished = threading.Event()
-        self.script, *self.extra = shlex.split(command) or [None]       # None: no training
         self.folder = Path(FLAGS.logdir).resolve() / method / f'seed{seed}'
         self.problem = 'not made yet'
 
     def commands(self):
         """{steps: words of the evaluation}; before them 'train': those of the training, if any."""
         found, seed = {}, f'--seed={self.seed}'
-        start, until = self.teacher.file, self.counts[-1]
+        start, until = self.teacher.file, self.step_counts[-1]
         if self.script == 'train_dmd.py':
             if self.first:
                 start = f'{self.first.folder}/{until}'
@@ -218,10 +229,10 @@ class Chain:
             where = [f'--logdir={self.folder}', f'--until={FLAGS.until}']
         if self.script:
             found['train'] = [
-                self.script, f'--flagfile={config(STAGES[self.script])}', *self.extra,
+                self.script, f'--flagfile={config(CONFIG_OF[self.script])}', *self.extra,
                 *shlex.split(FLAGS.train_flags), f'--base_ckpt={start}', '--teacher_steps=0',
                 *where, seed]
-        for T in self.counts:
+        for T in self.step_counts:
             stride = 1 if self.script else self.teacher.diffusion.T // T
             found[T] = [
                 'ddim_eval.py', f'--flagfile={config("EVAL")}', *shlex.split(FLAGS.eval_flags),
@@ -229,18 +240,25 @@ class Chain:
                 f'--save_images={self.folder}/{T}/samples.npz']
         return found
 
-    def claim(self):
-        """Write down what the students are made from.
+    def plan(self):
+        """What the students are made from.
 
-        Paths may be given from another working directory, and --until may be lowered later.
-        Raises:
-            UserError: the folder holds students that were made otherwise.
+        Not where they are, since paths may be given from another working directory, and not the
+        numbers of steps: --until may be lowered later.
         """
         words = [absolute(word) for command in list(self.commands().values())[:2]
                  for word in FLAGS.read_flags_from_files(command)
-                 if not word.startswith(('--until=', '--base_ckpt=', '--teacher_ckpt='))]
+                 if not word.startswith(WHERE)]
         digest = checkpoint.digest(self.teacher.network.state_dict())
-        plan, file = json.dumps(dict(words=words, teacher=digest)), self.folder / 'commands.json'
+        return dict(words=words, teacher=digest, first=self.first and self.first.plan())
+
+    def record_plan(self):
+        """Write the plan into the folder.
+
+        Raises:
+            UserError: the folder holds students that were made otherwise.
+        """
+        plan, file = json.dumps(self.plan()), self.folder / 'commands.json'
         if any(self.folder.glob('*/ckpt.pt')) and file.is_file() and file.read_text() != plan:
             raise UserError(f'{self.folder} was made by other commands, from other flagfiles or '
                             f'another teacher; choose another --logdir')
@@ -254,7 +272,10 @@ class Chain:
 
     def make(self, commands, env):
         """Run what is not finished, until a command fails; its last line is the problem then."""
-        missing, log = [T for T in self.counts if not self.result(T)], self.folder / 'log.txt'
+        if self.first and not self.first.result(self.step_counts[-1]):
+            self.problem = f'there is no student of {self.first.method} to start from'
+            return
+        missing, log = [T for T in self.step_counts if not self.result(T)], self.folder / 'log.txt'
         for name, words in self.commands().items():
             if name not in missing and not (missing and name == 'train'):
                 continue
@@ -275,7 +296,7 @@ class Chain:
                 break
 
     def seconds(self):
-        """Of its training, all starts together, and of the student that it goes on from."""
+        """Seconds of its training, and of that of the student that it starts from."""
         file = self.folder / 'seconds.txt'
         own = sum(map(float, file.read_text().split())) if file.is_file() else 0.
         return own + (self.first.seconds() if self.first else 0.)
@@ -288,14 +309,14 @@ def absolute(word):
 
 
 def run_all(chains):
-    """Make the students of all chains, --jobs chains side by side."""
+    """Make the students of all chains, --jobs chains side by side; those that wait come last."""
     gpus = torch.cuda.device_count()
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))
     threads = str(max(1, (os.cpu_count() or 1) // FLAGS.jobs))
     free = list(range(FLAGS.jobs))
 
     def run_chain(chain):
-        if chain.first:     # it was started before this one
+        if chain.first:     # which was started before this one
             chain.first.finished.wait()
         place = free.pop()
         env = {'OMP_NUM_THREADS': threads, **os.environ}        # unless you set it yourself
@@ -310,16 +331,16 @@ def run_all(chains):
 
     with progress(len(chains), 'methods and seeds', unit='chain') as bar, \
             ThreadPoolExecutor(FLAGS.jobs) as pool, Commands() as commands:
-        list(pool.map(run_chain, chains))
+        list(pool.map(run_chain, sorted(chains, key=lambda chain: chain.first is not None)))
 
 
 def report(chains):
     """Write the table and the pictures of the students that are finished; name the others."""
-    steps = sorted({T for chain in chains for T in chain.counts}, reverse=True)
+    steps = sorted({T for chain in chains for T in chain.step_counts}, reverse=True)
     shape = len(FLAGS.methods), len(steps), FLAGS.seeds
     scores = {score: np.full(shape, np.nan) for score in SCORES}
     folder, missing, rows = Path(FLAGS.logdir), [], {T: {} for T in steps}
-    for chain, T in [(chain, T) for chain in chains for T in chain.counts]:
+    for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
         result = chain.result(T)
         if not result:
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')

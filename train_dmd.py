@@ -1,4 +1,4 @@
-"""Distribution matching distillation: a student of few steps, with images as likely as a teacher's.
+"""Distribution matching distillation: a student of few steps with the distribution of its teacher.
 
   python train_dmd.py --flagfile ./config/CIFAR10_DMD.txt --teacher_ckpt ./logs/CIFAR10/1024 \\
       --base_ckpt ./logs/CIFAR10/rdd/1 --logdir ./logs/CIFAR10/dmd
@@ -8,9 +8,10 @@ G is a student of 1, 2 or 4 steps by any method, mu_real its teacher on the fine
 mu_fake a copy of the teacher that is trained on images of G. From z_t = alpha_t x + sigma_t eps,
 they predict x_real and x_fake. x_fake - x_real is along the gradient of the KL divergence between
 noisy images of G and of the teacher, whose scores are (alpha_t x_pred - z_t) / sigma_t^2. A step is
-(DMD, Yin et al., 2311.18828, equations 7 and 8; DMD2, 2405.14867):
-  --fake_steps times: mu_fake learns from mean |x_fake - x|^2 with x = clip(G(x_T, y));
-  once: G learns from g = (x_fake - x_real) / mean |x - x_real|, taken as the gradient at x.
+(DMD, Yin et al., 2311.18828, equations 7 and 8 without alpha_t; DMD2, 2405.14867):
+  --fake_updates times, with x = clip(G(x_T, y)): mu_fake learns from mean |x_fake - x|^2;
+  once, with x = G(x_T, y): G learns from g = (x_fake - x_real) / mean |x - x_real|, taken as the
+  gradient at x.
 Images of the data set enter no loss; it gives the labels y.
 """
 
@@ -32,15 +33,14 @@ define_teacher_steps()
 flags.DEFINE_string('teacher_ckpt', None, 'folder (or file) of the teacher with its many steps')
 flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the student to begin with')
 flags.DEFINE_integer('student_steps', 0, 'steps of the student; 0: those of --base_ckpt', 0, 4)
-flags.DEFINE_integer('fake_steps', 2, 'steps of the fake network per step of the student', 1, 100)
-flags.DEFINE_float('fake_lr', 5e-4, 'learning rate of the fake network', 0.)
+flags.DEFINE_integer('fake_updates', 2, 'updates of mu_fake per update of the student', 1, 100)
+flags.DEFINE_float('fake_lr', 5e-4, 'learning rate of mu_fake', 0.)
 flags.DEFINE_float('adam_beta1', 0., 'first beta of Adam, of both networks', 0., .999)
 flags.DEFINE_float('adam_beta2', .99, 'second beta of Adam, of both networks', 0., .9999)
-flags.DEFINE_float('t_min', .02, 'smallest noise level, as a share of the grid', 0., 1.)
-flags.DEFINE_float('t_max', .98, 'largest noise level, as a share of the grid', 0., 1.)
+flags.DEFINE_float('t_min', .02, 'smallest time drawn, as a share of the largest', 0., 1.)
+flags.DEFINE_float('t_max', .98, 'largest time drawn, as a share of the largest', 0., 1.)
 flags.DEFINE_bool('weighting', True, 'divide g by mean |x - x_real| of each image')
-flags.DEFINE_float('regression_weight', 0., 'weight of the squared distance to the images that the '
-                   'student made from the same noise at the start', 0.)
+flags.DEFINE_float('regression_weight', 0., 'weight of the distance to its images at the start', 0.)
 
 
 def main():
@@ -65,7 +65,7 @@ def train(student, teacher, dataset):
     run.prepare(mu_real, student.network)
     for step in run:
         parts, finite = list(run.parts()), True
-        for k in range(FLAGS.fake_steps):
+        for k in range(FLAGS.fake_updates):
             for part in noisy(parts, run, grid, k):
                 with torch.no_grad(), run.autocast():
                     number = (step + k) % diffusion.T       # of the sampler's evaluation
@@ -80,7 +80,7 @@ def train(student, teacher, dataset):
             finite &= clip_gradient(mu_fake.params, FLAGS.grad_clip).isfinite()
             step_optimizer(mu_fake.optim, finite)
 
-        for part in noisy(parts, run, grid, FLAGS.fake_steps):
+        for part in noisy(parts, run, grid, FLAGS.fake_updates):
             with run.training(part):
                 x = diffusion.evaluation(run.net, part.x_T, step % diffusion.T, part.y)
             with torch.no_grad(), run.autocast():

@@ -16,7 +16,7 @@ from runtime.precision import choose
 from runtime.run import Run, due, training_data
 
 FLAGS = flags.FLAGS
-FINE = 16       # steps of a teacher that counts as not distilled
+LEAST_STEPS = 16        # of a teacher that counts as not distilled
 FILE_FLAGS = dict(teacher='--base_ckpt or --teacher_ckpt', start='--base_ckpt')
 
 
@@ -108,22 +108,26 @@ def student_and_teacher():
 
     Both must make images of one kind, at times on one grid; what they predict may differ.
     """
-    how = dict(mean_type=FLAGS.mean_type, img_size=FLAGS.img_size)
+    how = dict(dropout=FLAGS.dropout, mean_type=FLAGS.mean_type, img_size=FLAGS.img_size)
     student = load_model(FLAGS.base_ckpt, steps=FLAGS.student_steps, **how)
     teacher = load_model(FLAGS.teacher_ckpt, steps=FLAGS.teacher_steps, **how)
     if student.diffusion.T not in (1, 2, 4):
         raise UserError(f'--base_ckpt {FLAGS.base_ckpt} has {student.diffusion.T} steps, expected '
                         f'a student of 1, 2 or 4; halve it by PD.py or train_rdd.py first, or set '
                         f'--student_steps 1')
-    if teacher.diffusion.T < FINE:
+    if FLAGS.student_steps and student.diffusion.mean_type == 'epsilon':
+        raise UserError(f'--base_ckpt {FLAGS.base_ckpt} predicts eps, from which one step makes no '
+                        f'image; halve it by PD.py first, whose students predict v')
+    if teacher.diffusion.T < LEAST_STEPS:
         raise UserError(f'--teacher_ckpt {FLAGS.teacher_ckpt} has {teacher.diffusion.T} steps, '
-                        f'expected the teacher before it was distilled, with {FINE} or more')
+                        f'expected the teacher before it was distilled, with {LEAST_STEPS} or more')
     for name in ('img_size', 'conditional', 'class_num', 'schedule', 'N'):
         ours, theirs = ({**vars(model), **model.arch, **vars(model.diffusion)}[name]
                         for model in (student, teacher))
         if ours != theirs:
             raise UserError(f'{name} is {str(ours)[:60]} in --base_ckpt and {str(theirs)[:60]} in '
-                            f'--teacher_ckpt; give a student of this teacher')
+                            f'--teacher_ckpt; give a student of this teacher, with --teacher_steps '
+                            f'as it was made')
     check_flags(student)
     adopt(img_size=student.img_size, mean_type=student.diffusion.mean_type, **student.arch)
     return student, teacher

@@ -39,7 +39,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def read(path):
-    """(class, its arguments, {name: tensor}, dataset_kwargs) of the network `ema`, unchecked.
+    """(class, its arguments, {name: tensor}) of the network `ema`, unchecked.
 
     Raises:
         UserError: the file is no snapshot of EDM, or holds more than one does.
@@ -50,8 +50,7 @@ def read(path):
             file.seek(0)
             found = Unpickler(file).load()
         state_dict, meta = dict(tensors(found['ema'], set())), found['ema'].args[0]
-        return (meta['class_name'], meta['state']['_init_kwargs'], state_dict,
-                found.get('dataset_kwargs'))
+        return meta['class_name'], meta['state']['_init_kwargs'], state_dict
     except UserError as error:
         raise UserError(f'{path} {error}')
     except Exception:       # the bytes of the file decide what is raised

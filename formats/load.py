@@ -26,7 +26,8 @@ from runtime.flags import given
 
 FLAGS = flags.FLAGS
 ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
-LARGE = ('net_model', 'ema_model', 'optim', 'optim_head', 'memory')     # not kept after loading
+# not kept after loading
+LARGE = ('net_model', 'ema_model', 'optim', 'optim_head', 'memory', 'fake_model', 'optim_fake')
 TABLE = 'time_embedding.timembedding.0.weight'
 NOT_BUILT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
              ZeroDivisionError)
@@ -58,11 +59,11 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
                         f'images')
     T = model.diffusion.T
     if steps > T:
-        raise UserError(f'--teacher_steps {steps} is more than the {T} steps of {path}; lower it, '
-                        f'or set 0 for all of them')
+        raise UserError(f'{steps} steps are more than the {T} of {path}; lower --teacher_steps or '
+                        f'--student_steps, or set 0 for all of them')
     if steps and T < model.diffusion.N and T % steps:
-        raise UserError(f'--teacher_steps {steps} does not divide the {T} steps of {path}, which '
-                        f'was trained at no others; choose a divisor')
+        raise UserError(f'{steps} steps do not divide the {T} of {path}, which was trained at no '
+                        f'others; choose a divisor as --teacher_steps or --student_steps')
     model.diffusion = model.diffusion.with_steps(steps or T)
     model.network.eval().requires_grad_(False)
     return model

@@ -44,9 +44,12 @@ class FeatureNetwork:
         x = images.float()
         x = x / 255 if images.dtype == torch.uint8 else (x + 1) / 2
         # TF32 would make the scores depend on the generation of the GPU.
+        matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+        matmul.allow_tf32 = False
         with torch.autocast(images.device.type, enabled=False), \
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features, logits = self.forward(x)
+        matmul.allow_tf32 = tf32
         return features, logits.softmax(1)
 
 

@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
                         f'--logdir={folder}/{name}', '--total_steps=4'], *more, **how)
 
     jobs = dict(
-        first=[dmd('first', '--total_steps=1', '--fake_steps=1', '--regression_weight=.5')],
+        first=[dmd('first', '--total_steps=1', '--fake_updates=1', '--regression_weight=.5')],
         whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True), dmd('killed')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         student=[dmd('student', '--base_ckpt', f'{folder}/2')],

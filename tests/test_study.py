@@ -48,12 +48,15 @@ MISTAKES = {
     'there is no checkpoint none': '--base_ckpt=none',
     '--methods PD,TAT: choose of DDIM, PD, CFD': '--methods=PD,TAT',
     '--methods PD,PD: choose of .* each once': '--methods=PD,PD',
-    '--method "../x=PD.py" is not understood': '--method=../x=PD.py',
+    '--method "../x=PD.py" has a name with /; choose': '--method=../x=PD.py',
     '--baseline PD is not among --methods RDD': '--methods=RDD',
     '--baseline PD/3: no student has 3 steps; choose of 4, 2, 1': '--baseline=PD/3',
-    'PD.DMD goes on from a student of PD; name that before it': '--methods=PD+DMD,PD',
-    '"x=PD > PD.py" is not understood; .* "NAME=OTHER > train_dmd.py FL': '--method=x=PD > PD.py',
-    '--method "mine=rm x" is not understood': '--method=mine=rm x',
+    'PD.DMD starts from the last student of PD; list': '--methods=PD+DMD,PD',
+    '"x=PD then PD.py" is not understood; .* "NAME=OTHER then train_d': 'x=PD then PD.py',
+    '"x=PD.py--lr 1" is not understood; expected "NAME=SCRIPT FLAGS"': 'x=PD.py--lr 1',
+    'x starts from the last student of DDIM; list': 'x=DDIM then train_dmd.py',
+    'train_dmd.py needs a teacher of 16 steps or more, found 8; give': '--methods=PD,PD+DMD',
+    '"x=rm x" is not understood': 'x=rm x',
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
     '"--lr 1 --seed=3" sets --seed, which the study': '--train_flags=--lr 1 --seed=3',
     '"PD.py -seed 3" sets --seed, which the study': '--method=a=PD.py -seed 3',
@@ -70,7 +73,10 @@ def parse():
 
 @pytest.mark.parametrize('sentence', list(MISTAKES))
 def test_mistakes(parse, tiny, sentence):
-    parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', MISTAKES[sentence])
+    mistake = [MISTAKES[sentence]]
+    if mistake[0].startswith('x='):     # a method of one's own
+        mistake = [f'--method={mistake[0]}', '--methods=DDIM,PD,x']
+    parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', *mistake)
     with pytest.raises(UserError, match=sentence):
         study.main()
     assert not (tiny / 'new').exists()
@@ -112,7 +118,8 @@ def chain(tiny, tmp_path, monkeypatch):
             until=1, train_flags='--lr=1 --data_root=./config', eval_flags='--num_images=4',
             read_flags_from_files=flags.FLAGS.read_flags_from_files), **changes)))
         counts = [8, 4, 2, 1] if method == 'DDIM' else [4, 2, 1]
-        return study.Chain(method, study.METHODS[method], seed, counts, load_model('ckpt.pt'))
+        _, script, extra = study.parsed(study.METHODS[method])
+        return study.Chain(method, script, extra, seed, counts, load_model('ckpt.pt'))
     return chain
 
 
@@ -129,9 +136,12 @@ class Commands:
         if f'{words[0]} {folder.name}' == self.fails:
             stdout.write('a line\nthe reason\n')
             return 2
+        folder.mkdir(exist_ok=True)
         for T in (4, 2, 1) if words[0] == 'PD.py' else ():
             (folder / f'{T}').mkdir(exist_ok=True)
             (folder / f'{T}/ckpt.pt').touch()
+        if words[0] == 'train_dmd.py':
+            (folder / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
             results.append(folder / 'results.jsonl', RESULT)
@@ -151,36 +161,73 @@ def test_commands(chain, tmp_path):
                 f'--seed={seed}', f'--logdir={tmp_path}/PD/seed{seed}/{T}', '--stride=1',
                 '--flagfile=config/TINY_EVAL.txt', '--num_images=4'} <= set(words)
     ddim = chain(1, 'DDIM')
-    ddim.counts = [4, 2, 1]     # its model may have more steps than the teacher: --ddim_ckpt
+    ddim.step_counts = [4, 2, 1]     # its model may have more steps than the teacher: --ddim_ckpt
     scores = ddim.commands()
     assert {T: [word for word in words if 'stride' in word] for T, words in scores.items()} == {
         T: [f'--stride={8 // T}'] for T in (4, 2, 1)}
     assert all('--seed=1' in words for words in scores.values())
 
 
-def test_commands_of_dmd(chain, tmp_path, tiny):
-    """One student, from that of the chain before or from the teacher; the cost counts both."""
+@pytest.fixture
+def after(chain, tiny):
+    """after(first, command): the chain of a method that starts from the last student of `first`."""
     (tiny / 'config/TINY_DMD.txt').write_text('--dataset=digits\n')
+
+    def after(first, command, method='PD+DMD'):
+        _, script, extra = study.parsed(command)
+        return study.Chain(method, script, extra, 1, [1], load_model('ckpt.pt'), first)
+    return after
+
+
+@pytest.mark.parametrize('command, start', [
+    ('PD then train_dmd.py --fake_updates 5', ['--base_ckpt={}/PD/seed1/1', '--student_steps=0']),
+    ('train_dmd.py --fake_updates 5', ['--base_ckpt=ckpt.pt', '--student_steps=1'])])
+def test_commands_of_dmd(chain, after, tmp_path, command, start):
+    """One student, from that of the chain before or from the teacher; the cost counts both."""
     first = chain(1)
-    for method, script in (('PD+DMD', 'train_dmd.py'), ('DMD', 'train_dmd.py --fake_steps 5')):
-        it = study.Chain(method, script, 1, [1], first.teacher, first if '+' in method else None)
-        train, score = it.commands().values()
-        start = [f'--base_ckpt={tmp_path}/PD/seed1/1', '--student_steps=0']
-        if method == 'DMD':
-            start = ['--base_ckpt=ckpt.pt', '--student_steps=1', '--fake_steps', '5']
-        assert train[0] == 'train_dmd.py' and not any('until' in word for word in train) and {
-            '--flagfile=config/TINY_DMD.txt', '--teacher_ckpt=ckpt.pt', '--seed=1', '--lr=1',
-            f'--logdir={tmp_path}/{method}/seed1/1', *start} <= set(train)
-        assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/{method}/seed1/1' in score
-        it.claim()
-        (it.folder / 'seconds.txt').write_text('2.5\n1\n')
-        first.folder.mkdir(parents=True, exist_ok=True)
-        (first.folder / 'seconds.txt').write_text('10\n')
-        assert it.seconds() == (13.5 if '+' in method else 3.5)
+    it = after(first if 'PD' in command else None, command)
+    train, score = it.commands().values()
+    assert train[0] == 'train_dmd.py' and not any('until' in word for word in train) and {
+        '--flagfile=config/TINY_DMD.txt', '--teacher_ckpt=ckpt.pt', '--seed=1', '--lr=1',
+        f'--logdir={tmp_path}/PD+DMD/seed1/1', '--fake_updates',
+        *(word.format(tmp_path) for word in start)} <= set(train)
+    assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/PD+DMD/seed1/1' in score
+    for chain, text in ((first, '10\n'), (it, '2.5\n1\n')):
+        chain.folder.mkdir(parents=True)
+        (chain.folder / 'seconds.txt').write_text(text)
+    assert it.seconds() == (13.5 if 'PD' in command else 3.5)
 
 
-def test_a_chain_waits_for_the_one_it_goes_on_from(chain, monkeypatch):
-    """Also if that one fails; with two jobs at once."""
+def test_no_student_starts_from_one_that_is_not_finished(chain, after):
+    """It is made when the first one has its score; not from a checkpoint that is half trained."""
+    first = chain(1)
+    it = after(first, 'PD then train_dmd.py')
+    first.record_plan()
+    it.record_plan()
+    first.make(Commands('ddim_eval.py 1'), {})
+    commands = Commands()
+    it.make(commands, {})
+    assert commands.ran == [] and 'no student of PD to start from' in it.problem
+    first.make(Commands(), {})
+    it.make(commands, {})
+    assert commands.ran == ['train_dmd.py', 'ddim_eval.py']
+
+
+def test_students_of_another_start_are_refused(chain, after):
+    """The same flags, from the student of another method; fewer steps are no other plan."""
+    it = after(chain(1), 'PD then train_dmd.py')
+    it.record_plan()
+    (it.folder / '1').mkdir()
+    (it.folder / '1/ckpt.pt').touch()
+    lower = after(chain(1), 'PD then train_dmd.py')
+    lower.step_counts = [2]
+    lower.record_plan()
+    with pytest.raises(UserError, match='was made by other commands'):
+        after(chain(1, train_flags='--lr=2'), 'PD then train_dmd.py').record_plan()
+
+
+def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
+    """With two jobs at once, also if it was listed before other methods, or the first one fails."""
     ended = []
 
     def make(self, commands, env):
@@ -189,12 +236,12 @@ def test_a_chain_waits_for_the_one_it_goes_on_from(chain, monkeypatch):
         if self.method == 'PD':
             raise OSError('no space left')
 
-    first = chain()
+    first, other = chain(), chain(method='DDIM')
     monkeypatch.setattr(study.Chain, 'make', make)
     study.FLAGS.jobs = 2
     with pytest.raises(OSError):
-        study.run_all([first, study.Chain('PD+DMD', 'train_dmd.py', 0, [1], None, first)])
-    assert ended == ['PD', 'PD+DMD']
+        study.run_all([first, after(first, 'PD then train_dmd.py'), other])
+    assert ended == ['DDIM', 'PD', 'PD+DMD']
 
 
 @pytest.mark.parametrize('method, first, again', [
@@ -202,7 +249,7 @@ def test_a_chain_waits_for_the_one_it_goes_on_from(chain, monkeypatch):
     ('DDIM', ['ddim_eval.py'] * 4, ['ddim_eval.py'])])
 def test_finished_students_are_skipped(chain, method, first, again):
     it, commands = chain(method=method), [Commands(), Commands(), Commands()]
-    it.claim()
+    it.record_plan()
     it.make(commands[0], {})
     it.make(commands[1], {})
     (it.folder / '1/results.jsonl').write_text('{"cut')
@@ -214,7 +261,7 @@ def test_failed_students_are_named(chain, tmp_path):
     """In the table, with the last line of the command; what was made counts."""
     chains = [chain(0), chain(1), chain(0, 'DDIM')]
     for it, fails in zip(chains, ('ddim_eval.py 2', 'PD.py seed1', '')):
-        it.claim()
+        it.record_plan()
         it.make(Commands(fails), {})
     with pytest.raises(UserError, match='5 students are missing, see .*table.md') as caught:
         study.report(chains)
@@ -237,7 +284,7 @@ def test_report_before_anything_is_scored(chain, tmp_path):
 def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch):
     """Other flags, another text of a flagfile, other weights; not another working directory."""
     it = chain()
-    it.claim()
+    it.record_plan()
     it.make(Commands(), {})
     (tmp_path / 'config').symlink_to(tiny / 'config')
     it.teacher.file = tiny / 'ckpt.pt'
@@ -245,10 +292,10 @@ def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     study.FLAGS.logdir, study.FLAGS.until = '.', 2
     study.FLAGS.train_flags = f'--lr=1 --data_root={tiny}/config'
-    again = study.Chain('PD', 'PD.py', 0, [4, 2], it.teacher)
-    again.claim()
+    again = study.Chain('PD', 'PD.py', [], 0, [4, 2], it.teacher)
+    again.record_plan()
     monkeypatch.chdir(tiny)
-    chain(1).claim()                                    # another folder
+    chain(1).record_plan()                                    # another folder
     text = Path('config/TINY_EVAL.txt').read_text()
     for change in ('flags', 'flagfile', 'teacher'):
         other = chain(**dict(train_flags='--lr=2') if change == 'flags' else {})
@@ -257,9 +304,9 @@ def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch)
         if change == 'teacher':
             other.teacher.network.head.bias.data += 1
         with pytest.raises(UserError, match='seed0 was made by other commands, from other flagf'):
-            other.claim()
+            other.record_plan()
         Path('config/TINY_EVAL.txt').write_text(text)
-    chain().claim()
+    chain().record_plan()
 
 
 def test_a_study(tiny, tmp_path):

@@ -25,13 +25,14 @@ from runtime import cli, pictures       # noqa: E402
 from score import results       # noqa: E402
 
 FLAGS = flags.FLAGS
-METHODS = dict(base='DDIM', pd='PD', rdd='RDD')
+METHODS = dict(base='DDIM', pd='PD', rdd='RDD', dmd='DMD')
 PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')     # equal where scores compare
 
 
 def define_flags():
     flags.DEFINE_string('output', './plot.png', 'the picture, a png or pdf')
-    flags.DEFINE_string('value', 'fid', 'fid or inception_score, or a name in metrics.jsonl')
+    flags.DEFINE_string('value', 'fid', 'fid, inception_score, precision or recall, or a name in '
+                        'metrics.jsonl')
     flags.DEFINE_bool('samples', False, 'draw rows of samples instead of curves')
     flags.DEFINE_integer('columns', 16, 'images per row of --samples', 1, 256)
     flags.register_validator('output', lambda path: path.endswith(('.png', '.pdf')),
@@ -44,7 +45,7 @@ def main(words):
     named = [word.rpartition('=')[::2] for word in words]       # (name or '', path)
     if FLAGS.samples:
         draw_samples(named)
-    elif FLAGS.value in results.NUMBERS:
+    elif FLAGS.value in (*results.NUMBERS, 'precision', 'recall'):
         draw_curves(with_table(read(named, 'results.jsonl', results.read)), 'nfe')
     else:
         draw_curves(read(named, 'metrics.jsonl', read_metrics), 'step')
@@ -59,6 +60,8 @@ def read(named, file_name, read_file):
         for file in sorted(path.rglob(file_name)) if path.is_dir() else [path]:
             folder = file.resolve().parent.name
             for line in read_file(file):
+                if line.get(FLAGS.value) is None:       # no precision, in older results
+                    continue
                 curve = line.get('method', folder) if folder.isdigit() else folder
                 title = ', '.join(f'{line[key]}' for key in PROTOCOL if key in line)
                 found.append(dict(line, title=title, curve=name or METHODS.get(curve, f'{curve}')))
@@ -83,10 +86,11 @@ def with_table(lines):
     keys = ('title', 'curve', 'ckpt', 'nfe', 'seed', 'weights', 'amp')
     last = {tuple(map(line.get, keys)): line for line in lines}.values()
     found = sorted(last, key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
-    columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'seed', *PROTOCOL)
+    columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'precision', 'recall',
+               'seed', *PROTOCOL)
     print(f'| {" | ".join(columns)} |\n|{" :--- |" * len(columns)}')
     for line in found:
-        print(f'| {" | ".join(str(line.get(key)) for key in columns)} |')
+        print(f'| {" | ".join(str(line.get(key, "-")) for key in columns)} |')
     return found
 
 
