@@ -111,8 +111,8 @@ def test_a_file_of_pytorch_ddpm(loaded, capsys):
     torch.testing.assert_close(clean.diffusion.alpha[1:] ** 2, alpha_bar, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize('T, steps, words', [(8, 16, 'more than the 8 steps'),
-                                             (4, 3, 'does not divide the 4')])
+@pytest.mark.parametrize('T, steps, words', [(8, 16, 'more than the 8 of'),
+                                             (4, 3, 'do not divide the 4')])
 def test_steps_that_a_model_cannot_have(loaded, T, steps, words):
     with pytest.raises(UserError, match=words):
         loaded(net_model=filled(), T=T, time_scale=8 // T, how=dict(steps=steps))
