@@ -40,7 +40,7 @@ MISTAKES = dict(
     until_3=('--until 3 is not reached by halving the steps of .*/base; it has 8 steps',
              'pd --until=3'),
     port=('processes could not meet at 127.0.0.1:.* address already in use', 'base'),
-    many_steps=('9 steps are more than the 8 of .*/base; lower --teacher_steps', 'pd --teacher_steps=9'),
+    many_steps=('9 steps are more than the 8 of .*/base; lower', 'pd --teacher_steps=9'),
     model_as_classifier=('base/ckpt.pt is a diffusion checkpoint .*, expected a classifier',
                          'rdd --classifier_path=RUNS/base'),
     no_classifier=('there is no classifier .*/bad/none/ckpt.pt',
