@@ -399,9 +399,10 @@ def table(values, steps, score):
     for method, mine in zip(FLAGS.methods, values):
         differences = mine - reference
         cells = []
-        for value, difference in zip(mine, differences):
+        for T, value, difference in zip(steps, mine, differences):
             cell = '-' if np.isnan(value).all() else words(value)
-            if (method != baseline or count) and not np.isnan(difference).all():
+            itself = method == baseline and count in ('', str(T))
+            if not itself and not np.isnan(difference).all():
                 cell += f' ({words(difference, "+")})'
             cells.append(cell)
         rows.append(f'| {method} | ' + ' | '.join(cells) + ' |')

@@ -16,6 +16,8 @@ REFUSED = dict(
     steps=('--base_ckpt .* has 8 steps, expected a student of 1, 2 or 4', '--base_ckpt=RUNS/8'),
     few=('--teacher_ckpt .* has 8 steps, expected the teacher before', '--teacher_ckpt=RUNS/8'),
     labels=('conditional is False in --base_ckpt and True in', '--teacher_ckpt=RUNS/labels'),
+    eps=('predicts eps, from which one step makes no image',
+         '--base_ckpt=RUNS/eps --teacher_ckpt=RUNS/eps --student_steps=1'),
     times=('--t_min 0.5 is not below --t_max 0.5', '--t_min=.5 --t_max=.5'),
     same=('--logdir .* is the folder of the start', '--logdir=RUNS/1'),
     none=('--teacher_ckpt is missing', '--teacher_ckpt='))
@@ -38,6 +40,9 @@ def runs(tmp_path_factory):
         checkpoint.save(folder / f'{T}/ckpt.pt', dict(
             state, T=T, time_scale=16 // T, use='net_model',
             net_model={**state['net_model'], **weights}))
+
+    (folder / 'eps').mkdir()
+    checkpoint.save(folder / 'eps/ckpt.pt', dict(state, mean_type='epsilon'))
 
     def dmd(name, *more, **how):
         return command([*DMD, f'--teacher_ckpt={folder}/16', f'--base_ckpt={folder}/1',

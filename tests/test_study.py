@@ -92,12 +92,12 @@ def test_table_by_hand(monkeypatch):
 
 
 def test_table_against_one_number_of_steps(monkeypatch):
-    """All columns are compared with the baseline at 4 steps, and so is its own row."""
+    """All columns are compared with the baseline at 4 steps, those of its own row as well."""
     monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(methods=['DDIM', 'DMD'],
                                                         baseline='DDIM/4'))
     values = np.array([[[1.], [9.]], [[np.nan], [.5]]])
     rows = study.table(values, [4, 1], 'fid').splitlines()[4:]
-    assert rows == ['| DDIM | 1.000 (+0.000) | 9.000 (+8.000) |', '| DMD | - | 0.500 (-0.500) |']
+    assert rows == ['| DDIM | 1.000 | 9.000 (+8.000) |', '| DMD | - | 0.500 (-0.500) |']
 
 
 def test_the_demo_writes_into_one_folder():
