@@ -51,7 +51,8 @@ def main():
             Commands() as commands:
         for foreground, background in STAGES:
             other = pool.submit(run, commands, background, 2, log)
-            run(commands, foreground, 2 if background else 1)
+            two_jobs = background or '--jobs 2' in foreground[0]
+            run(commands, foreground, 2 if two_jobs else 1)
             other.result()
     rows = real_digits()            # below the tables that the study has printed
     (DEMO / 'table.md').write_text((DEMO / 'study/table.md').read_text() + rows)
