@@ -61,7 +61,8 @@ def main():
                   f'out; make it again by score/get_npz.py')
         else:
             both = precision_recall(reference.features, stats.features, device=device)
-            result.update(precision=both[0], recall=both[1])
+            result.update((name, None if share is None else round(share, 4))
+                          for name, share in zip(('precision', 'recall'), both))
         report(result, len(reference.mu))
         write(model, result, images, y)
     distributed.cleanup()
