@@ -148,9 +148,11 @@ def test_loop_that_is_left(make, capsys, how):
 
 
 @pytest.mark.parametrize('name, code', [('SIGTERM', 143), ('SIGHUP', 129)])
-def test_signal_ends_the_run(make, capsys, monkeypatch, name, code):
+def test_signal_ends_the_run(make, capsys, monkeypatch, request, name, code):
     """After the step in which it came, with a checkpoint, and with the code of the signal."""
     monkeypatch.setattr(stop, 'received', 0)
+    ignored = signal.signal(getattr(signal, name), signal.SIG_DFL)      # as under nohup
+    request.addfinalizer(lambda: signal.signal(getattr(signal, name), ignored))
     before, run = handlers(), make()
     with pytest.raises(SystemExit) as leaving:
         for step in run:
@@ -362,7 +364,7 @@ def altered(run, **changes):
 
 
 @pytest.mark.parametrize('changes, sentence', [
-    (dict(step='x'), 'whose step is x, expected a whole number'),
+    (dict(step='x'), "whose step is 'x', expected a whole number"),
     (dict(step=-7), 'whose step is -7'),
     (dict(optim={}), 'optim of the checkpoint in .* does not fit this run'),
     (dict(net_model=dict(w=torch.tensor(math.nan))), 'weights are missing or not finite; replace'),
