@@ -27,20 +27,20 @@ ROWS = [('DDIM', 64), ('PD+DMD', 1), ('Ours', 1), ('PD', 1), ('Ours', 2), ('PD',
         ('PD', 4), ('DDIM', 8), ('DDIM', 4), ('DDIM', 2), ('DDIM', 1)]
 SAMPLES = ' '.join(f'"{method}, {T}=./demo/study/{method}/seed0/{T}/samples.npz"'
                    for method, T in ROWS)
-# stages: what is shown, and what runs in the background at the same time
+# stages: jobs that share the cores, what is shown, and what runs in the background meanwhile
 STAGES = [
-    (['train_base.py --flagfile ./config/DIGITS_BASE.txt --logdir ./demo/64',
-      'PD.py --flagfile ./config/DIGITS_PD.txt --base_ckpt ./demo/64 --logdir ./demo'], []),
-    ([f'{CLASSIFIER} --model densenet_small --epoch 8 --seed 0'],       # RDD compares its features
+    (1, ['train_base.py --flagfile ./config/DIGITS_BASE.txt --logdir ./demo/64',
+         'PD.py --flagfile ./config/DIGITS_PD.txt --base_ckpt ./demo/64 --logdir ./demo'], []),
+    (2, [f'{CLASSIFIER} --model densenet_small --epoch 8 --seed 0'],    # RDD compares its features
      [f'{CLASSIFIER} --model convnet_small --epoch 15 --seed 1',
       f'{MEASURE} --half 1 --output ./demo/half1.npz',      # the reference
       f'{MEASURE} --half 2 --output ./demo/half2.npz']),    # the lowest distance to be expected
-    (['study.py --config DIGITS --base_ckpt ./demo/8 --ddim_ckpt ./demo/64 '
+    (2, ['study.py --config DIGITS --base_ckpt ./demo/8 --ddim_ckpt ./demo/64 '
       '--logdir ./demo/study --seeds 1 --jobs 2 --methods PD,Ours,DDIM,PD+DMD --baseline DDIM/64 '
       '--method "Ours=train_rdd.py --flagfile ./config/DIGITS_BEST.txt '
       '--classifier_path ./demo/classifier/digits/densenet_small" '
       f'--eval_flags "{NETWORK} --fid_cache ./demo/half1.npz"'], []),
-    ([f'tools/plot.py --samples --output ./demo/summary.png {SAMPLES}'], [])]
+    (1, [f'tools/plot.py --samples --output ./demo/summary.png {SAMPLES}'], [])]
 
 
 def main():
@@ -49,10 +49,9 @@ def main():
     start = time.time()
     with open(DEMO / 'background.log', 'a') as log, ThreadPoolExecutor() as pool, \
             Commands() as commands:
-        for foreground, background in STAGES:
-            other = pool.submit(run, commands, background, 2, log)
-            two_jobs = background or '--jobs 2' in foreground[0]
-            run(commands, foreground, 2 if two_jobs else 1)
+        for jobs, foreground, background in STAGES:
+            other = pool.submit(run, commands, background, jobs, log)
+            run(commands, foreground, jobs)
             other.result()
     rows = real_digits()            # below the tables that the study has printed
     (DEMO / 'table.md').write_text((DEMO / 'study/table.md').read_text() + rows)

@@ -158,7 +158,7 @@ class Diffusion:
         with torch.no_grad():
             for t, s in zip(times[:number], times[1:]):
                 z = self.ddim_step(model, z, t, s, y=y)
-        # before torch 2.10, autocast also keeps weights that it has cast without gradient
+        # older versions of torch reuse weights that autocast has cast without gradient
         torch.clear_autocast_cache()
         return self.predict(model, z, times[number], y)[0]
 

@@ -56,16 +56,14 @@ def read(path):
         raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
                         f'run')
     try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError:
+        raise UserError(f'{path} cannot be read: permission denied; make it readable')
+    except pickle.UnpicklingError:
         with open(path, 'rb') as file:
             if file.read(len(LFS)) == LFS:
                 raise UserError(f'{path} is a pointer of Git LFS, not the file itself; fetch it '
                                 f'with: git lfs pull')
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
-    except PermissionError:
-        raise UserError(f'{path} cannot be read: permission denied; make it readable')
-    except pickle.UnpicklingError:
         raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds more than '
                         f'tensors, numbers and text, which could run code (a snapshot of EDM: see '
                         f'convert.py)')
