@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from runtime.torchvision_cpu import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = '--dataset=digits --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1'.split()
@@ -94,3 +97,40 @@ def assert_same(a, b, path='', skip=()):
             assert_same(one, other, f'{path}/{i}')
     else:
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+class Call:
+    """An object whose pickle is a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+# Models of diffusers and ours
+
+def diffusers():
+    """The package; without it, the test is skipped."""
+    torchvision()       # diffusers imports it if it is installed
+    return pytest.importorskip('diffusers', reason='optional, see requirements-export.txt')
+
+
+def noise(count=3, size=8):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def our_images(model, x_T, y=None, stride=1):
+    return model.diffusion.sample(model.network, x_T, stride, y=y)
+
+
+@torch.no_grad()
+def their_images(unet, scheduler, z, y=None):
+    """By a scheduler of diffusers, at its timesteps."""
+    for t in scheduler.timesteps:
+        out = unet(z, t, y)
+        z = scheduler.step(getattr(out, 'sample', out), t, z,
+                           use_clipped_model_output=True).prev_sample
+    return z.clamp(-1, 1)
