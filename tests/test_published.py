@@ -4,7 +4,6 @@ A file of each of their formats must sample the images of the network that wrote
 their flags must act or be named at the start as one that does not.
 """
 
-import functools
 import json
 
 import pytest
@@ -14,99 +13,73 @@ from classifier import build_classifier, load_classifier
 from diffusion import Diffusion
 from formats.load import load_model
 from model import UNet
-from runtime import checkpoint
 from helpers import assert_ran, command, fork_all
 from inprocess import make_scorer
 
-TINY = dict(ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, dropout=0.)
-GRIDS = dict(base=(8, 1, 'xstart', 'cosine'), student=(2, 4, 'xstart', 'cosine'),
-             labelled=(8, 1, 'xstart', 'cosine'), ddpm=(999, 1, 'epsilon', 'linear'))
-STRIDES = dict(base=4, student=1, labelled=4, ddpm=333)
-DISGUISES = ['plain', 'wrapped', 'legacy', 'cuda', 'all']
+KINDS = dict(base=Diffusion(8), student=Diffusion(2, 4), labelled=Diffusion(8),
+             ddpm=Diffusion(999, mean_type='epsilon', schedule='linear'))
+STRIDES = {8: 4, 2: 1, 999: 333}
+X_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@functools.lru_cache(None)
-def network(kind, seed=0):
-    """A network that answers to its inputs; the one that "was trained"."""
+def network(kind, seed):
+    """A network that answers to its inputs."""
     torch.manual_seed(seed)
-    T, time_scale, _, _ = GRIDS[kind]
-    unet = UNet(T * time_scale, conditional=kind == 'labelled', **TINY).eval()
+    unet = UNet(KINDS[kind].N, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, dropout=0.,
+                conditional=kind == 'labelled').eval()
     for p in unet.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     return unet.requires_grad_(False)
 
 
-@functools.lru_cache(None)
-def contents(kind):
-    """(what the released scripts put into a file, the network that is to be used)."""
-    net, T, time_scale = network(kind), *GRIDS[kind][:2]
-    x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    if kind == 'student':
-        return dict(net_model=net.state_dict(), x_T=x_T, T=T, time_scale=time_scale), net
-    average = network(kind, seed=2)
-    state = dict(net_model=net.state_dict(), ema_model=average.state_dict())
-    if kind == 'ddpm':
-        return dict(state, **training_state(net), step=1, x_T=x_T), average
-    return dict(state, x_T=x_T, T=T, time_scale=time_scale), average
-
-
-def training_state(net):
-    """Adam and its schedule after a step, as pytorch-ddpm keeps them."""
-    net.tail.requires_grad_(True)
-    optim = torch.optim.Adam(net.tail.parameters(), lr=2e-4)
+def contents(kind, net, average):
+    """What the script that trained `net` puts into a file."""
+    state = dict(net_model=net.state_dict(), x_T=X_T)
+    if kind != 'student':
+        state['ema_model'] = average.state_dict()
+    if kind != 'ddpm':
+        return dict(state, T=KINDS[kind].T, time_scale=KINDS[kind].time_scale)
+    optim = torch.optim.Adam(net.parameters(), lr=2e-4)
     sched = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: min(step, 5000) / 5000)
-    net(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)).square().sum().backward()
-    optim.step()
-    sched.step()
-    assert sched.state_dict()['lr_lambdas'] == [None]
-    return dict(sched=sched.state_dict(), optim=optim.state_dict())
+    return dict(state, step=1, sched=sched.state_dict(), optim=optim.state_dict())
 
 
-def write(path, state, disguise):
-    """Save as parallel networks, torch before 1.6 or a GPU leave it."""
-    if disguise in ('wrapped', 'all'):
-        state = {key: {'module.' + name: v for name, v in value.items()}
-                 if key in ('net_model', 'ema_model', 'model') else value
-                 for key, value in state.items()}
+def write(path, state, form):
+    """Save plain, of parallel networks on a GPU, or as torch before 1.6 did that ('old')."""
     with pytest.MonkeyPatch.context() as patch:
-        if disguise in ('cuda', 'all'):
+        if form != 'plain':
             patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
-        torch.save(state, str(path),
-                   _use_new_zipfile_serialization=disguise not in ('legacy', 'all'))
+            state = {key: {f'module.{name}': v for name, v in value.items()}
+                     if key in ('net_model', 'ema_model', 'model') else value
+                     for key, value in state.items()}
+        torch.save(state, str(path), _use_new_zipfile_serialization=form != 'old')
 
 
-def labels(kind):
-    return torch.tensor([1, 0, 9, 3]) if kind == 'labelled' else None
-
-
-@functools.lru_cache(None)
-def images_of(kind, unet):
-    """What a network makes of x_T in the file of its kind."""
-    T, time_scale, mean_type, schedule = GRIDS[kind]
-    diffusion = Diffusion(T, time_scale, mean_type, schedule=schedule)
+def images(kind, unet, diffusion):
+    y = torch.tensor([1, 0, 9, 3]) if kind == 'labelled' else None
     with torch.no_grad():
-        return diffusion.sample(unet, contents(kind)[0]['x_T'], STRIDES[kind], y=labels(kind))
+        return diffusion.sample(unet, X_T, STRIDES[diffusion.T], y=y)
 
 
-@pytest.mark.parametrize('kind, disguise', [
-    *(('base', disguise) for disguise in DISGUISES), *((kind, 'all') for kind in GRIDS)])
-def test_a_file_samples_the_images_of_its_network(tmp_path, kind, disguise):
-    state, writer = contents(kind)
-    write(tmp_path / 'ckpt.pt', state, disguise)
-    model, expected = load_model(tmp_path), images_of(kind, writer)
-    with torch.no_grad():
-        found = model.diffusion.sample(model.network, state['x_T'], STRIDES[kind], y=labels(kind))
-    assert torch.equal(found, expected) and expected.std() > 0.05 and model.img_size == 8
-    other = network(kind, seed=0 if kind != 'student' else 2)      # the average of a base counts
-    assert (images_of(kind, other) - expected).abs().mean() > 0.05
+@pytest.mark.parametrize('form', ['plain', 'gpu', 'old'])
+@pytest.mark.parametrize('kind', list(KINDS))
+def test_a_file_samples_the_images_of_its_network(tmp_path, kind, form):
+    """Those of the average of a base model, and of the weights themselves of a student."""
+    net, average = network(kind, seed=0), network(kind, seed=2)
+    write(tmp_path / 'ckpt.pt', contents(kind, net, average), form)
+    used, other = (net, average) if kind == 'student' else (average, net)
+    model, expected = load_model(tmp_path), images(kind, used, KINDS[kind])
+    assert torch.equal(images(kind, model.network, model.diffusion), expected)
+    assert expected.std() > 0.05 and model.img_size == 8
+    assert (images(kind, other, KINDS[kind]) - expected).abs().mean() > 0.05
 
 
-@pytest.mark.parametrize('disguise', ['plain', 'all'])
-def test_a_classifier_file_classifies_as_its_network(tmp_path, disguise):
+@pytest.mark.parametrize('form', ['plain', 'old'])
+def test_a_classifier_file_classifies_as_its_network(tmp_path, form):
     torch.manual_seed(0)
     model, x = build_classifier('densenet_small', 10).eval(), torch.rand(2, 3, 8, 8) * 2 - 1
-    write(tmp_path / 'ckpt.pt', dict(model=model.state_dict()), disguise)
+    write(tmp_path / 'ckpt.pt', dict(model=model.state_dict()), form)
     loaded = load_classifier(tmp_path, 'densenet_small', 10)
     assert all(torch.equal(one, two) for one, two in zip(loaded(x), model(x)))
 
@@ -135,41 +108,39 @@ FLAGFILES = dict(
           *UNREAD],
     eval=[*NETWORK, *SCORES, *DEAD, '--dropout=0.', '--stride=1', '--batch_size=128', '--seed=0',
           '--gpu_id=0,1,2,3', '--local_rank=0', '--num_workers=4'])
+
+
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-    """The folder of all runs, and (code, output, error) of the commands of `chain`."""
+    """(folder, results) of base, resumed by its own flagfile, PD, RCFD, and two evaluations."""
     folder = tmp_path_factory.mktemp('published')
     for name, lines in FLAGFILES.items():
         (folder / f'{name}.txt').write_text('\n'.join(lines) + '\n')
-    return folder, fork_all(dict(chain=chain(folder, make_scorer(folder))))['chain']
 
+    def flagfile(script, name, *more):
+        return command([script], f'--flagfile={folder}/{name}.txt', *more)
 
-def flagfile(script, path, *more):
-    return command([script], f'--flagfile={path}', *more)
+    def train(script, name, *more):
+        return flagfile(script, name, '--dataset=digits', '--num_workers=0', '--gpu_id=',
+                        '--log_step=1', f'--logdir={folder}/new/{name}', *more)
 
-
-def chain(folder, score):
-    """Base, resumed and finished by its own flagfile, PD, RCFD, each evaluated."""
-    here = ['--dataset=digits', '--num_workers=0', '--gpu_id=', '--log_step=1']
-    own = folder / 'new/base/flagfile.txt'
-    first = flagfile('train_base.py', folder / 'base.txt', *here, f'--logdir={folder}/new/base')
-    return [
-        dict(first, kill_after_save=True),
-        flagfile('train_base.py', own), flagfile('train_base.py', own),
-        flagfile('ddim_eval.py', own, '--num_images=4', *score),
-        flagfile('PD.py', folder / 'pd.txt', *here, f'--logdir={folder}/new/pd',
-                 f'--base_ckpt={folder}/new/base'),
-        flagfile('train_rdd.py', folder / 'rcfd.txt', *here, f'--logdir={folder}/new/rcfd',
-                 f'--base_ckpt={folder}/new/pd', f'--classifier_path={folder}/classifier.pt'),
-        flagfile('train_rdd.py', folder / 'new/rcfd/flagfile.txt'),
-        flagfile('ddim_eval.py', folder / 'eval.txt', '--gpu_id=', f'--logdir={folder}/new/rcfd',
-                 *score)]
+    score = make_scorer(folder)
+    return folder, fork_all(dict(chain=[
+        dict(train('train_base.py', 'base'), kill_after_save=True),
+        flagfile('train_base.py', 'new/base/flagfile'),
+        flagfile('train_base.py', 'new/base/flagfile'),
+        flagfile('ddim_eval.py', 'new/base/flagfile', '--num_images=4', *score),
+        train('PD.py', 'pd', f'--base_ckpt={folder}/new/base'),
+        train('train_rdd.py', 'rcfd', f'--base_ckpt={folder}/new/pd',
+              f'--classifier_path={folder}/classifier.pt'),
+        flagfile('ddim_eval.py', 'eval', '--gpu_id=', f'--logdir={folder}/new/rcfd', *score)
+    ]))['chain']
 
 
 def test_old_flagfiles_run(ran):
     """Also that of the own run, which is resumed and then finished."""
     folder, results = ran
-    assert_ran(results, [137] + [0] * 7)
+    assert_ran(results, [137] + [0] * 6)
     assert 'resuming at step 1;' in results[1][1] and 'is finished: step 2.' in results[2][1]
     for name, nfe, weights in (('base', 8, 'ema_model'), ('rcfd', 2, 'net_model')):
         result = json.loads((folder / f'new/{name}/results.jsonl').read_text())
@@ -178,36 +149,25 @@ def test_old_flagfiles_run(ran):
 
 def test_flags_without_effect_are_named(ran):
     _, results = ran
-    base, _, _, own_eval, pd, rcfd, _, evaluation = (result[1] for result in results)
-    for out in (base, pd, rcfd):
-        for name in ('num_gpus', 'distributed', 'var_type'):
-            assert f'note: --{name} has no effect: ' in out
+    base, _, _, own_eval, pd, rcfd, evaluation = (result[1] for result in results)
+    for name in ('num_gpus', 'distributed', 'var_type'):
+        assert all(f'note: --{name} has no effect: ' in out for out in (base, pd, rcfd)), name
+    for name in ('fid_use_torch', 'num_workers', 'dropout', 'var_type'):
+        assert f'note: --{name} has no effect: ' in evaluation, name
     left_out = 'the flagfile has flags that this script does not read, ignored: '
     assert left_out + ' '.join(SCORES + DEAD) + ' --beta_1=1e-4 --beta_T=0.02\n' in base
     assert left_out + ' '.join(DEAD) + '\n' in evaluation
-    assert left_out not in pd
     assert left_out + ' '.join(UNREAD) + '\n' in rcfd
-    assert '--temperature=0.9' in rcfd and '--queue_size=20000' in rcfd
+    assert left_out not in pd
     line, = [line for line in own_eval.splitlines() if left_out in line]
     assert '--lr=0.0002' in line and '--T=8' in line and '--ch=' not in line
-    for name in ('fid_use_torch', 'num_workers', 'dropout', 'var_type'):
-        assert f'note: --{name} has no effect: ' in evaluation
 
 
 def test_other_flags_act(ran):
-    folder, _ = ran
-    log = {name: [json.loads(line) for line in
-                  (folder / f'new/{name}/metrics.jsonl').read_text().splitlines()]
-           for name in ('base', 'pd', 'rcfd')}
-    assert [line['lr'] for line in log['base']] == pytest.approx([2e-4 / 5000, 2 * 2e-4 / 5000])
-    assert log['pd'][0]['lr'] == pytest.approx(5e-5, rel=0.5)
-    assert {'loss_feature', 'entropy', 'diversity'} <= set(log['rcfd'][0])
-    assert 'loss_intra' not in log['rcfd'][0] and 'loss_memory' not in log['rcfd'][0]
-    terms = log['rcfd'][0]
-    total = terms['loss_feature'] + 0.003 * (0.75 * terms['entropy'] + 0.25 * terms['diversity'])
-    assert terms['loss'] == pytest.approx(total, rel=1e-5)
-    base = checkpoint.read(folder / 'new/base')
-    moved = sum((base['net_model'][key] - value).abs().sum().item()
-                for key, value in base['ema_model'].items())
-    assert moved > 0 and base['T'] == 8
-    assert [checkpoint.read(folder / f'new/{name}')['T'] for name in ('pd', 'rcfd')] == [4, 2]
+    folder, results = ran
+    base, pd, rcfd = (json.loads((folder / f'new/{name}/metrics.jsonl').read_text().split('\n')[0])
+                      for name in ('base', 'pd', 'rcfd'))
+    assert base['lr'] == pytest.approx(2e-4 / 5000) and pd['lr'] == pytest.approx(5e-5)
+    total = rcfd['loss_feature'] + 0.003 * (0.75 * rcfd['entropy'] + 0.25 * rcfd['diversity'])
+    assert rcfd['loss'] == pytest.approx(total, rel=1e-5)
+    assert '--temperature=0.9' in results[5][1] and '--queue_size=20000' in results[5][1]
