@@ -16,7 +16,6 @@ from runtime.cli import UserError
 from runtime.flags import define_network_flags, define_teacher_steps
 from inprocess import parsing
 
-FLAGS = flags.FLAGS
 TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
             class_num=10)
 ARCHITECTURES = dict(
@@ -57,13 +56,12 @@ def bias(model):
 
 
 @pytest.mark.parametrize('extra, wanted, expected', [
-    (dict(time_scale=1), 'auto', 'ema_model'), (dict(), 'auto', 'ema_model'),   # published base
-    (dict(T=4, time_scale=2), 'auto', 'net_model'),                     # published student
+    (dict(T=8, time_scale=1), 'auto', 'ema_model'), (dict(T=8), 'auto', 'ema_model'),   # base
+    (dict(T=4, time_scale=2), 'auto', 'net_model'),                         # published student
     (dict(T=4, time_scale=2, use='ema_model'), 'auto', 'ema_model'),    # a base on a coarse grid
-    (dict(time_scale=1), 'net', 'net_model'), (dict(T=4, time_scale=2), 'ema', 'ema_model')])
+    (dict(T=8, time_scale=1), 'net', 'net_model'), (dict(T=4, time_scale=2), 'ema', 'ema_model')])
 def test_which_weights(loaded, extra, wanted, expected):
-    model = loaded(net_model=filled(1.), ema_model=filled(2.), **dict(dict(T=8), **extra),
-                   how=dict(weights=wanted))
+    model = loaded(net_model=filled(1.), ema_model=filled(2.), **extra, how=dict(weights=wanted))
     assert model.weights_name == expected
     assert bias(model) == dict(net_model=1, ema_model=2)[expected]
 
@@ -90,6 +88,8 @@ def test_what_a_file_does_not_state(loaded):
     assert (stated.diffusion.mean_type, stated.img_size) == ('v', 4)
     uneven = loaded(net_model=filled(T=10), T=4, time_scale=2, N=10)
     assert uneven.diffusion.times() == [10, 8, 5, 2, 0]
+    with pytest.raises(UserError, match='3 steps do not divide the 4'):
+        loaded(net_model=filled(), T=4, time_scale=2, how=dict(steps=3))
 
 
 def test_a_file_of_pytorch_ddpm(loaded, capsys):
@@ -99,96 +99,85 @@ def test_a_file_of_pytorch_ddpm(loaded, capsys):
     assert 'linear schedule' in capsys.readouterr().out
     assert plain.diffusion.arguments() == dict(T=999, time_scale=1, mean_type='epsilon',
                                                schedule='linear')
-    assert clean.diffusion.schedule == clean_linear() and clean.diffusion.clean_end
-    assert (clean.diffusion.T, clean.diffusion.N, clean.diffusion.mean_type) == (128, 1000,
-                                                                                 'epsilon')
+    assert clean.diffusion.arguments() == dict(T=128, time_scale=7, mean_type='epsilon',
+                                               schedule=clean_linear(), N=1000)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
     assert torch.equal(plain.network(x, t), clean.network(x, t + 1))
-    tables = [model.network.state_dict()[load.TABLE] for model in (plain, clean)]
-    assert torch.equal(tables[1][1:], tables[0])
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, .02, 1000).double(), 0)
-    torch.testing.assert_close(plain.diffusion.alpha ** 2, alpha_bar, rtol=1e-6, atol=0)
-    torch.testing.assert_close(clean.diffusion.alpha[1:] ** 2, alpha_bar, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize('T, steps, words', [(8, 16, 'more than the 8 of'),
-                                             (4, 3, 'do not divide the 4')])
-def test_steps_that_a_model_cannot_have(loaded, T, steps, words):
-    with pytest.raises(UserError, match=words):
-        loaded(net_model=filled(), T=T, time_scale=8 // T, how=dict(steps=steps))
 
 
 # Files that are refused
 
-def betas(*changes, N=8):
-    """The entries of a checkpoint whose schedule has these (index, beta) changed."""
+WEIGHTS = filled()
+
+
+def state(**changes):
+    return dict(dict(T=8, time_scale=1, net_model=WEIGHTS), **changes)
+
+
+def betas(*changes, N=8, mean_type='v'):
+    """A checkpoint whose schedule has these (index, beta) changed."""
     values = [.1] * N
     for index, value in changes:
         values[index] = value
-    return dict(schedule=dict(name='mine', betas=values), mean_type='v')
+    return state(schedule=dict(name='mine', betas=values), mean_type=mean_type)
 
 
-EXPANDED = torch.zeros(1).expand(10 ** 6, 10 ** 6)
-ENTRIES = {
-    'T in .*FILE.pt is 0, expected a whole number': dict(T=0),
-    'T in .* is True, expected': dict(T=True), 'T in .* is 1000000000, expected': dict(T=10 ** 9),
-    r'T in .* is a tensor of shape \(3,\), expected': dict(T=torch.zeros(3)),
-    'time_scale in .* is nan, expected': dict(time_scale=float('nan')),
-    'T 3, time_scale 3 and N 9 .* do not fit': dict(T=3, time_scale=3),
-    'T 16, time_scale 1 and N 16 .* do not fit': dict(T=16),
-    'N 12 in .* do not fit': dict(N=12),
-    'schedule in .* is .quadratic., expected cosine, linear': dict(schedule='quadratic'),
+def weights(name, value=None):
+    """A checkpoint with another value of a parameter, or without it."""
+    changed = {key: found for key, found in WEIGHTS.items() if key != name}
+    return state(net_model=changed if value is None else dict(changed, **{name: value}))
+
+
+REFUSED = {
+    'T in .*FILE.pt is 0, expected a whole number': state(T=0),
+    'T in .* is True, expected': state(T=True), 'T in .* is 1000000000, expected': state(T=10 ** 9),
+    r'T in .* is a tensor of shape \(3,\), expected': state(T=torch.zeros(3)),
+    'time_scale in .* is nan, expected': state(time_scale=float('nan')),
+    'T 3, time_scale 3 and N 9 .* do not fit': state(T=3, time_scale=3),
+    'T 16, time_scale 1 and N 16 .* do not fit': state(T=16),
+    'N 12 in .* do not fit': state(N=12),
+    'schedule in .* is .quadratic., expected cosine, linear': state(schedule='quadratic'),
     r'schedule in .*\(0, 1\)': betas((3, 1.5)), 'schedule in .* is .*nan': betas((1, float('nan'))),
     'schedule in .* is .*-0.1': betas((1, -.1)), r'schedule in .*\[0': betas((0, 0.)),
     'schedule in .* is .*text': betas((1, 'text')), 'schedule .*betas': betas((5, 1.)),
     'do not fit each other, 7 betas': betas(N=7),
-    'ends with alpha 0': dict(betas((7, 1.)), mean_type='epsilon'),
-    'mean_type in .* is .score., expected xstart or epsilon or v': dict(mean_type='score'),
-    'use in .* is 3, expected net_model or ema_model': dict(use=3),
-    'img_size in .* is -8, expected': dict(img_size=-8),
-    'expected a multiple of 2': dict(img_size=15), 'x_T in .* is 3, expected noise': dict(x_T=3),
-    'unet_config in .* is 1, expected': dict(unet_config=1),
-    'is a file with T, time_scale, net_model, not a diffusion': dict(net_model=torch.zeros(3)),
-    'fit no U-Net .* expected head.weight.* found weight': dict(
-        net_model=dict(weight=torch.zeros(3)))}
-WEIGHTS = {
-    r'tail.2.bias is \(4,\), expected \(3,\)': {'tail.2.bias': torch.zeros(4)},
-    r'attn.proj.bias is absent, expected \(32,\)': {'middleblocks.0.attn.proj.bias': None},
-    r'extra.bias is \(4,\), expected absent': {'extra.bias': torch.zeros(4)},
-    'fit no U-Net': {'head.weight': None}, 'tail.2.bias of the net_model .* is .text., expected': {
-        'tail.2.bias': 'text'},
-    'tail.2.bias of .* finite values': {'tail.2.bias': torch.tensor([0., float('nan'), 0.])},
-    'head.bias of .* floating-point': {'head.bias': torch.zeros(32, dtype=torch.int64)},
-    r'\(1000000, 1000000\)': {'downblocks.0.block1.2.weight': EXPANDED},
-    'downblocks.999999999.main.weight is': {'downblocks.999999999.main.weight': torch.zeros(1)},
-    r'weight is \(1000000, 1\)': {'downblocks.0.block1.2.weight': torch.zeros(10 ** 6, 1)}}
+    'ends with alpha 0': betas((7, 1.), mean_type='epsilon'),
+    'mean_type in .* is .score., expected xstart or epsilon or v': state(mean_type='score'),
+    'use in .* is 3, expected net_model or ema_model': state(use=3),
+    'img_size in .* is -8, expected': state(img_size=-8),
+    'expected a multiple of 2': state(img_size=15), 'x_T in .* is 3, expected noise': state(x_T=3),
+    'unet_config in .* is 1, expected': state(unet_config=1),
+    'is a file with T, time_scale, net_model, not a diffusion': state(net_model=torch.zeros(3)),
+    'fit no U-Net .* expected head.weight.* found weight': state(
+        net_model=dict(weight=torch.zeros(3))),
+    # weights
+    r'tail.2.bias is \(4,\), expected \(3,\)': weights('tail.2.bias', torch.zeros(4)),
+    r'attn.proj.bias is absent, expected \(32,\)': weights('middleblocks.0.attn.proj.bias'),
+    r'extra.bias is \(4,\), expected absent': weights('extra.bias', torch.zeros(4)),
+    'fit no U-Net': weights('head.weight'),
+    'tail.2.bias of the net_model .* is .text., expected': weights('tail.2.bias', 'text'),
+    'tail.2.bias of .* finite': weights('tail.2.bias', torch.tensor([0., float('nan'), 0.])),
+    'head.bias of .* floating-point': weights('head.bias', torch.zeros(32, dtype=torch.int64)),
+    r'\(1000000, 1000000\)': weights('downblocks.0.block1.2.weight',
+                                     torch.zeros(1).expand(10 ** 6, 10 ** 6)),
+    'downblocks.999999999.main.weight is': weights('downblocks.999999999.main.weight',
+                                                   torch.zeros(1)),
+    r'weight is \(1000000, 1\)': weights('downblocks.0.block1.2.weight', torch.zeros(10 ** 6, 1)),
+    # other kinds of files
+    'is a classifier.*PD.py': dict(model={'fc.weight': torch.zeros(2, 2)}, name='resnet18'),
+    'denoising-diffusion-pytorch, whose network.*PD.py': dict(step=1, model={}, opt={}, ema={}),
+    'guided-diffusion, which convert.py reads.*PD.py': {'input_blocks.0.0.weight': torch.zeros(2)},
+    'a file with step, nets, not.*PD.py': dict(step=1, nets={})}
 
 
-@pytest.mark.parametrize('sentence', [*ENTRIES, *WEIGHTS])
+@pytest.mark.parametrize('sentence', list(REFUSED))
 def test_refusals(loaded, sentence):
     """One sentence, and before anything of an absurd size is built."""
-    state = dict(T=8, time_scale=1, net_model=filled())
-    state.update(ENTRIES.get(sentence, {}))
-    for key, value in WEIGHTS.get(sentence, {}).items():
-        state['net_model'].pop(key, None)
-        if value is not None:
-            state['net_model'][key] = value
     since = time.time()
     with pytest.raises(UserError, match=sentence) as caught:
-        loaded(**state)
+        loaded(**REFUSED[sentence])
     assert '\n' not in str(caught.value) and 'FILE.pt' in str(caught.value)
     assert time.time() - since < 5
-
-
-@pytest.mark.parametrize('state, words', [
-    (dict(model={'fc.weight': torch.zeros(2, 2)}, name='resnet18'), 'is a classifier'),
-    (dict(step=1, model={}, opt={}, ema={}), 'denoising-diffusion-pytorch, whose network'),
-    ({'input_blocks.0.0.weight': torch.zeros(2)}, 'guided-diffusion, which convert.py reads'),
-    (dict(step=1, nets={}), 'a file with step, nets, not')])
-@pytest.mark.parametrize('steps', [0, 4])
-def test_other_kinds_of_files(loaded, state, words, steps):
-    with pytest.raises(UserError, match=f'{words}.*PD.py'):
-        loaded(**state, how=dict(steps=steps))
 
 
 def test_names_on_a_hub(tmp_path, monkeypatch):
@@ -239,26 +228,24 @@ def test_flags_that_contradict_a_model(parse, words, changes, sentence):
 
 def test_teachers(parse, tmp_path):
     """A teacher may predict something else than --mean_type, which is about its students."""
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(net_model=filled(), T=8, time_scale=1, img_size=8,
-                                               mean_type='v'))
-    given = ['--img_size=8', f'--base_ckpt={tmp_path}']
-    parse(*given, '--mean_type=xstart', '--teacher_steps=2', '--dropout=0.25')
-    teacher = load.load_teacher(str(tmp_path), torch.device('cpu'))
-    assert (teacher.diffusion.T, teacher.diffusion.mean_type) == (2, 'v')
-    assert teacher.network.downblocks[0].block2[2].p == 0.25
+    def teacher(*words, path=tmp_path):
+        parse('--img_size=8', f'--base_ckpt={tmp_path}', *words)
+        return load.load_teacher(str(path), torch.device('cpu'))
+
+    checkpoint.save(tmp_path / 'ckpt.pt', state(img_size=8, mean_type='v'))
+    words = ['--mean_type=xstart', '--teacher_steps=2', '--dropout=0.25']
+    found = teacher(*words)
+    assert (found.diffusion.T, found.diffusion.mean_type) == (2, 'v')
+    assert found.network.downblocks[0].block2[2].p == 0.25
     # a later stage is not the model that --teacher_steps is about
-    assert load.load_teacher(f'{tmp_path}/ckpt.pt', torch.device('cpu')).diffusion.T == 8
-    for words, sentence in [(['--teacher_steps=1'], 'has 1 sampling steps, which cannot be halved'),
-                            (['--img_size=16', '--teacher_steps=0'], '--img_size is 16'),
-                            (['--img_size=8', '--ch=64'], '--ch is 64')]:
-        parse(*given, *words)
+    assert teacher(*words, path=tmp_path / 'ckpt.pt').diffusion.T == 8
+    for word, sentence in [('--teacher_steps=1', 'has 1 sampling steps, which cannot be halved'),
+                           ('--img_size=16', '--img_size is 16'), ('--ch=64', '--ch is 64')]:
         with pytest.raises(UserError, match=sentence):
-            load.load_teacher(str(tmp_path), torch.device('cpu'))
+            teacher(word)
 
 
-def test_a_student_is_a_copy(parse):
-    parse()
-    before = {name: FLAGS[name].value for name in FLAGS}
+def test_a_student_is_a_copy():
     teacher = model_of()
     network, diffusion = teacher.student('v')
     assert diffusion.times() == [8, 6, 4, 2, 0] and diffusion.mean_type == 'v'
@@ -268,4 +255,3 @@ def test_a_student_is_a_copy(parse):
         network.head.bias.fill_(3.)
     assert teacher.network.head.bias.abs().max() == 0 and teacher.diffusion.T == 8
     assert not any(p.requires_grad for p in teacher.network.parameters())
-    assert {name: FLAGS[name].value for name in FLAGS} == before
