@@ -4,28 +4,24 @@ import importlib.util
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
 import export
 from diffusion import Diffusion, clean_linear
-from formats import card, diffusers_write, onnx_graph
+from formats import card, diffusers_write, edm, onnx_graph
 from formats.diffusers_read import DiffusersUNet
 from formats.load import TABLE, load_model
-from helpers import ROOT
+from formats.songunet import SongUNet
+from helpers import ROOT, diffusers, noise, our_images, their_images
 from inprocess import parsing
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
-from runtime.torchvision_cpu import torchvision
 
 N, T, SIZE = 1024, 8, 8
-KINDS = ['plain', 'labels', 'clean', 'theirs']
-
-
-def diffusers():
-    torchvision()       # diffusers imports it if it is installed
-    return pytest.importorskip('diffusers', reason='optional, see requirements-export.txt')
+KINDS = ['plain', 'labels', 'clean', 'theirs']      # that diffusers has networks for
 
 
 def small_unet(conditional, **changes):
@@ -38,32 +34,42 @@ def small_unet(conditional, **changes):
             std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
             scale_of_norm = parameter.ndim == 1 and name.endswith('weight')
             torch.nn.init.normal_(parameter, mean=1. if scale_of_norm else 0., std=std)
-    return network.eval().requires_grad_(False)
+    return network.state_dict()
+
+
+def edm_state():
+    """Checkpoint of a SongUNet with labels."""
+    song = dict(img_resolution=SIZE, label_dim=3, model_channels=16, channel_mult=[1, 2],
+                num_blocks=1, attn_resolutions=[4])
+    network = {f'model.{key}': value for key, value in SongUNet(**song).state_dict().items()}
+    return dict(edm=dict(preconditioning='EDMPrecond', song=song), net_model=network,
+                schedule=edm.schedule('EDMPrecond', N), license='cc-by-nc-sa-4.0')
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """A student with 8 steps per kind, with results beside it: without and with labels, on the
-    schedule of a model of diffusers, and with a network of diffusers."""
+    schedule of a model of diffusers, with a network of diffusers, and with one of EDM."""
     folder = tmp_path_factory.mktemp('runs')
     state = dict(
         T=T, time_scale=N // T, method='rdd', step=7, mean_type='xstart', img_size=SIZE,
         dataset='digits', batch_size=5, flags='--base_ckpt=./logs/8\n--lr=0.5')
     clean = dict(state, time_scale=125, mean_type='epsilon', schedule=clean_linear(),
                  origin='me/mine')
-    shifted = small_unet(False, T=1000).state_dict()
+    shifted = small_unet(False, T=1000)
     shifted[TABLE] = torch.cat([shifted[TABLE][:1], shifted[TABLE][:-1]])
-    states = dict(plain=dict(state, net_model=small_unet(False).state_dict()),
-                  labels=dict(state, net_model=small_unet(True).state_dict()),
+    states = dict(plain=dict(state, net_model=small_unet(False)),
+                  labels=dict(state, net_model=small_unet(True)),
                   clean=dict(clean, use='ema_model', ema_model=shifted,
-                             net_model=small_unet(False, T=1000).state_dict()))
+                             net_model=small_unet(False, T=1000)), edm=dict(state, **edm_state()))
     if importlib.util.find_spec('diffusers'):
         unet = diffusers().UNet2DModel(
             layers_per_block=1, block_out_channels=(32, 64), num_class_embeds=3,
             down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
             up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
         network = DiffusersUNet(unet, clean_end=True)
-        states['theirs'] = dict(clean, net_model=network.state_dict(), **network.entries)
+        states['theirs'] = dict(clean, mean_type='v', net_model=network.state_dict(),
+                                **network.entries)
     result = dict(nfe=8, fid=1.25, inception_score=2., inception_std=0.5, num_images=9, seed=3,
                   reference='r.npz', reference_images=11, feature_network='inception',
                   pixels='8-bit', weights='net_model', step=7)
@@ -88,6 +94,8 @@ def exported(runs, exporting, tmp_path_factory):
     folder = tmp_path_factory.mktemp('exported')
 
     def exported(form, kind):
+        if kind == 'theirs':
+            diffusers()
         for package in export.PACKAGES[form]:
             pytest.importorskip(package, reason='optional, see requirements-export.txt')
         place = folder / f'{form}_{kind}'
@@ -96,12 +104,6 @@ def exported(runs, exporting, tmp_path_factory):
                       f'--stride={4 if form == "onnx" else 1}')
         return place
     return exported
-
-
-def ours(run, x_T, y=None, stride=1):
-    model = load_model(run)
-    with torch.no_grad():
-        return model.diffusion.sample(model.network, x_T, stride, y=y)
 
 
 def run_card(folder, monkeypatch):
@@ -117,65 +119,59 @@ def run_card(folder, monkeypatch):
 @pytest.mark.parametrize('steps', [1, 2, 8])
 @pytest.mark.parametrize('kind', KINDS)
 def test_diffusers_makes_our_images(runs, exported, kind, steps):
-    lib, folder = diffusers(), exported('diffusers', kind)
-    offset = dict(steps_offset=N // steps) if kind in ('plain', 'labels') and steps < T else {}
-    x_T = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(3) if kind in ('labels', 'theirs') else None
-    wanted = ours(runs / kind, x_T, y, T // steps)
-    if y is None:
-        pipe = lib.DDIMPipeline.from_pretrained(str(folder))
-        pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = lib.DDIMScheduler.from_config(pipe.scheduler.config, **offset)
-        images = pipe(batch_size=3, num_inference_steps=steps, use_clipped_model_output=True,
-                      generator=torch.Generator().manual_seed(0), output_type='np').images
-        found = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    lib, folder, model = diffusers(), exported('diffusers', kind), load_model(runs / kind)
+    y = torch.arange(3) if model.network.conditional else None
+    offset = {} if model.diffusion.clean_end or steps == T else dict(steps_offset=N // steps)
+    unet = lib.UNet2DModel.from_pretrained(str(folder / 'unet'))
+    scheduler = lib.DDIMScheduler.from_pretrained(str(folder / 'scheduler'), **offset)
+    scheduler.set_timesteps(steps)
+    wanted = our_images(model, noise(), y, T // steps)
+    assert wanted.std() > 0.3
+    assert (their_images(unet, scheduler, noise(), y) - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_cards_of_diffusers(runs, exported, monkeypatch, kind):
+    """Their lines make our images: of a pipeline, in 8 bits, and of a loop where there are labels."""
+    folder, model = exported('diffusers', kind), load_model(runs / kind)
+    images = run_card(folder, monkeypatch)['images']
+    if model.network.conditional:
+        assert (images - our_images(model, noise(3), torch.arange(3))).abs().max() < 1e-3
     else:
-        unet = lib.UNet2DModel.from_pretrained(str(folder / 'unet'))
-        scheduler = lib.DDIMScheduler.from_pretrained(str(folder / 'scheduler'), **offset)
-        scheduler.set_timesteps(steps)
-        found = x_T
-        for t in scheduler.timesteps:
-            with torch.no_grad():
-                found = scheduler.step(unet(found, t, y).sample, t, found,
-                                       use_clipped_model_output=True).prev_sample
-    assert wanted.std() > 0.3 and (found.clamp(-1, 1) - wanted).abs().max() < 1e-3
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        assert (pixels - our_images(model, noise(8))).abs().max() < 1.5 / 127.5
 
 
-@pytest.mark.parametrize('kind, form', [
-    *((kind, form) for kind in KINDS for form in ('diffusers', 'safetensors')),
-    ('labels', 'onnx'), ('theirs', 'onnx')])
-def test_cards_make_our_images(runs, exported, monkeypatch, kind, form):
-    """As their Python lines; 8 images from a graph that was traced with 4."""
-    labels = kind in ('labels', 'theirs')
-    if kind == 'theirs':
-        diffusers()
-    found, y = run_card(exported(form, kind), monkeypatch), torch.arange(8) % 3 if labels else None
-    x_T = torch.randn(3 if labels else 8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    if form == 'onnx':
-        wanted = ours(runs / kind, torch.from_numpy(found['x_T']), y, stride=4)
-        assert (torch.from_numpy(found['images']) - wanted).abs().max() < 1e-3
-    elif form == 'safetensors':
-        model, x, t = load_model(runs / kind), torch.randn(8, 3, SIZE, SIZE), torch.full((8,), 500)
-        assert found['config']['diffusion'] == model.diffusion.arguments()
-        assert found['config']['training']['weights'] == model.weights_name
-        with torch.no_grad():
-            assert torch.equal(found['network'](x, t, y), model.network(x, t, y))
-        assert found['images'].shape == (8, 3, SIZE, SIZE)
-    elif labels:
-        assert (found['images'] - ours(runs / kind, x_T, torch.arange(3))).abs().max() < 1e-3
-    else:       # 8-bit
-        pixel = torch.tensor(found['images'][5].getpixel((2, 3))) / 127.5 - 1
-        assert (pixel - ours(runs / kind, x_T)[5, :, 3, 2]).abs().max() < 1.5 / 127.5
+@pytest.mark.parametrize('kind', ['labels', 'theirs', 'edm'])
+def test_cards_of_graphs(runs, exported, monkeypatch, kind):
+    """8 images from a graph that was traced with 4."""
+    found, model = run_card(exported('onnx', kind), monkeypatch), load_model(runs / kind)
+    wanted = our_images(model, torch.from_numpy(found['x_T']), torch.arange(8) % 3, stride=4)
+    assert (torch.from_numpy(found['images']) - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'edm'])
+def test_cards_of_safetensors(runs, exported, monkeypatch, kind):
+    folder, model = exported('safetensors', kind), load_model(runs / kind)
+    licence = 'cc-by-nc-sa-4.0' if kind == 'edm' else 'mit'     # of the teacher, if it is known
+    assert f'license: {licence}\n' in (folder / 'README.md').read_text()
+    found = run_card(folder, monkeypatch)
+    assert found['config']['diffusion'] == model.diffusion.arguments()
+    assert found['config']['training']['weights'] == model.weights_name
+    y = torch.arange(8) % 3 if model.network.conditional else None
+    with torch.no_grad():
+        x, t = noise(8), torch.full((8,), 500)
+        assert torch.equal(found['network'](x, t, y), model.network(x, t, y))
+    assert found['images'].shape == (8, 3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_there_and_back(runs, exported, kind):
     """An export is read as a folder of diffusers, with its schedule and how it was trained."""
-    diffusers()
-    first, back = load_model(runs / kind), load_model(exported('diffusers', kind))
-    x, t = torch.randn(3, 3, SIZE, SIZE), torch.tensor([1, 500, first.diffusion.N])
+    folder, first = exported('diffusers', kind), load_model(runs / kind)
+    back, t = load_model(folder), torch.tensor([1, 500, first.diffusion.N])
     with torch.no_grad():
-        wanted, found = (model.network(x, t, torch.arange(3)) for model in (first, back))
+        wanted, found = (model.network(noise(), t, torch.arange(3)) for model in (first, back))
     assert (found - wanted).abs().max() < 1e-4 and back.img_size == SIZE
     assert first.diffusion.arguments() == back.diffusion.arguments()
     for key in ('method', 'step', 'flags', 'dataset'):
@@ -191,9 +187,6 @@ def test_networks_that_diffusers_does_not_have(runs):
     model.arch['ch_mult'] = [2, 2]
     with pytest.raises(UserError, match='--ch_mult 2 at its first resolution'):
         diffusers_write.convert(model)
-
-
-def test_steps_that_are_not_equally_far_apart():
     with pytest.raises(UserError, match='FILE has 3 steps .* divides 1000; export with --format'):
         diffusers_write.scheduler_config(Diffusion(3, N=1000), 1, 'FILE')
 
@@ -238,7 +231,9 @@ def test_mistakes_leave_nothing(runs, exporting, tmp_path, monkeypatch):
              '--output is missing': [run]}
     if importlib.util.find_spec('safetensors'):
         cases['new cannot be written .*No space'] = [run, new, '--format=safetensors']
-    if importlib.util.find_spec('diffusers') is None:
+    if importlib.util.find_spec('diffusers'):
+        cases['is one of EDM'] = [f'--logdir={runs}/edm', new]
+    else:
         cases['pip install -r requirements-export.txt'] = [run, new]
     for sentence, words in cases.items():
         with pytest.raises(UserError, match=sentence):
