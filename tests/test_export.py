@@ -132,7 +132,7 @@ def test_diffusers_makes_our_images(runs, exported, kind, steps):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_cards_of_diffusers(runs, exported, monkeypatch, kind):
-    """Their lines make our images: of a pipeline, in 8 bits, and of a loop where there are labels."""
+    """Their lines make our images: by a pipeline in 8 bits, or by a loop if there are labels."""
     folder, model = exported('diffusers', kind), load_model(runs / kind)
     images = run_card(folder, monkeypatch)['images']
     if model.network.conditional:

@@ -14,13 +14,12 @@ from diffusion import Diffusion
 from formats import diffusers_read, diffusers_write
 from formats.load import load_model
 from runtime.cli import UserError
-from runtime.torchvision_cpu import torchvision
-from helpers import ROOT, assert_ran, command, fork_all
+from helpers import (DATA, ROOT, STEPS, Call, assert_ran, command, diffusers, fork_all, noise,
+                     our_images, their_images)
 from inprocess import make_scorer, parsing
 
 FLAGS = flags.FLAGS
-SIZE = 8
-SMALL = dict(sample_size=SIZE, layers_per_block=1, block_out_channels=(32, 64),
+SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
              down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
              up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
 # the structure of google/ddpm-cifar10-32, in widths and a size that a test can afford
@@ -29,16 +28,8 @@ GOOGLE = dict(sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64
               attention_head_dim=None,
               down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'),
               up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'))
-TRAINING = ['--dataset=digits', '--batch_size=4', '--num_workers=0', '--sample_size=2',
-            '--log_step=1', '--sample_step=0', '--save_step=0', '--total_steps=1', '--lr=1e-4',
-            '--img_size=8']
-SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1] \
-    .split('\n## ')[0]
-
-
-def diffusers():
-    torchvision()       # diffusers imports it if it is installed
-    return pytest.importorskip('diffusers', reason='optional, see requirements-export.txt')
+TRAINING = [*DATA, *STEPS, '--total_steps=1', '--batch_size=4', '--img_size=8']
+SECTION = (ROOT / 'README.md').read_text().split('## Distil a teacher you already have\n')[1]
 
 
 def pipeline(folder, schedule=None, **config):
@@ -60,24 +51,6 @@ def ddim(scheduler, prediction, steps):
     return result
 
 
-@torch.no_grad()
-def their_images(unet, scheduler, z, y=None):
-    for t in scheduler.timesteps:
-        out = unet(z, t, y)
-        z = scheduler.step(getattr(out, 'sample', out), t, z,
-                           use_clipped_model_output=True).prev_sample
-    return z.clamp(-1, 1)
-
-
-@torch.no_grad()
-def our_images(model, z, y=None):
-    return model.diffusion.sample(model.network, z, y=y)
-
-
-def noise(count=3, size=SIZE):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
 # DDIM
 
 @pytest.mark.parametrize('beta_schedule, prediction, steps', [
@@ -93,12 +66,12 @@ def test_ddim_of_diffusers(tmp_path, beta_schedule, prediction, steps):
         return torch.tanh(convolution(z) + torch.sin(t / 300.).reshape(-1, 1, 1, 1))
 
     grid = diffusers_read.read_scheduler(tmp_path / 'scheduler_config.json')
-    diffusion = Diffusion(**grid).with_steps(steps)
-    theirs = their_images(network, ddim(scheduler, prediction, steps), noise())
+    diffusion, theirs = Diffusion(**grid).with_steps(steps), ddim(scheduler, prediction, steps)
+    wanted = their_images(network, theirs, noise())
     with torch.no_grad():
-        ours = diffusion.sample(lambda z, t, y: network(z, t - 1), noise())
-    assert ours.std() > .1 and (ours - theirs).abs().max() <= 1e-5
-    assert diffusion.times()[:-1] == (ddim(scheduler, prediction, steps).timesteps + 1).tolist()
+        found = diffusion.sample(lambda z, t, y: network(z, t - 1), noise())
+    assert found.std() > .1 and (found - wanted).abs().max() <= 1e-5
+    assert diffusion.times()[:-1] == (theirs.timesteps + 1).tolist()
 
 
 # Networks and students
@@ -107,17 +80,16 @@ def test_ddim_of_diffusers(tmp_path, beta_schedule, prediction, steps):
                          ids=['google', 'labels'])
 def test_a_network_makes_its_images(tmp_path, config):
     unet, scheduler = pipeline(tmp_path, **config)
-    size = config['sample_size']
-    y, x_T = (torch.tensor([3, 9]) if 'num_class_embeds' in config else None), noise(2, size)
+    x_T = noise(2, config['sample_size']).double()
+    y = torch.tensor([3, 9]) if 'num_class_embeds' in config else None
     model = load_model(tmp_path, steps=4)
-    assert model.img_size == size and not model.network.training
+    assert model.img_size == config['sample_size'] and not model.network.training
     unet.double(), model.network.double()   # random weights enlarge the rounding of float32
-    theirs = their_images(unet, ddim(scheduler, 'epsilon', 4), x_T.double(), y)
-    assert (our_images(model, x_T.double(), y) - theirs).abs().max() < 1e-3
+    theirs = their_images(unet, ddim(scheduler, 'epsilon', 4), x_T, y)
+    assert (our_images(model, x_T, y) - theirs).abs().max() < 1e-3
     with torch.no_grad():
         t = torch.tensor([0, 999])
-        found = model.network(x_T.double(), t + 1, y)
-        assert (unet(x_T.double(), t, y).sample - found).abs().max() < 1e-9
+        assert (unet(x_T, t, y).sample - model.network(x_T, t + 1, y)).abs().max() < 1e-9
 
 
 def test_precision_and_dropout(tmp_path):
@@ -140,12 +112,6 @@ def test_precision_and_dropout(tmp_path):
     assert all(p.requires_grad for p in student.parameters())
 
 
-@pytest.fixture
-def parse():
-    with parsing(training.define_distillation_flags) as parse:
-        yield parse
-
-
 ZERO_SNR = dict(prediction_type='v_prediction', rescale_betas_zero_snr=True)
 
 
@@ -153,18 +119,19 @@ ZERO_SNR = dict(prediction_type='v_prediction', rescale_betas_zero_snr=True)
     ({}, [], 'v'), ({}, ['--mean_type=epsilon'], 'epsilon'), ({}, ['--mean_type=xstart'], 'xstart'),
     (dict(prediction_type='sample'), [], 'xstart'), (ZERO_SNR, [], 'v'),
     (ZERO_SNR, ['--mean_type=xstart'], 'xstart'), (ZERO_SNR, ['--mean_type=epsilon'], None)])
-def test_students_of_every_output(tmp_path, parse, capsys, schedule, words, expected):
+def test_students_of_every_output(tmp_path, capsys, schedule, words, expected):
     """The default of an eps teacher is v, of others their own output."""
     pipeline(tmp_path, schedule)
     teacher = load_model(tmp_path, steps=8)
     assert (teacher.diffusion.alpha[-1] == 0) == (schedule == ZERO_SNR)
-    parse(*words)
-    if expected is None:
-        with pytest.raises(UserError, match='ends with alpha 0.*--mean_type=v'):
-            training.new_student(teacher)
-        return
-    network, diffusion = training.new_student(teacher)
-    assert (diffusion.T, diffusion.mean_type, FLAGS.mean_type) == (4, expected, expected)
+    with parsing(training.define_distillation_flags) as parse:
+        parse(*words)
+        if expected is None:
+            with pytest.raises(UserError, match='ends with alpha 0.*--mean_type=v'):
+                training.new_student(teacher)
+            return
+        network, diffusion = training.new_student(teacher)
+        assert (diffusion.T, diffusion.mean_type, FLAGS.mean_type) == (4, expected, expected)
     note = teacher.diffusion.mean_type != expected
     assert ('note: the student predicts' in capsys.readouterr().out) == note
     assert diffusion.predict(network, noise(), torch.tensor([250, 500, 1000]))[0].isfinite().all()
@@ -191,9 +158,9 @@ def ran(tmp_path_factory):
     (folder / 'config').symlink_to(ROOT / 'config')
     pipeline(folder / 'ddpm-cifar10-32', attention_head_dim=None)
     pipeline(folder / 'labels', num_class_embeds=10)
-    scoring = [*make_scorer(folder, 'densenet_small'), '--num_images=4', '--batch_size=4',
-               '--sample_size=2', '--img_size=8']
-    more = {'PD.py': TRAINING, 'ddim_eval.py': scoring, 'score/get_npz.py': None}
+    more = {'PD.py': TRAINING,
+            'ddim_eval.py': [*make_scorer(folder, 'densenet_small'), '--num_images=4',
+                             '--batch_size=4', '--sample_size=2', '--img_size=8']}
     readme = [line.split()[1:] for line in SECTION.split('```')[1].strip().splitlines()
               if line.startswith('python')]
     assert [words[0] for words in readme] == ['PD.py', 'score/get_npz.py', 'ddim_eval.py']
@@ -202,17 +169,15 @@ def ran(tmp_path_factory):
            '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
            '--classifier=densenet_small', '--classifier_path=classifier.pt', '--base_ckpt=labels',
            '--logdir=rdd']
-    again, here = ['train_rdd.py', '--flagfile=rdd/flagfile.txt'], dict(cwd=str(folder))
+    again = ['train_rdd.py', '--flagfile=rdd/flagfile.txt', '--total_steps=2']
+    here = dict(cwd=str(folder))
     return folder, fork_all(dict(
         readme=[command(words, *more[words[0]], **here) for words in readme],
-        rdd=[command(rdd, **here), command(again, '--total_steps=2', **here),
-             command(['ddim_eval.py', '--logdir=rdd'], *scoring, **here),
-             command(again, '--total_steps=3', '--mean_type=xstart', **here)]))
+        rdd=[command(rdd, **here), command(again, **here)]))
 
 
-def test_the_section_is_short_and_runs_as_written(ran):
+def test_the_section_runs_as_written(ran):
     folder, results = ran
-    assert len(SECTION.strip().splitlines()) < 25
     assert_ran(results['readme'])
     assert results['readme'][0][1].count('note: the student predicts v') == 1  # in the first stage
     for T in (64, 32, 16, 8, 4, 2, 1):
@@ -224,20 +189,15 @@ def test_the_section_is_short_and_runs_as_written(ran):
     assert (result['nfe'], result['T'], result['method']) == (1, 1, 'pd')
 
 
-def test_rdd_of_a_teacher_with_labels(ran, tmp_path):
-    """Its run goes on from its own flagfile, is scored and exported, and read again."""
+def test_rdd_of_a_teacher_with_labels(ran):
+    """Its run goes on from its own flagfile."""
     folder, results = ran
-    code, _, error = results['rdd'][-1]
-    assert code == 2 and '--mean_type is xstart and the run in' in error
-    assert_ran(results['rdd'][:-1])
+    assert_ran(results['rdd'])
     assert 'resuming at step 1' in results['rdd'][1][1]
-    model, y = load_model(folder / 'rdd'), torch.tensor([3, 9, 0])
+    model = load_model(folder / 'rdd')
     assert (model.diffusion.times(), model.diffusion.mean_type) == ([1000, 750, 500, 250, 0], 'v')
     assert (model.entries['origin'], model.entries['step']) == ('labels', 2)
-    diffusers_write.write(model, 1, tmp_path)
-    again = load_model(tmp_path)
-    assert again.diffusion.arguments() == model.diffusion.arguments()
-    assert torch.equal(our_images(again, noise(), y), our_images(model, noise(), y))
+    assert model.network.conditional
 
 
 # Folders that people have
@@ -250,41 +210,53 @@ def good(tmp_path_factory):
 
 
 def edited(file, **changes):
-    """Other settings in a JSON file; ... takes one out."""
-    config = dict(json.loads(file.read_text()), **changes)
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    """Other settings in a JSON file."""
+    file.write_text(json.dumps(dict(json.loads(file.read_text()), **changes)))
+
+
+def unet(**changes):
+    return lambda folder: edited(folder / 'unet/config.json', **changes)
+
+
+def scheduler(**changes):
+    return lambda folder: edited(folder / 'scheduler/scheduler_config.json', **changes)
 
 
 def weights(folder):
     return folder / 'unet/diffusion_pytorch_model.safetensors'
 
 
-def resaved(folder, **how):
-    unet = diffusers().UNet2DModel.from_pretrained(str(folder / 'unet'))
-    weights(folder).unlink()
-    unet.save_pretrained(str(folder / 'unet'), **how)
+def resaved(**how):
+    def resave(folder):
+        unet = diffusers().UNet2DModel.from_pretrained(str(folder / 'unet'))
+        weights(folder).unlink()
+        unet.save_pretrained(str(folder / 'unet'), **how)
+    return resave
 
 
-def renamed(folder, new_name):
-    from safetensors.torch import load_file, save_file
-    save_file({new_name(key): value for key, value in load_file(str(weights(folder))).items()},
-              str(weights(folder)))
+def changed(change):
+    """Other weights: change(state dict) -> state dict."""
+    def save(folder):
+        from safetensors.torch import load_file, save_file
+        save_file(change(load_file(str(weights(folder)))), str(weights(folder)))
+    return save
 
 
-OLD_NAMES = dict(to_q='query', to_k='key', to_v='value', to_out='proj_attn')
-GROWN = dict(use_ema_warmup=True, decay=.999, optimization_step=5, inv_gamma=1., power=.75)
+def old_name(key):
+    old = dict(to_q='query', to_k='key', to_v='value', to_out='proj_attn')
+    return re.sub(r'\.(to_[qkv]|to_out)(\.0)?\.', lambda found: f'.{old[found.group(1)]}.', key)
+
+
 TAKEN = dict(
-    plain=lambda f: None, average=lambda f: edited(f / 'unet/config.json', **GROWN),
-    beside=lambda f: shutil.move(str(f / 'unet'), str(f / 'checkpoint-5/unet_ema')),
-    old_scheduler=lambda f: edited(f / 'scheduler/scheduler_config.json', tensor_format='pt',
-                                   timestep_values=None, skip_prk_steps=True),
-    old_attention=lambda f: renamed(f, lambda key: re.sub(
-        r'\.(to_[qkv]|to_out)(\.0)?\.', lambda found: f'.{OLD_NAMES[found.group(1)]}.', key)),
-    wrapped=lambda f: renamed(f, lambda key: f'_orig_mod.module.{key}'),
-    size_pair=lambda f: edited(f / 'unet/config.json', sample_size=[8, 8]),
-    size_null=lambda f: edited(f / 'unet/config.json', sample_size=None),
-    variant=lambda f: resaved(f, variant='fp16'), shards=lambda f: resaved(f, max_shard_size='1MB'),
-    pickled=lambda f: resaved(f, safe_serialization=False))
+    plain=unet(),
+    average=unet(use_ema_warmup=True, decay=.999, optimization_step=5, inv_gamma=1., power=.75),
+    beside=lambda folder: shutil.move(str(folder / 'unet'), str(folder / 'checkpoint-5/unet_ema')),
+    old_scheduler=scheduler(tensor_format='pt', timestep_values=None, skip_prk_steps=True),
+    old_attention=changed(lambda w: {old_name(key): value for key, value in w.items()}),
+    wrapped=changed(lambda w: {f'_orig_mod.module.{key}': value for key, value in w.items()}),
+    size_pair=unet(sample_size=[8, 8]), size_null=unet(sample_size=None),
+    variant=resaved(variant='fp16'), shards=resaved(max_shard_size='1MB'),
+    pickled=resaved(safe_serialization=False))
 
 
 @pytest.mark.parametrize('layout', list(TAKEN))
@@ -301,45 +273,23 @@ def test_layouts_that_people_have(good, tmp_path, layout):
 
 
 def test_settings_that_change_a_teacher(good, tmp_path, capsys):
-    scheduler = tmp_path / 'given/scheduler/scheduler_config.json'
     shutil.copytree(str(good), str(tmp_path / 'given'))
-    edited(scheduler, predict_epsilon=False, clip_sample=False)
+    scheduler(predict_epsilon=False, clip_sample=False)(tmp_path / 'given')
     assert load_model(tmp_path / 'given').diffusion.mean_type == 'xstart'
     assert 'note: clip_sample False in' in capsys.readouterr().out
-    edited(scheduler, clip_sample=True, clip_sample_range=2., thresholding=True)
+    scheduler(clip_sample=True, clip_sample_range=2., thresholding=True)(tmp_path / 'given')
     load_model(tmp_path / 'given')
     assert 'clip_sample_range 2.0, thresholding True in' in capsys.readouterr().out
     load_model(good)
     assert 'note' not in capsys.readouterr().out
 
 
-class Evil:
-    def __init__(self, place):
-        self.place = place
-
-    def __reduce__(self):
-        return open, (str(self.place), 'w')
-
-
-def without_weights(folder, evil=None):
-    weights(folder).unlink()
-    if evil:
-        torch.save(dict(a=Evil(folder / 'ran')), str(folder / 'unet' / evil))
-
-
-def not_finite(folder):
-    from safetensors.torch import load_file, save_file
-    found = load_file(str(weights(folder)))
-    found['conv_out.bias'][1] = float('nan')
-    save_file(found, str(weights(folder)))
-
-
-def unet(**changes):
-    return lambda folder: edited(folder / 'unet/config.json', **changes)
-
-
-def scheduler(**changes):
-    return lambda folder: edited(folder / 'scheduler/scheduler_config.json', **changes)
+def hostile(name):
+    """Pickled weights that make a file."""
+    def save(folder):
+        weights(folder).unlink()
+        torch.save(dict(a=Call(open, str(folder / 'ran'), 'w')), str(folder / 'unet' / name))
+    return save
 
 
 ODD = {
@@ -354,7 +304,6 @@ ODD = {
     'in_channels in .* is 1, expected 3': unet(in_channels=1),
     'time_embedding_type in .* is .fourier., expected': unet(time_embedding_type='fourier'),
     r'sample_size in .* is \[8, 16\], expected': unet(sample_size=[8, 16]),
-    'expected a multiple of 2': unet(sample_size=15),
     'layers_per_block in .* is 10000000, expected': unet(layers_per_block=10 ** 7),
     'larger than its weights': unet(layers_per_block=64, block_out_channels=[16384] * 2),
     'block_out_channels in .* is .*None.*, expected': unet(block_out_channels=[32, None]),
@@ -370,10 +319,11 @@ ODD = {
     'no schedule .*betas in': scheduler(beta_start=0.),
     'no network that diffusers can load .*': lambda f: weights(f).write_bytes(
         weights(f).read_bytes()[:5000]),
-    'the weights of its U-Net': without_weights,
-    'conv_out.bias in .* not finite': not_finite,
-    'could run code': lambda f: without_weights(f, 'diffusion_pytorch_model.bin'),
-    'that diffusers can load': lambda f: without_weights(f, weights(f).name)}
+    'the weights of its U-Net': lambda f: weights(f).unlink(),
+    'conv_out.bias in .* not finite': changed(
+        lambda w: dict(w, **{'conv_out.bias': torch.tensor([0., float('nan'), 0.])})),
+    'could run code': hostile('diffusion_pytorch_model.bin'),
+    'that diffusers can load': hostile('diffusion_pytorch_model.safetensors')}
 
 
 @pytest.mark.parametrize('sentence', list(ODD))
