@@ -22,9 +22,7 @@ ARCHITECTURES = dict(
     tiny=TINY, no_attn=dict(TINY, attn=[]), first_attn=dict(TINY, attn=[0]),
     one_level=dict(TINY, ch_mult=[2], attn=[0]),
     conditional=dict(TINY, conditional=True, class_num=7, ch_mult=[1, 2, 3], attn=[0, 2],
-                     num_res_blocks=3),
-    imagenet64=dict(T=1024, ch=128, ch_mult=[1, 2, 3, 4], attn=[2, 3], num_res_blocks=3,
-                    conditional=True, class_num=1000))
+                     num_res_blocks=3))
 
 
 @pytest.mark.parametrize('name', list(ARCHITECTURES))
@@ -97,8 +95,6 @@ def test_a_file_of_pytorch_ddpm(loaded, capsys):
     weights = UNet(**dict(TINY, T=999)).state_dict()
     plain, clean = loaded(ema_model=weights), loaded(ema_model=weights, how=dict(steps=128))
     assert 'linear schedule' in capsys.readouterr().out
-    assert plain.diffusion.arguments() == dict(T=999, time_scale=1, mean_type='epsilon',
-                                               schedule='linear')
     assert clean.diffusion.arguments() == dict(T=128, time_scale=7, mean_type='epsilon',
                                                schedule=clean_linear(), N=1000)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
