@@ -4,8 +4,8 @@ import time
 
 import pytest
 import torch
-from absl import flags
 
+import training
 from diffusion import Diffusion, clean_linear
 from formats import load
 from formats.entries import Model
@@ -13,7 +13,6 @@ from formats.load import load_model
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
-from runtime.flags import define_network_flags, define_teacher_steps
 from inprocess import parsing
 
 TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
@@ -189,12 +188,7 @@ def test_names_on_a_hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def parse():
-    def define():
-        define_network_flags()
-        define_teacher_steps()
-        flags.DEFINE_string('base_ckpt', None, '')
-
-    with parsing(define) as parse:
+    with parsing(training.define_distillation_flags) as parse:
         yield parse
 
 
