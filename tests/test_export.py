@@ -126,7 +126,7 @@ def test_diffusers_makes_our_images(runs, exported, kind, steps):
     scheduler = lib.DDIMScheduler.from_pretrained(str(folder / 'scheduler'), **offset)
     scheduler.set_timesteps(steps)
     wanted = our_images(model, noise(), y, T // steps)
-    assert wanted.std() > 0.3
+    assert wanted.std() > 0.25
     assert (their_images(unet, scheduler, noise(), y) - wanted).abs().max() < 1e-3
 
 
