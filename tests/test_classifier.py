@@ -161,13 +161,10 @@ def ran(tmp_path_factory):
     def train(name, *words, **how):
         return command(WORDS, f'--result_path={folder / name}', *words, **how)
 
-    def same(name, *words, **how):
-        """Comparable with more processes: a higher rate lets rounding grow with every step."""
-        return train(name, '--model=densenet_small', '--img_size=8', '--batchsize=24',
-                     '--max_steps=4', '--init_lr=1e-3', *words, **how)
-
     log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
     released = '--recipe=released', '--num_workers=2', '--log_step=1', '--max_steps=12'
+    # comparable with more processes: a higher rate lets rounding grow with every step
+    tiny = '--model=densenet_small', '--img_size=8', '--batchsize=24', '--max_steps=4'
     (folder / 'one/dog').mkdir(parents=True)
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
@@ -180,8 +177,9 @@ def ran(tmp_path_factory):
         plain=[train('plain', '--max_steps=3')],
         one=[train('one', '--dataset=folder', f'--data_root={folder}/one', '--batchsize=1')])
     for recipe in ('plain', 'released'):
-        jobs[f'{recipe}1'] = [same(f'{recipe}1', f'--recipe={recipe}')]
-        jobs[f'{recipe}2'] = [same(f'{recipe}2', f'--recipe={recipe}', ranks=2)]
+        for ranks in (1, 2):
+            name = f'{recipe}{ranks}'
+            jobs[name] = [train(name, *tiny, '--init_lr=1e-3', f'--recipe={recipe}', ranks=ranks)]
     return fork_all(jobs), folder
 
 
