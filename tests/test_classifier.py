@@ -164,7 +164,8 @@ def ran(tmp_path_factory):
     log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
     released = '--recipe=released', '--num_workers=2', '--log_step=1', '--max_steps=12'
     # comparable with more processes: a higher rate lets rounding grow with every step
-    tiny = '--model=densenet_small', '--img_size=8', '--batchsize=24', '--max_steps=4'
+    tiny = ('--model=densenet_small', '--img_size=8', '--batchsize=24', '--max_steps=4',
+            '--init_lr=1e-3')
     (folder / 'one/dog').mkdir(parents=True)
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
@@ -179,7 +180,7 @@ def ran(tmp_path_factory):
     for recipe in ('plain', 'released'):
         for ranks in (1, 2):
             name = f'{recipe}{ranks}'
-            jobs[name] = [train(name, *tiny, '--init_lr=1e-3', f'--recipe={recipe}', ranks=ranks)]
+            jobs[name] = [train(name, *tiny, f'--recipe={recipe}', ranks=ranks)]
     return fork_all(jobs), folder
 
 

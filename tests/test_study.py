@@ -125,12 +125,9 @@ class Commands:
         if f'{words[0]} {folder.name}' == self.fails:
             stdout.write('a line\nthe reason\n')
             return 2
-        folder.mkdir(exist_ok=True)
-        for T in (4, 2, 1) if words[0] == 'PD.py' else ():
-            (folder / f'{T}').mkdir(exist_ok=True)
-            (folder / f'{T}/ckpt.pt').touch()
-        if words[0] == 'train_dmd.py':
-            (folder / 'ckpt.pt').touch()
+        for name in {'PD.py': ['4', '2', '1'], 'train_dmd.py': ['.']}.get(words[0], []):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
             results.append(folder / 'results.jsonl', RESULT)
