@@ -170,7 +170,7 @@ def ran(tmp_path_factory):
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
         stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3], group=True),
-                 dict(train('stopped', *released), cwd=str(ROOT / 'classifier')),
+                 train('stopped', *released, cwd=str(ROOT / 'classifier')),
                  train('stopped', *released)],
         whole=[train('whole', *released)],
         parts=[train('parts', '--max_steps=1'), train('parts', '--max_steps=3'),

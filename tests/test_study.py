@@ -112,17 +112,18 @@ def chain(tiny, tmp_path, monkeypatch):
     return chain
 
 
-class Commands:
-    """In place of `runtime.commands.Commands`: writes what the commands would have written."""
+def made(chain, fails=''):
+    """Make a chain; what its commands would have written is written in their place.
 
-    def __init__(self, fails=''):
-        self.ran, self.fails = [], fails
+    Returns the scripts that were run. fails: the one that ends with code 2, and its folder.
+    """
+    ran = []
 
-    def run(self, words, stdout, **_):
-        self.ran.append(words[0])
+    def run(words, stdout, **_):
+        ran.append(words[0])
         values = dict(word.split('=', 1) for word in words[1:])
         folder = Path(values['--logdir'])
-        if f'{words[0]} {folder.name}' == self.fails:
+        if f'{words[0]} {folder.name}' == fails:
             stdout.write('a line\nthe reason\n')
             return 2
         for name in {'PD.py': ['4', '2', '1'], 'train_dmd.py': ['.']}.get(words[0], []):
@@ -133,6 +134,10 @@ class Commands:
             results.append(folder / 'results.jsonl', RESULT)
             np.savez(values['--save_images'], np.zeros((4, 8, 8, 3), np.uint8))
         return 0
+
+    chain.record_plan()
+    chain.make(SimpleNamespace(run=run), {})
+    return ran
 
 
 def test_commands(chain, tmp_path):
@@ -186,15 +191,10 @@ def test_no_student_starts_from_one_that_is_not_finished(chain, after):
     """It is made when the first one has its score; not from a checkpoint that is half trained."""
     first = chain(1)
     it = after(first)
-    first.record_plan()
-    it.record_plan()
-    first.make(Commands('ddim_eval.py 1'), {})
-    commands = Commands()
-    it.make(commands, {})
-    assert commands.ran == [] and 'no student of PD to start from' in it.problem
-    first.make(Commands(), {})
-    it.make(commands, {})
-    assert commands.ran == ['train_dmd.py', 'ddim_eval.py']
+    made(first, fails='ddim_eval.py 1')
+    assert made(it) == [] and 'no student of PD to start from' in it.problem
+    made(first)
+    assert made(it) == ['train_dmd.py', 'ddim_eval.py']
 
 
 def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
@@ -219,21 +219,17 @@ def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
     ('PD', ['PD.py'] + ['ddim_eval.py'] * 3, ['PD.py', 'ddim_eval.py']),
     ('DDIM', ['ddim_eval.py'] * 4, ['ddim_eval.py'])])
 def test_finished_students_are_skipped(chain, method, first, again):
-    it, commands = chain(method=method), [Commands(), Commands(), Commands()]
-    it.record_plan()
-    it.make(commands[0], {})
-    it.make(commands[1], {})
+    it = chain(method=method)
+    assert made(it) == first and made(it) == []
     (it.folder / '1/results.jsonl').write_text('{"cut')
-    it.make(commands[2], {})
-    assert [found.ran for found in commands] == [first, [], again]
+    assert made(it) == again
 
 
 def test_failed_students_are_named(chain, tmp_path):
     """In the table, with the last line of the command; what was made counts."""
     chains = [chain(0), chain(1), chain(0, 'DDIM')]
     for it, fails in zip(chains, ('ddim_eval.py 2', 'PD.py seed1', '')):
-        it.record_plan()
-        it.make(Commands(fails), {})
+        made(it, fails)
     with pytest.raises(UserError, match='5 students are missing, see .*table.md') as caught:
         study.report(chains)
     assert caught.value.code == 1
