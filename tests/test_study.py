@@ -98,17 +98,17 @@ def test_the_demo_writes_into_one_folder():
 
 @pytest.fixture
 def chain(tiny, tmp_path, monkeypatch):
-    """chain(seed, ..): that of PD, or of DDIM, with these flags of the study."""
+    """chain(seed, method, first, ..): a `Chain`, with these flags of the study."""
     monkeypatch.chdir(tiny)
 
-    def chain(seed=0, method='PD', **changes):
+    def chain(seed=0, method='PD', first=None, **changes):
         monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(**dict(dict(
             logdir=str(tmp_path), config='TINY', methods=['DDIM', 'PD'], baseline='PD', seeds=2,
-            until=1, train_flags='--lr=1', eval_flags='--num_images=4',
+            jobs=2, until=1, train_flags='--lr=1', eval_flags='--num_images=4',
             read_flags_from_files=flags.FLAGS.read_flags_from_files), **changes)))
-        counts = [8, 4, 2, 1] if method == 'DDIM' else [4, 2, 1]
+        counts = dict(DDIM=[8, 4, 2, 1], PD=[4, 2, 1]).get(method, [1])
         _, script, extra = study.parsed(study.METHODS[method])
-        return study.Chain(method, script, extra, seed, counts, load_model('ckpt.pt'))
+        return study.Chain(method, script, extra, seed, counts, load_model('ckpt.pt'), first)
     return chain
 
 
@@ -158,45 +158,37 @@ def test_commands(chain, tmp_path):
         assert {f'--stride={8 // T}', '--seed=1'} <= set(words)
 
 
-@pytest.fixture
-def after(chain):
-    """after(first, command): the chain of a method that starts from the last student of `first`."""
-    def after(first, command='PD then train_dmd.py'):
-        _, script, extra = study.parsed(command)
-        return study.Chain('PD+DMD', script, extra, 1, [1], load_model('ckpt.pt'), first)
-    return after
-
-
-@pytest.mark.parametrize('command, start', [
-    ('PD then train_dmd.py --fake_updates 5', ['--base_ckpt={}/PD/seed1/1', '--student_steps=0']),
-    ('train_dmd.py --fake_updates 5', ['--base_ckpt=ckpt.pt', '--student_steps=1'])])
-def test_commands_of_dmd(chain, after, tmp_path, command, start):
+@pytest.mark.parametrize('method, start, seconds', [
+    ('PD+DMD', ['--base_ckpt={}/PD/seed1/1', '--student_steps=0'], 13.5),
+    ('DMD', ['--base_ckpt=ckpt.pt', '--student_steps=1'], 3.5)])
+def test_commands_of_dmd(chain, tmp_path, method, start, seconds):
     """One student, from that of the chain before or from the teacher; the cost counts both."""
     first = chain(1)
-    it = after(first if 'PD' in command else None, command)
+    it = chain(1, method, first if method == 'PD+DMD' else None)
+    _, _, it.extra = study.parsed('PD then train_dmd.py --fake_updates 5')
     train, score = it.commands().values()
     assert train[0] == 'train_dmd.py' and not any('until' in word for word in train) and {
         '--flagfile=config/TINY_DMD.txt', '--teacher_ckpt=ckpt.pt', '--seed=1', '--lr=1',
-        f'--logdir={tmp_path}/PD+DMD/seed1/1', '--fake_updates',
+        f'--logdir={tmp_path}/{method}/seed1/1', '--fake_updates', '5',
         *(word.format(tmp_path) for word in start)} <= set(train)
-    assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/PD+DMD/seed1/1' in score
+    assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/{method}/seed1/1' in score
     for chain, text in ((first, '10\n'), (it, '2.5\n1\n')):
         chain.folder.mkdir(parents=True)
         (chain.folder / 'seconds.txt').write_text(text)
-    assert it.seconds() == (13.5 if 'PD' in command else 3.5)
+    assert it.seconds() == seconds
 
 
-def test_no_student_starts_from_one_that_is_not_finished(chain, after):
+def test_no_student_starts_from_one_that_is_not_finished(chain):
     """It is made when the first one has its score; not from a checkpoint that is half trained."""
     first = chain(1)
-    it = after(first)
+    it = chain(1, 'PD+DMD', first)
     made(first, fails='ddim_eval.py 1')
     assert made(it) == [] and 'no student of PD to start from' in it.problem
     made(first)
     assert made(it) == ['train_dmd.py', 'ddim_eval.py']
 
 
-def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
+def test_a_chain_waits_for_the_one_it_starts_from(chain, monkeypatch):
     """With two jobs at once, also if it was listed before other methods, or the first one fails."""
     ended = []
 
@@ -206,11 +198,10 @@ def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
         if self.method == 'PD':
             raise OSError('no space left')
 
-    first, other = chain(), chain(method='DDIM')
+    first = chain()
     monkeypatch.setattr(study.Chain, 'make', make)
-    study.FLAGS.jobs = 2
     with pytest.raises(OSError):
-        study.run_all([first, after(first), other])
+        study.run_all([first, chain(0, 'PD+DMD', first), chain(0, 'DDIM')])
     assert ended == ['DDIM', 'PD', 'PD+DMD']
 
 
@@ -248,16 +239,16 @@ def test_report_before_anything_is_scored(chain, tmp_path):
 
 
 @pytest.mark.parametrize('change', ['flags', 'TINY_DMD.txt', 'TINY_EVAL.txt', 'teacher', 'start'])
-def test_students_made_otherwise_are_refused(chain, after, tiny, tmp_path, monkeypatch, change):
+def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch, change):
     """Other flags, another text of a flagfile, other weights, another start; not fewer steps."""
-    it = after(chain())
+    it = chain(1, 'PD+DMD', chain())
     it.record_plan()
     (it.folder / '1').mkdir()
     (it.folder / '1/ckpt.pt').touch()
-    fewer = after(chain(until=2))
+    fewer = chain(1, 'PD+DMD', chain(), until=2)
     fewer.step_counts = [2]
     fewer.record_plan()
-    other = after(chain(train_flags='--lr=2' if change == 'flags' else '--lr=1'))
+    other = chain(1, 'PD+DMD', chain(), train_flags=f'--lr={2 if change == "flags" else 1}')
     if change.endswith('.txt'):
         shutil.copytree(str(tiny / 'config'), str(tmp_path / 'config'))
         with open(tmp_path / 'config' / change, 'a') as flagfile:
