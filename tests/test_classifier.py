@@ -1,4 +1,4 @@
-"""Classifiers: outputs, input normalisation, checkpoints, and training as a user runs it."""
+"""Classifiers: outputs, checkpoints, augmentation, and training as a user runs it."""
 
 import json
 import signal
@@ -14,94 +14,79 @@ from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
 from runtime.cli import UserError
 
+NETWORK = build_classifier('convnet_small', 10)
+WEIGHTS = NETWORK.state_dict()
+NAMED = dict(model=WEIGHTS, name='convnet_small')
 
-@pytest.mark.parametrize('name, size, features, keys', [
-    ('densenet_small', 8, 144, 'features.conv0.weight features.norm0.bias trans1.conv.weight '
-     'block1.denselayer1.norm1.weight final_norm.running_var fc.weight'),
-    ('convnet_small', 16, 64, 'stage1.conv.weight stage4.norm.bias fc.weight'),
-    ('resnet18', 32, 512, 'conv1.weight bn1.weight layer2.0.downsample.0.weight fc.bias')])
-def test_outputs_and_published_names(name, size, features, keys):
-    model = build_classifier(name, 7).eval()
-    logits, feature, feature_map = model(torch.rand(2, 3, size, size) * 2 - 1)
+
+@pytest.mark.parametrize('name, size, features, key', [
+    ('densenet_small', 8, 144, 'block1.denselayer1.norm1.weight'),
+    ('convnet_small', 16, 64, 'stage4.norm.bias'), ('resnet18', 32, 512, 'bn1.weight')])
+def test_outputs(name, size, features, key):
+    model, x = build_classifier(name, 7).eval(), torch.rand(2, 3, size, size) * 2 - 1
+    logits, feature, feature_map = model(x)
     assert model.num_features == features and model.num_classes == 7 and model.name == name
     assert logits.shape == (2, 7) and feature_map.shape == (2, features, 4, 4)
     assert feature_map.min() == 0       # after the final ReLU
-    assert torch.equal(feature, feature_map.mean((2, 3)))
-    found = set(model.state_dict())
-    assert set(keys.split()) <= found and not {'mean', 'std'} & found
-
-
-def test_normalisation():
-    x = torch.rand(2, 3, 4, 4) * 2 - 1
-    assert torch.equal(build_classifier('convnet_small', 10).normalise(x), x)
-    model = build_classifier('convnet_small', 10, (0.5, 0.25, 0.1), (0.5, 0.25, 0.2))
-    for colour, expected in ((1, [1., 3., 4.5]), (-1, [-1., -1., -0.5])):
-        found = model.normalise(torch.full((1, 3, 1, 1), float(colour))).flatten()
-        torch.testing.assert_close(found, torch.tensor(expected))
+    assert torch.equal(feature, feature_map.mean((2, 3))) and key in model.state_dict()
+    assert torch.equal(model.normalise(x), x)       # mean and std of 0.5 change no bit
 
 
 def test_loads_frozen(tmp_path):
-    """A published file, {model} alone, in half precision; and one that describes itself."""
+    """Weights in half precision, with the prefix of several processes; random numbers stay."""
     model = build_classifier('convnet_small', 10).half()
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=model.state_dict()))
-    state = torch.get_rng_state()
-    loaded = load_classifier(tmp_path, 'convnet_small', 10)
-    assert torch.equal(state, torch.get_rng_state())        # loading draws nothing
+    weights = {f'module.{key}': value for key, value in model.state_dict().items()}
+    checkpoint.save(tmp_path / 'c.pt', dict(NAMED, model=weights, mean=[.1] * 3, std=[.2] * 3))
+    before = torch.get_rng_state()
+    loaded = load_classifier(tmp_path / 'c.pt')
+    assert torch.equal(torch.get_rng_state(), before)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.name == 'convnet_small' and (loaded.mean == .1).all() and (loaded.std == .2).all()
+    loaded = load_classifier(tmp_path / 'c.pt', mean=(.5,) * 3, std=(.5,) * 3)
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(loaded(x)[0], model.float().eval()(x)[0])
-    weights = {f'module.{key}': value for key, value in model.state_dict().items()}
-    checkpoint.save(tmp_path / 'c.pt', dict(model=weights, name='convnet_small', mean=[.1] * 3,
-                                            std=[.2] * 3))
-    loaded = load_classifier(tmp_path / 'c.pt')
-    assert loaded.name == 'convnet_small' and (loaded.mean == .1).all() and (loaded.std == .2).all()
-    assert (load_classifier(tmp_path / 'c.pt', mean=(.5,) * 3, std=(.5,) * 3).mean == .5).all()
 
 
 def test_features_of_one_pixel_are_said(tmp_path, capsys):
     """IS_P2P compares pixels of a map: with one pixel it is 0."""
-    network = build_classifier('convnet_small', 10)
-    checkpoint.save(tmp_path / 'ckpt.pt', dict(model=network.state_dict()))
+    checkpoint.save(tmp_path / 'ckpt.pt', NAMED)
     for size, said in ((4, True), (8, False)):
         images = SimpleNamespace(name='digits', num_classes=10, img_size=size)
         load_frozen('convnet_small', tmp_path, images, 'imagenet', torch.device('cpu'))
         assert ('has one pixel for images of 4 pixels' in capsys.readouterr().out) == said
 
 
-def test_refusals(tmp_path):
+def with_bias(bias):
+    return dict(model=dict(WEIGHTS, **{'fc.bias': bias}))
+
+
+@pytest.mark.parametrize('words, expected, state', [
+    ('10 classes, expected 100', ('convnet_small', 100), NAMED),
+    ('does not name its network', (), dict(model=WEIGHTS)),
+    ('holds the classifier convnet_small, expected resnet18', ('resnet18',), NAMED),
+    ('holds the classifier 3, expected one of', (), dict(NAMED, name=3)),
+    ('resnet18: conv1.weight is absent, expected .64, 3, 3', ('resnet18',), dict(model=WEIGHTS)),
+    ('convnet_small: fc.bias is str, expected .10,', ('convnet_small',), with_bias('b')),
+    ('fc.bias of .* holds NaN', ('convnet_small',), with_bias(torch.full((10,), torch.nan))),
+    ('mean in .* is .0.5., expected three numbers from 0 to 1', (), dict(NAMED, mean=[.5])),
+    ('std in .*, expected three numbers from 1e-06 to 1', (), dict(NAMED, std=[0., .5, .5])),
+    ('refused', ('convnet_small',), NETWORK),       # a pickle of more than weights
+    ('a diffusion checkpoint', ('convnet_small',), dict(net_model={}, T=8)),
+    ('is no classifier .it holds weights', ('convnet_small',), dict(weights=torch.zeros(2))),
+    ('is no classifier .it holds model', ('convnet_small',), dict(model=[1])),
+    ('holds w., expected .* fc.weight', ('convnet_small',), dict(model=dict(w=torch.zeros(2)))),
+    ('train.py --model resnet18', ('resnet18',), None)])
+def test_refusals(tmp_path, words, expected, state):
+    if state:
+        torch.save(state, str(tmp_path / 'c.pt'))
+    with pytest.raises(UserError, match=words) as caught:
+        load_classifier(tmp_path / 'c.pt', *expected)
+    assert 'c.pt' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_unknown_network():
     with pytest.raises(UserError, match='no classifier "densenet999"; .* densenet201'):
         build_classifier('densenet999', 10)
-    model = build_classifier('convnet_small', 10).state_dict()
-    torch.save(build_classifier('convnet_small', 10), str(tmp_path / 'pickle.pt'))
-    for name, state in dict(
-            bare=dict(model=model), named=dict(model=model, name='convnet_small'),
-            diffusion=dict(net_model={}, T=8), other=dict(weights=torch.zeros(2)),
-            headless=dict(model=dict(w=torch.zeros(2))), list=dict(model=[1]),
-            nan=dict(model=dict(model, **{'fc.bias': torch.full((10,), torch.nan)})),
-            text=dict(model=dict(model, **{'fc.bias': 'b'})),
-            number=dict(model=model, name=3),
-            grey=dict(model=model, name='convnet_small', mean=[.5]),
-            flat=dict(model=model, name='convnet_small', std=[0., .5, .5])).items():
-        checkpoint.save(tmp_path / f'{name}.pt', state)
-    for file, args, words in [
-            ('bare.pt', ('convnet_small', 100), '10 classes, expected 100'),
-            ('bare.pt', (), 'does not name its network'),
-            ('named.pt', ('resnet18',), 'holds the classifier convnet_small, expected resnet18'),
-            ('number.pt', (), 'holds the classifier 3, expected one of'),
-            ('bare.pt', ('resnet18',), 'resnet18: conv1.weight is absent, expected .64, 3, 3'),
-            ('text.pt', ('convnet_small',), 'convnet_small: fc.bias is str, expected .10,'),
-            ('nan.pt', ('convnet_small',), 'fc.bias of the classifier in .* holds NaN'),
-            ('grey.pt', (), 'mean in .* is .0.5., expected three numbers from 0 to 1'),
-            ('flat.pt', (), 'std in .*, expected three numbers from 1e-06 to 1'),
-            ('pickle.pt', ('convnet_small',), 'refused'),
-            ('diffusion.pt', ('convnet_small',), 'a diffusion checkpoint'),
-            ('other.pt', ('convnet_small',), 'is no classifier .it holds weights'),
-            ('list.pt', ('convnet_small',), 'is no classifier .it holds model'),
-            ('headless.pt', ('convnet_small',), 'holds w., expected .* fc.weight'),
-            ('none', ('resnet18',), 'train.py --model resnet18')]:
-        with pytest.raises(UserError, match=words) as caught:
-            load_classifier(tmp_path / file, *args)
-        assert file in str(caught.value) and '\n' not in str(caught.value)
 
 
 # Images
@@ -118,15 +103,13 @@ def test_random_crop_moves_whole_images():
         assert torch.equal(whole[i], padded[i, :, top:top + 8, left:left + 8])
 
 
-def test_measured_mean_and_std():
-    """Of all images, or of some that are spread over the set."""
+def test_mean_and_std_of_some_images():
+    """They are spread over the set."""
     pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
-    images = data.Images('x', 'train', 4, [0] * 6, 1, pixels)
-    for most, chosen in ((50000, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 5])):
-        mean, std = measured_normalisation(images, most)
-        expected = pixels[chosen].double() / 255
-        assert mean == [round(v, 4) for v in expected.mean((0, 2, 3)).tolist()]
-        assert std == [round(v, 4) for v in expected.std((0, 2, 3), unbiased=False).tolist()]
+    mean, std = measured_normalisation(data.Images('x', 'train', 4, [0] * 6, 1, pixels), most=3)
+    chosen = pixels[[0, 2, 5]].double() / 255
+    assert mean == [round(v, 4) for v in chosen.mean((0, 2, 3)).tolist()]
+    assert std == [round(v, 4) for v in chosen.std((0, 2, 3), unbiased=False).tolist()]
 
 
 def test_augment_is_a_function_of_seed_and_position():
@@ -178,18 +161,16 @@ def ran(tmp_path_factory):
     def train(name, *words, **how):
         return command(WORDS, f'--result_path={folder / name}', *words, **how)
 
-    def same(name, *words, **how):
-        """Comparable with more processes: a higher rate lets rounding grow with every step."""
-        return train(name, '--model=densenet_small', '--img_size=8', '--batchsize=24',
-                     '--max_steps=4', '--init_lr=1e-3', *words, **how)
-
     log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
     released = '--recipe=released', '--num_workers=2', '--log_step=1', '--max_steps=12'
+    # comparable with more processes: a higher rate lets rounding grow with every step
+    tiny = ('--model=densenet_small', '--img_size=8', '--batchsize=24', '--max_steps=4',
+            '--init_lr=1e-3')
     (folder / 'one/dog').mkdir(parents=True)
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
         stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3], group=True),
-                 dict(train('stopped', *released), cwd=str(ROOT / 'classifier')),
+                 train('stopped', *released, cwd=str(ROOT / 'classifier')),
                  train('stopped', *released)],
         whole=[train('whole', *released)],
         parts=[train('parts', '--max_steps=1'), train('parts', '--max_steps=3'),
@@ -197,8 +178,9 @@ def ran(tmp_path_factory):
         plain=[train('plain', '--max_steps=3')],
         one=[train('one', '--dataset=folder', f'--data_root={folder}/one', '--batchsize=1')])
     for recipe in ('plain', 'released'):
-        jobs[f'{recipe}1'] = [same(f'{recipe}1', f'--recipe={recipe}')]
-        jobs[f'{recipe}2'] = [same(f'{recipe}2', f'--recipe={recipe}', ranks=2)]
+        for ranks in (1, 2):
+            name = f'{recipe}{ranks}'
+            jobs[name] = [train(name, *tiny, f'--recipe={recipe}', ranks=ranks)]
     return fork_all(jobs), folder
 
 

@@ -3,17 +3,16 @@
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from classifier import build_classifier
 from diffusion import Diffusion
 from helpers import assert_ran, command, fork_all
-from inprocess import parsing
-from runtime import checkpoint, data, distributed
+from inprocess import make_scorer, parsing
+from runtime import checkpoint, data
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
 from score import get_npz, metrics, results, sampling
@@ -21,18 +20,16 @@ from score.metrics import ActivationStats, frechet_distance, precision_recall
 from score.networks import load_feature_network
 from score.reference import (Statistics, check_reference, load_statistics, save_statistics,
                              version_of_score)
+from wiring import make_photos
 
 rng = np.random.RandomState(0)
-
-
-def random_covariance(size, samples=50):
-    return np.cov(rng.standard_normal((samples, size)), rowvar=False)
 
 
 # Frechet distance
 
 def test_closed_forms():
-    mu1, mu2, sigma = rng.standard_normal(8), rng.standard_normal(8), random_covariance(8)
+    mu1, mu2 = rng.standard_normal((2, 8))
+    sigma = np.cov(rng.standard_normal((8, 50)))
     assert frechet_distance(mu1, sigma, mu2, sigma) == pytest.approx(np.sum((mu1 - mu2) ** 2))
     assert frechet_distance(mu1, sigma, mu1, sigma) == pytest.approx(0, abs=1e-10)
     a, b, mu = rng.uniform(0, 2, 8), rng.uniform(0, 2, 8), np.zeros(8)
@@ -43,19 +40,6 @@ def test_closed_forms():
     expected = u @ u + v @ v - 2 * abs(u @ v)
     found = frechet_distance(mu, np.outer(u, u), mu, np.outer(v, v))
     assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_same_distance_as_pytorch_fid(monkeypatch):
-    """Its own function; scipy 1.18 took away the argument with which it asks for a root."""
-    scipy_linalg = pytest.importorskip('scipy.linalg', reason='pytorch-fid needs scipy')
-    torchvision()
-    from pytorch_fid import fid_score
-    monkeypatch.setattr(fid_score, 'linalg', SimpleNamespace(
-        sqrtm=lambda matrix, disp: (scipy_linalg.sqrtm(matrix), 0)))
-    a, b = (rng.standard_normal((500, 64)) @ rng.standard_normal((64, 64)) + i for i in range(2))
-    stats = [m for x in (a, b) for m in (x.mean(0), np.cov(x, rowvar=False))]
-    expected = fid_score.calculate_frechet_distance(*stats)
-    assert expected > 100 and frechet_distance(*stats) == pytest.approx(expected, rel=1e-9)
 
 
 def test_statistics_that_cannot_be_compared():
@@ -70,41 +54,18 @@ def test_statistics_that_cannot_be_compared():
 
 @pytest.mark.parametrize('rows', [2, 100])
 def test_precision_and_recall_by_hand(monkeypatch, rows):
-    """Points on a line: real ones at 0, 1, .., 5, whose balls (k = 3) have radii 3, 2, 2, 2, 2, 3.
+    """Real points at 0, 5, .., 25 of an axis: their balls (k = 3) have radii 15, 10, .., 10, 15.
 
-    Those at -3 and 8 touch the first and the last ball, -3.1 and 20 are outside. The ball of the
-    generated 20 reaches back to the third nearest, -3, and covers all real points.
+    Of the generated ones, (-9, -12) and (40, 0) touch the first and the last ball, the others are
+    outside. The ball of (100, 0) reaches to the third nearest, (-16, 0), over all real points.
     """
     monkeypatch.setattr(metrics, 'ROWS', rows)      # so many at a time
-    real, fake = np.arange(6.)[:, None], np.array([[-3.], [8.], [-3.1], [20.]])
+    real = np.array([[5. * i, 0.] for i in range(6)])
+    fake = np.array([[-9., -12.], [40., 0.], [-16., 0.], [100., 0.]])
     assert precision_recall(real, fake) == (.5, 1.)
-    near = np.array([[0.], [.1], [.2], [.3]])       # radii .3, .2, .2, .3: the mode at 0 alone
+    near = real[:4] / 10        # radii 1.5, 1, 1, 1.5: the mode at 0 alone
     assert precision_recall(real, near) == pytest.approx((1., 1 / 6))
     assert precision_recall(real, fake[:3]) == (None, None)
-
-
-def test_precision_and_recall_are_those_of_the_definition():
-    """By loops, in eight dimensions."""
-    real, fake = rng.standard_normal((40, 8)), rng.standard_normal((30, 8)) * .8
-
-    def share(points, members):
-        radii = [sorted(np.linalg.norm(members - m, axis=1))[3] for m in members]
-        return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(members, radii))
-                        for p in points])
-
-    found = precision_recall(real, fake)
-    assert found == pytest.approx((share(fake, real), share(real, fake)))
-    assert 0 < found[1] < found[0] < 1
-
-
-@pytest.mark.parametrize('total, kept, places', [(7, 3, [0, 3, 5]), (3, 10, [0, 1, 2])])
-def test_features_that_are_kept(monkeypatch, total, kept, places):
-    """At most so many, evenly spaced, whatever the batches."""
-    monkeypatch.setattr(metrics, 'KEPT', kept)
-    features = np.arange(total * 2.).reshape(total, 2)
-    for cuts in ((), (1, 4)):
-        stats = streamed(features, np.full((total, 2), .5), cuts).reduce()
-        assert stats.features.tolist() == features[places].tolist()
 
 
 # Inception score, and the sums of both scores
@@ -118,11 +79,10 @@ def streamed(features, probs, cuts=(), splits=10):
     return stats
 
 
-def inception_score(probs, splits=10):
-    return streamed(probs[:, :0], probs, splits=splits).inception_score()
-
-
 def test_inception_score_bounds():
+    def inception_score(probs):
+        return streamed(probs[:, :0], probs).inception_score()
+
     uniform = np.full((100, 5), 0.2)
     assert inception_score(uniform) == pytest.approx((1, 0))
     one_hot = np.eye(5)[np.arange(100) % 5]
@@ -132,11 +92,13 @@ def test_inception_score_bounds():
         inception_score(one_hot * np.nan)
 
 
-@pytest.mark.parametrize('number, borders', [(40, [10, 20, 30]), (10, [3, 5, 8])])
+@pytest.mark.parametrize('number, borders, kept', [
+    (40, [10, 20, 30], [0, 10, 20, 30]), (10, [3, 5, 8], [0, 3, 5, 8])])
 @pytest.mark.parametrize('cuts', [[], [1], [2, 5, 9]])
-def test_stats_match_numpy(number, borders, cuts):
-    """Whatever the batches; with 10 images in 4 splits, which are contiguous, they differ by one
-    image; a large mean costs no precision."""
+def test_stats_match_numpy(monkeypatch, number, borders, kept, cuts):
+    """Whatever the batches. The splits are contiguous, and the images whose features are kept are
+    evenly spaced, up to one image; a large mean costs no precision."""
+    monkeypatch.setattr(metrics, 'KEPT', 4)
     features = rng.standard_normal((number, 7)) + 100
     probs = torch.from_numpy(rng.standard_normal((number, 6))).softmax(1).numpy()
     stats = streamed(features, probs, cuts, splits=4).reduce()
@@ -145,46 +107,35 @@ def test_stats_match_numpy(number, borders, cuts):
     assert np.abs(sigma - np.cov(features, rowvar=False)).max() < 1e-9
     scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, borders)]
     assert stats.inception_score() == pytest.approx((np.mean(scores), np.std(scores)))
+    assert np.array_equal(stats.features, features[kept].astype(np.float32))
 
 
-def test_stats_of_two_processes(monkeypatch):
-    features = torch.from_numpy(rng.standard_normal((20, 3)))
-    probs = torch.from_numpy(rng.standard_normal((20, 4))).softmax(1)
-    one, two = (ActivationStats(20) for _ in range(2))
-    one.update(features[:5], probs[:5], torch.arange(5))
-    two.update(features[5:], probs[5:], torch.arange(5, 20))
+def test_images_that_no_process_has_scored():
+    stats = streamed(torch.zeros(5, 3), torch.full((5, 4), .25))
+    stats.total = 20
     with pytest.raises(UserError, match='5 images were scored, expected 20'):
-        one.reduce()
-    others = iter(two.sums)
-    monkeypatch.setattr(distributed, 'all_reduce_sum', lambda value: value.add_(next(others)))
-    one.reduce()
-    assert np.allclose(one.mean_cov()[1], np.cov(features.numpy(), rowvar=False), atol=1e-12)
-    assert one.inception_score() == pytest.approx(inception_score(probs))
+        stats.reduce()
 
 
 # Networks
 
 @pytest.fixture(scope='module')
-def classifier_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('classifier')
+def classifier(tmp_path_factory):
+    """File of a convnet_small that is not trained."""
     torch.manual_seed(0)
-    model = build_classifier('convnet_small', 10)
-    checkpoint.save(folder / 'ckpt.pt', dict(model=model.state_dict(), name='convnet_small'))
-    return folder
+    folder = tmp_path_factory.mktemp('classifier')
+    make_scorer(folder)
+    return folder / 'classifier.pt'
 
 
-def test_classifier_as_feature_network(classifier_folder, tmp_path):
-    network = load_feature_network(str(classifier_folder), 'cpu')
-    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    features, probs = network(images)
-    assert features.shape == (3, 64) and network.dim == 64
-    torch.testing.assert_close(probs.sum(1), torch.ones(3))
-    torch.testing.assert_close(network(images.float() / 127.5 - 1)[0], features)
-    assert network.name.startswith('convnet_small-') and len(network.name) == 14 + 12
-    state = checkpoint.read(classifier_folder)
+def test_name_of_a_classifier(classifier, tmp_path):
+    """With a digest of its weights."""
+    state = checkpoint.read(classifier)
     state['model']['fc.bias'] += 1
-    checkpoint.save(tmp_path / 'ckpt.pt', state)
-    assert load_feature_network(str(tmp_path), 'cpu').name != network.name
+    checkpoint.save(tmp_path / 'other.pt', state)
+    name, other = (load_feature_network(str(file), 'cpu').name
+                   for file in (classifier, tmp_path / 'other.pt'))
+    assert name.startswith('convnet_small-') and len(name) == 14 + 12 and name != other
 
 
 def test_efficientnet():
@@ -213,20 +164,13 @@ def test_efficientnet_is_missing(monkeypatch):
 
 @pytest.fixture(scope='module')
 def inception_weights():
-    """State dict of pytorch-fid's Inception with random weights that keep the signal alive."""
-    models = torchvision().models
-    from pytorch_fid import inception
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: None)
-        patch.setattr(models.Inception3, 'load_state_dict', lambda self, state: None)
-        weights = inception.fid_inception_v3().state_dict()
-    rng = torch.Generator().manual_seed(0)
-    for key, value in weights.items():      # nothing keeps the value that every new network has
+    """Weights for pytorch-fid's Inception, random, of a size that keeps the signal alive."""
+    weights = torchvision().models.inception_v3(
+        num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    for value in weights.values():
         if value.ndim == 4:
             value.mul_(6 ** 0.5)
-        elif value.is_floating_point() and 'bn.' in key:
-            value.add_(torch.rand(value.shape, generator=rng) * 0.1)
-    weights['fc.bias'] = torch.randn(1008, generator=rng)       # large enough to be noticed
+    weights['fc.bias'] = torch.randn(1008)       # large enough to be noticed
     return weights
 
 
@@ -252,11 +196,8 @@ def test_inception_is_downloaded(tmp_path, monkeypatch, inception_weights):
     """Once, into torch's cache; a failure is one sentence, and so is a damaged file."""
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     file = tmp_path / 'checkpoints/pt_inception-2015-12-05-6726825d.pth'
-
-    def offline(*args):
-        raise OSError('no route to host')
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    download = Mock(side_effect=OSError('no route to host'))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     with pytest.raises(UserError, match=r'no route to host.*--inception_weights') as caught:
         load_feature_network('inception', 'cpu')
     assert caught.value.code == 1
@@ -264,8 +205,7 @@ def test_inception_is_downloaded(tmp_path, monkeypatch, inception_weights):
     with pytest.raises(UserError, match=file.name):
         load_feature_network('inception', 'cpu')
     file.unlink()
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, digest: (
-        torch.save(inception_weights, path)))
+    download.side_effect = lambda url, path, digest: torch.save(inception_weights, path)
     assert load_feature_network('inception', 'cpu').dim == 2048 and file.exists()
 
 
@@ -283,10 +223,9 @@ def test_other_inception_weights_refused(tmp_path, inception_weights):
 # Statistics files
 
 def statistics(**changes):
-    facts = dict(mu=np.zeros(64), sigma=np.eye(64), dataset='digits', split='train',
-                 num_images=9, img_size=16, network='convnet_small-0', inception_mean=2.,
-                 fingerprint='ab', class_counts=np.array([4, 5]), features=np.zeros((9, 64)))
-    return Statistics(**dict(facts, **changes))
+    entries = dict(mu=np.zeros(64), sigma=np.eye(64), img_size=16, network='convnet_small-0',
+                   fingerprint='ab', features=np.zeros((9, 64)))
+    return Statistics(**dict(entries, **changes))
 
 
 @pytest.mark.parametrize('words, changes', [
@@ -315,18 +254,16 @@ def test_files_that_are_no_statistics(tmp_path, words, changes):
     assert 'a.npz' in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_reference_must_fit_the_samples(tmp_path, classifier_folder):
-    network = load_feature_network(str(classifier_folder), 'cpu')
-    ours = statistics(network=network.name)
-    check_reference(ours, network, 16)
-    np.savez(str(tmp_path / 'old.npz'), mu=np.zeros(64), sigma=np.eye(64))
-    check_reference(load_statistics(tmp_path / 'old.npz'), network, 16)     # it names nothing
-    with pytest.raises(UserError, match='feature network convnet_small-0.*--feature_network'):
-        check_reference(statistics(), network, 16)
-    with pytest.raises(UserError, match='width 3'):
-        check_reference(statistics(network=None, mu=np.zeros(3), sigma=np.eye(3)), network, 16)
-    with pytest.raises(UserError, match='from images of 16 px, those to compare .* --img_size 8'):
-        check_reference(ours, network, 8)
+@pytest.mark.parametrize('words, img_size, changes', [
+    ('feature network other-0.*--feature_network FOLDER', 16, dict(network='other-0')),
+    ('width 3', 16, dict(network=None, mu=np.zeros(3), sigma=np.eye(3))),
+    ('from images of 16 px, those to compare .* --img_size 8', 8, {})])
+def test_reference_must_fit_the_samples(words, img_size, changes):
+    network = SimpleNamespace(name='convnet_small-0', dim=64, spec='FOLDER')
+    check_reference(statistics(), network, 16)
+    check_reference(Statistics(np.zeros(64), np.eye(64)), network, 16)      # an older file
+    with pytest.raises(UserError, match=words):
+        check_reference(statistics(**changes), network, img_size)
 
 
 def test_stale_statistics(monkeypatch, tmp_path):
@@ -345,51 +282,51 @@ def test_stale_statistics(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def measure(classifier_folder):
+def measure(classifier):
     """measure('--dataset=digits', ..): get_npz.py with these flags."""
     with parsing(get_npz.define_flags) as parse:
-        given = '--num_workers=0', f'--feature_network={classifier_folder}'
+        given = '--num_workers=0', f'--feature_network={classifier}'
         yield lambda *words: (parse(*given, *words), get_npz.main())
 
 
-def test_get_npz(measure, capsys, tmp_path, classifier_folder):
-    """Two processes measure the same; a file is made anew only for other images."""
-    words, output = ['--dataset=digits', '--max_images=100', '--batchsize=32'], tmp_path / 'a/b.npz'
-    two, = fork_all(dict(two=[command(
-        ['score/get_npz.py', *words, '--num_workers=0', f'--feature_network={classifier_folder}'],
-        f'--output={tmp_path}/two.npz', ranks=2)])).values()
-    assert_ran(two)
-    for size, note in (8, 'digits, train: 1498'), (8, 'already holds'), (16, 'note: overwriting'):
-        measure(*words, f'--output={output}', f'--img_size={size}')
-        assert note in capsys.readouterr().out and load_statistics(output).img_size == size
-    np.savez(str(tmp_path / 'mine.npz'), a=np.zeros(2))
-    with pytest.raises(UserError, match='mine.npz exists and holds no statistics'):
-        measure(*words, f'--output={tmp_path}/mine.npz')
-    assert np.load(str(tmp_path / 'mine.npz')).files == ['a']
-    loaded, network = load_statistics(tmp_path / 'two.npz'), load_feature_network(
-        str(classifier_folder), 'cpu')
-    check_reference(loaded, network, 8)
-    assert loaded.num_images == 100 and loaded.half == 0 and loaded.inception_mean >= 1
+def test_two_processes_measure_the_same(measure, capsys, tmp_path, classifier):
+    words = ['--dataset=digits', '--max_images=100', '--batchsize=32']
+    assert_ran(fork_all(dict(two=[command(
+        ['score/get_npz.py', *words, '--num_workers=0', f'--feature_network={classifier}'],
+        f'--output={tmp_path}/two.npz', ranks=2)]))['two'])
+    measure(*words, f'--output={tmp_path}/new/one.npz')
+    assert 'digits, train: 1498' in capsys.readouterr().out
+    two, one = (load_statistics(tmp_path / name) for name in ('two.npz', 'new/one.npz'))
+    for key in ('mu', 'sigma', 'inception_mean', 'inception_std'):
+        assert np.allclose(getattr(two, key), getattr(one, key), atol=1e-6), key
+    assert np.allclose(two.features.mean(0), two.mu, atol=1e-6)
+    assert np.allclose(np.cov(two.features, rowvar=False), two.sigma, atol=1e-6)
     digits = data.make_dataset('digits', '.', 8, train=True)
-    chosen = torch.arange(100) * len(digits) // 100
-    features = network(digits.images[chosen])[0].double().numpy()
-    assert np.allclose(loaded.mu, features.mean(0), atol=1e-6)
-    assert np.allclose(np.sort(loaded.features, 0), np.sort(features, 0), atol=1e-5)
-    assert np.allclose(loaded.sigma, np.cov(features, rowvar=False), atol=1e-6)
-    assert loaded.fingerprint == digits.fingerprint
-    assert loaded.class_counts.tolist() == digits.labels[chosen].bincount(minlength=10).tolist()
+    chosen = digits.labels[torch.arange(100) * len(digits) // 100]
+    assert two.class_counts.tolist() == chosen.bincount(minlength=10).tolist()
+    assert (two.num_images, two.img_size, two.half) == (100, 8, 0)
+    assert two.fingerprint == digits.fingerprint
 
 
-def test_compare_with(measure, capsys, tmp_path):
-    """The distance from another file, also of what is measured already; other sizes are refused."""
-    words = ['--dataset=digits', '--split=test', f'--output={tmp_path}/a.npz', '--max_images=80']
+def test_statistics_that_are_there(measure, capsys, tmp_path):
+    """They are compared, made anew for images of another size; other files are kept."""
+    words = ['--dataset=digits', '--split=test', '--max_images=80', f'--output={tmp_path}/a.npz']
     measure(*words)
     found = load_statistics(tmp_path / 'a.npz')
     save_statistics(tmp_path / 'b.npz', found._replace(mu=found.mu + .5))
     measure(*words, f'--compare_with={tmp_path}/b.npz')
-    assert f'Frechet distance 16.0000 from {tmp_path}/b.npz' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert 'a.npz already holds' in output
+    assert f'Frechet distance 16.0000 from {tmp_path}/b.npz' in output
     with pytest.raises(UserError, match='from images of 8 px, those to compare have 16 px'):
         measure(*words, f'--compare_with={tmp_path}/b.npz', '--img_size=16')
+    measure(*words, '--img_size=16')
+    assert 'note: overwriting' in capsys.readouterr().out
+    assert load_statistics(tmp_path / 'a.npz').img_size == 16
+    np.savez(str(tmp_path / 'mine.npz'), a=np.zeros(2))
+    with pytest.raises(UserError, match='mine.npz exists and holds no statistics'):
+        measure(*words, f'--output={tmp_path}/mine.npz')
+    assert np.load(str(tmp_path / 'mine.npz')).files == ['a']
 
 
 @pytest.mark.parametrize('half, most, expected', [
@@ -401,15 +338,12 @@ def test_images_that_are_measured(monkeypatch, half, most, expected):
     assert get_npz.chosen_images(7).tolist() == expected
 
 
-def test_get_npz_checks_every_file(measure, capsys, tmp_path):
-    for i in range(6):
-        path = tmp_path / f'train/{"ab"[i % 2]}/{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (8, 8), (20 * i, 0, 0)).save(str(path))
+def test_every_file_is_checked(measure, capsys, tmp_path):
+    make_photos(tmp_path, count=6)
     words = ['--check', '--dataset=folder', f'--data_root={tmp_path}', '--img_size=8']
     measure(*words)
     output = capsys.readouterr().out
-    assert '6 images of 2 classes' in output and 'every file can be used' in output
+    assert '6 images of 3 classes' in output and 'every file can be used' in output
     (tmp_path / 'train/a/0.png').write_bytes(b'no picture')
     with pytest.raises(UserError, match='1 of 6 files cannot be used') as caught:
         measure(*words)

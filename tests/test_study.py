@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,11 @@ import demo
 import study
 from formats.load import load_model
 from helpers import ROOT, assert_ran, command, environment, fork_all
+from inprocess import make_scorer, parsing
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
 from score import results
-from inprocess import make_scorer, parsing
 
 RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
               reference='r.npz', reference_images=9, feature_network='n', pixels='8-bit')
@@ -39,7 +40,7 @@ def tiny(tmp_path_factory):
              '--sample_step=0\n')
     score = '\n'.join(['--img_size=8', '--num_images=20', *make_scorer(folder)])
     (folder / 'config').mkdir()
-    for stage, text in dict(PD=train, RDD=train, EVAL=score).items():
+    for stage, text in dict(PD=train, RDD=train, DMD=train, EVAL=score).items():
         (folder / f'config/TINY_{stage}.txt').write_text(text)
     return folder
 
@@ -56,7 +57,6 @@ MISTAKES = {
     '"x=PD.py--lr 1" is not understood; expected "NAME=SCRIPT FLAGS"': 'x=PD.py--lr 1',
     'x starts from the last student of DDIM; list': 'x=DDIM then train_dmd.py',
     'train_dmd.py needs a teacher of 16 steps or more, found 8; give': '--methods=PD,PD+DMD',
-    '"x=rm x" is not understood': 'x=rm x',
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
     '"--lr 1 --seed=3" sets --seed, which the study': '--train_flags=--lr 1 --seed=3',
     '"PD.py -seed 3" sets --seed, which the study': '--method=a=PD.py -seed 3',
@@ -65,39 +65,28 @@ MISTAKES = {
     '--logdir is missing': '--logdir='}
 
 
-@pytest.fixture
-def parse():
-    with parsing(study.define_flags) as parse:
-        yield parse
-
-
 @pytest.mark.parametrize('sentence', list(MISTAKES))
-def test_mistakes(parse, tiny, sentence):
-    mistake = [MISTAKES[sentence]]
-    if mistake[0].startswith('x='):     # a method of one's own
-        mistake = [f'--method={mistake[0]}', '--methods=DDIM,PD,x']
-    parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', *mistake)
-    with pytest.raises(UserError, match=sentence):
+def test_mistakes(tiny, sentence):
+    words = [MISTAKES[sentence]]
+    if words[0].startswith('x='):       # a method of one's own
+        words = [f'--method={words[0]}', '--methods=DDIM,PD,x']
+    with parsing(study.define_flags) as parse, pytest.raises(UserError, match=sentence):
+        parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', *words)
         study.main()
     assert not (tiny / 'new').exists()
 
 
-def test_table_by_hand(monkeypatch):
-    """Scores of the same seed are compared: +1, +1, +4 above the baseline, less is better."""
-    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(methods=['PD', 'RDD'], baseline='PD'))
-    values = np.array([[[1., 2., 3.], [5., 5., np.nan]], [[2., 3., 7.], [np.nan, np.nan, 9.]]])
-    rows = study.table(values, [4, 2], 'fid').splitlines()[4:]
-    assert rows == ['| PD | 2.000 +- 2.484 | 5.000 +- 0.000 |',
-                    '| RDD | 4.000 +- 6.572 (+2.000 +- 4.303) | 9.000 |']
-
-
-def test_table_against_one_number_of_steps(monkeypatch):
-    """All columns are compared with the baseline at 4 steps, those of its own row as well."""
-    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(methods=['DDIM', 'DMD'],
-                                                        baseline='DDIM/4'))
-    values = np.array([[[1.], [9.]], [[np.nan], [.5]]])
-    rows = study.table(values, [4, 1], 'fid').splitlines()[4:]
-    assert rows == ['| DDIM | 1.000 | 9.000 (+8.000) |', '| DMD | - | 0.500 (-0.500) |']
+@pytest.mark.parametrize('methods, baseline, values, rows', [
+    # three seeds: +1, +1, +4 above the baseline; two missing scores, without a seed in common
+    (['PD', 'RDD'], 'PD', [[[1, 2, 3], [5, 5, np.nan]], [[2, 3, 7], [np.nan, np.nan, 9]]],
+     ['| PD | 2.000 +- 2.484 | 5.000 +- 0.000 |',
+      '| RDD | 4.000 +- 6.572 (+2.000 +- 4.303) | 9.000 |']),
+    # one seed: all is compared with DDIM at 4 steps, the other column of its own row as well
+    (['DDIM', 'DMD'], 'DDIM/4', [[[1.], [9.]], [[np.nan], [.5]]],
+     ['| DDIM | 1.000 | 9.000 (+8.000) |', '| DMD | - | 0.500 (-0.500) |'])])
+def test_table_by_hand(monkeypatch, methods, baseline, values, rows):
+    monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(methods=methods, baseline=baseline))
+    assert study.table(np.array(values), [4, 1], 'fid').splitlines()[4:] == rows
 
 
 def test_the_demo_writes_into_one_folder():
@@ -109,44 +98,46 @@ def test_the_demo_writes_into_one_folder():
 
 @pytest.fixture
 def chain(tiny, tmp_path, monkeypatch):
-    """chain(seed, ..): that of PD, or of DDIM, with these flags of the study."""
+    """chain(seed, method, first, ..): a `Chain`, with these flags of the study."""
     monkeypatch.chdir(tiny)
 
-    def chain(seed=0, method='PD', **changes):
+    def chain(seed=0, method='PD', first=None, **changes):
         monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(**dict(dict(
             logdir=str(tmp_path), config='TINY', methods=['DDIM', 'PD'], baseline='PD', seeds=2,
-            until=1, train_flags='--lr=1 --data_root=./config', eval_flags='--num_images=4',
+            jobs=2, until=1, train_flags='--lr=1', eval_flags='--num_images=4',
             read_flags_from_files=flags.FLAGS.read_flags_from_files), **changes)))
-        counts = [8, 4, 2, 1] if method == 'DDIM' else [4, 2, 1]
+        counts = dict(DDIM=[8, 4, 2, 1], PD=[4, 2, 1]).get(method, [1])
         _, script, extra = study.parsed(study.METHODS[method])
-        return study.Chain(method, script, extra, seed, counts, load_model('ckpt.pt'))
+        return study.Chain(method, script, extra, seed, counts, load_model('ckpt.pt'), first)
     return chain
 
 
-class Commands:
-    """In place of `runtime.commands.Commands`: writes what the commands would have written."""
+def made(chain, fails=''):
+    """Make a chain; what its commands would have written is written in their place.
 
-    def __init__(self, fails=''):
-        self.ran, self.fails = [], fails
+    Returns the scripts that were run. fails: the one that ends with code 2, and its folder.
+    """
+    ran = []
 
-    def run(self, words, stdout, **_):
-        self.ran.append(words[0])
+    def run(words, stdout, **_):
+        ran.append(words[0])
         values = dict(word.split('=', 1) for word in words[1:])
         folder = Path(values['--logdir'])
-        if f'{words[0]} {folder.name}' == self.fails:
+        if f'{words[0]} {folder.name}' == fails:
             stdout.write('a line\nthe reason\n')
             return 2
-        folder.mkdir(exist_ok=True)
-        for T in (4, 2, 1) if words[0] == 'PD.py' else ():
-            (folder / f'{T}').mkdir(exist_ok=True)
-            (folder / f'{T}/ckpt.pt').touch()
-        if words[0] == 'train_dmd.py':
-            (folder / 'ckpt.pt').touch()
+        for name in {'PD.py': ['4', '2', '1'], 'train_dmd.py': ['.']}.get(words[0], []):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
             results.append(folder / 'results.jsonl', RESULT)
             np.savez(values['--save_images'], np.zeros((4, 8, 8, 3), np.uint8))
         return 0
+
+    chain.record_plan()
+    chain.make(SimpleNamespace(run=run), {})
+    return ran
 
 
 def test_commands(chain, tmp_path):
@@ -162,71 +153,42 @@ def test_commands(chain, tmp_path):
                 '--flagfile=config/TINY_EVAL.txt', '--num_images=4'} <= set(words)
     ddim = chain(1, 'DDIM')
     ddim.step_counts = [4, 2, 1]     # its model may have more steps than the teacher: --ddim_ckpt
-    scores = ddim.commands()
-    assert {T: [word for word in words if 'stride' in word] for T, words in scores.items()} == {
-        T: [f'--stride={8 // T}'] for T in (4, 2, 1)}
-    assert all('--seed=1' in words for words in scores.values())
+    assert list(ddim.commands()) == [4, 2, 1]
+    for T, words in ddim.commands().items():
+        assert {f'--stride={8 // T}', '--seed=1'} <= set(words)
 
 
-@pytest.fixture
-def after(chain, tiny):
-    """after(first, command): the chain of a method that starts from the last student of `first`."""
-    (tiny / 'config/TINY_DMD.txt').write_text('--dataset=digits\n')
-
-    def after(first, command, method='PD+DMD'):
-        _, script, extra = study.parsed(command)
-        return study.Chain(method, script, extra, 1, [1], load_model('ckpt.pt'), first)
-    return after
-
-
-@pytest.mark.parametrize('command, start', [
-    ('PD then train_dmd.py --fake_updates 5', ['--base_ckpt={}/PD/seed1/1', '--student_steps=0']),
-    ('train_dmd.py --fake_updates 5', ['--base_ckpt=ckpt.pt', '--student_steps=1'])])
-def test_commands_of_dmd(chain, after, tmp_path, command, start):
+@pytest.mark.parametrize('method, start, seconds', [
+    ('PD+DMD', ['--base_ckpt={}/PD/seed1/1', '--student_steps=0'], 13.5),
+    ('DMD', ['--base_ckpt=ckpt.pt', '--student_steps=1'], 3.5)])
+def test_commands_of_dmd(chain, tmp_path, method, start, seconds):
     """One student, from that of the chain before or from the teacher; the cost counts both."""
     first = chain(1)
-    it = after(first if 'PD' in command else None, command)
+    it = chain(1, method, first if method == 'PD+DMD' else None)
+    _, _, it.extra = study.parsed('PD then train_dmd.py --fake_updates 5')
     train, score = it.commands().values()
     assert train[0] == 'train_dmd.py' and not any('until' in word for word in train) and {
         '--flagfile=config/TINY_DMD.txt', '--teacher_ckpt=ckpt.pt', '--seed=1', '--lr=1',
-        f'--logdir={tmp_path}/PD+DMD/seed1/1', '--fake_updates',
+        f'--logdir={tmp_path}/{method}/seed1/1', '--fake_updates', '5',
         *(word.format(tmp_path) for word in start)} <= set(train)
-    assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/PD+DMD/seed1/1' in score
+    assert score[0] == 'ddim_eval.py' and f'--logdir={tmp_path}/{method}/seed1/1' in score
     for chain, text in ((first, '10\n'), (it, '2.5\n1\n')):
         chain.folder.mkdir(parents=True)
         (chain.folder / 'seconds.txt').write_text(text)
-    assert it.seconds() == (13.5 if 'PD' in command else 3.5)
+    assert it.seconds() == seconds
 
 
-def test_no_student_starts_from_one_that_is_not_finished(chain, after):
+def test_no_student_starts_from_one_that_is_not_finished(chain):
     """It is made when the first one has its score; not from a checkpoint that is half trained."""
     first = chain(1)
-    it = after(first, 'PD then train_dmd.py')
-    first.record_plan()
-    it.record_plan()
-    first.make(Commands('ddim_eval.py 1'), {})
-    commands = Commands()
-    it.make(commands, {})
-    assert commands.ran == [] and 'no student of PD to start from' in it.problem
-    first.make(Commands(), {})
-    it.make(commands, {})
-    assert commands.ran == ['train_dmd.py', 'ddim_eval.py']
+    it = chain(1, 'PD+DMD', first)
+    made(first, fails='ddim_eval.py 1')
+    assert made(it) == [] and 'no student of PD to start from' in it.problem
+    made(first)
+    assert made(it) == ['train_dmd.py', 'ddim_eval.py']
 
 
-def test_students_of_another_start_are_refused(chain, after):
-    """The same flags, from the student of another method; fewer steps are no other plan."""
-    it = after(chain(1), 'PD then train_dmd.py')
-    it.record_plan()
-    (it.folder / '1').mkdir()
-    (it.folder / '1/ckpt.pt').touch()
-    lower = after(chain(1), 'PD then train_dmd.py')
-    lower.step_counts = [2]
-    lower.record_plan()
-    with pytest.raises(UserError, match='was made by other commands'):
-        after(chain(1, train_flags='--lr=2'), 'PD then train_dmd.py').record_plan()
-
-
-def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
+def test_a_chain_waits_for_the_one_it_starts_from(chain, monkeypatch):
     """With two jobs at once, also if it was listed before other methods, or the first one fails."""
     ended = []
 
@@ -236,11 +198,10 @@ def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
         if self.method == 'PD':
             raise OSError('no space left')
 
-    first, other = chain(), chain(method='DDIM')
+    first = chain()
     monkeypatch.setattr(study.Chain, 'make', make)
-    study.FLAGS.jobs = 2
     with pytest.raises(OSError):
-        study.run_all([first, after(first, 'PD then train_dmd.py'), other])
+        study.run_all([first, chain(0, 'PD+DMD', first), chain(0, 'DDIM')])
     assert ended == ['DDIM', 'PD', 'PD+DMD']
 
 
@@ -248,21 +209,17 @@ def test_a_chain_waits_for_the_one_it_starts_from(chain, after, monkeypatch):
     ('PD', ['PD.py'] + ['ddim_eval.py'] * 3, ['PD.py', 'ddim_eval.py']),
     ('DDIM', ['ddim_eval.py'] * 4, ['ddim_eval.py'])])
 def test_finished_students_are_skipped(chain, method, first, again):
-    it, commands = chain(method=method), [Commands(), Commands(), Commands()]
-    it.record_plan()
-    it.make(commands[0], {})
-    it.make(commands[1], {})
+    it = chain(method=method)
+    assert made(it) == first and made(it) == []
     (it.folder / '1/results.jsonl').write_text('{"cut')
-    it.make(commands[2], {})
-    assert [found.ran for found in commands] == [first, [], again]
+    assert made(it) == again
 
 
 def test_failed_students_are_named(chain, tmp_path):
     """In the table, with the last line of the command; what was made counts."""
     chains = [chain(0), chain(1), chain(0, 'DDIM')]
     for it, fails in zip(chains, ('ddim_eval.py 2', 'PD.py seed1', '')):
-        it.record_plan()
-        it.make(Commands(fails), {})
+        made(it, fails)
     with pytest.raises(UserError, match='5 students are missing, see .*table.md') as caught:
         study.report(chains)
     assert caught.value.code == 1
@@ -281,83 +238,70 @@ def test_report_before_anything_is_scored(chain, tmp_path):
     assert not (tmp_path / 'study.png').exists()
 
 
-def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch):
-    """Other flags, another text of a flagfile, other weights; not another working directory."""
-    it = chain()
+@pytest.mark.parametrize('change', ['flags', 'TINY_DMD.txt', 'TINY_EVAL.txt', 'teacher', 'start'])
+def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch, change):
+    """Other flags, another text of a flagfile, other weights, another start; not fewer steps."""
+    it = chain(1, 'PD+DMD', chain())
     it.record_plan()
-    it.make(Commands(), {})
-    (tmp_path / 'config').symlink_to(tiny / 'config')
-    it.teacher.file = tiny / 'ckpt.pt'
-    monkeypatch.setattr(study.cli, 'ROOT', tiny)        # where relative paths are looked up
-    monkeypatch.chdir(tmp_path)
-    study.FLAGS.logdir, study.FLAGS.until = '.', 2
-    study.FLAGS.train_flags = f'--lr=1 --data_root={tiny}/config'
-    again = study.Chain('PD', 'PD.py', [], 0, [4, 2], it.teacher)
-    again.record_plan()
-    monkeypatch.chdir(tiny)
-    chain(1).record_plan()                                    # another folder
-    text = Path('config/TINY_EVAL.txt').read_text()
-    for change in ('flags', 'flagfile', 'teacher'):
-        other = chain(**dict(train_flags='--lr=2') if change == 'flags' else {})
-        if change == 'flagfile':
-            Path('config/TINY_EVAL.txt').write_text(text + '\n--num_images=5\n')
-        if change == 'teacher':
-            other.teacher.network.head.bias.data += 1
-        with pytest.raises(UserError, match='seed0 was made by other commands, from other flagf'):
-            other.record_plan()
-        Path('config/TINY_EVAL.txt').write_text(text)
-    chain().record_plan()
+    (it.folder / '1').mkdir()
+    (it.folder / '1/ckpt.pt').touch()
+    fewer = chain(1, 'PD+DMD', chain(), until=2)
+    fewer.step_counts = [2]
+    fewer.record_plan()
+    other = chain(1, 'PD+DMD', chain(), train_flags=f'--lr={2 if change == "flags" else 1}')
+    if change.endswith('.txt'):
+        shutil.copytree(str(tiny / 'config'), str(tmp_path / 'config'))
+        with open(tmp_path / 'config' / change, 'a') as flagfile:
+            flagfile.write('\n--wd=1\n')
+        monkeypatch.chdir(tmp_path)
+    if change == 'teacher':
+        other.teacher.network.head.bias.data += 1
+    if change == 'start':
+        other.first.extra = ['--wd=1']
+    with pytest.raises(UserError, match='seed1 was made by other commands, from other flagf'):
+        other.record_plan()
 
 
 def test_a_study(tiny, tmp_path):
     """As a user starts it, and once more from another folder, where nothing is left to do."""
     words = ['study.py', '--config=TINY', '--seeds=1', '--until=4', '--methods=PD']
     (tmp_path / 'config').symlink_to(tiny / 'config')
-    ran = fork_all(dict(it=[
-        command(words, '--base_ckpt=.', '--logdir=done', cwd=str(tiny)),
-        command(words, f'--base_ckpt={tiny}', f'--logdir={tiny}/done', cwd=str(tmp_path))]))['it']
-    assert_ran(ran)
+    assert_ran(fork_all(dict(it=[
+        command(words, '--base_ckpt=.', '--logdir=done', '--train_flags=--data_root=./config',
+                cwd=str(tiny)),
+        command(words, f'--base_ckpt={tiny}', f'--logdir={tiny}/done',
+                f'--train_flags=--data_root={tiny}/config', cwd=str(tmp_path))]))['it'])
     line, = (tiny / 'done/PD/seed0/4/results.jsonl').read_text().splitlines()
     table = (tiny / 'done/table.md').read_text()
     assert f'| PD | {json.loads(line)["fid"]:.3f} |' in table and 'Missing' not in table
 
 
 STARTER = '''
-import signal, sys
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
 from concurrent.futures import ThreadPoolExecutor
 from runtime import cli
 from runtime.commands import Commands
 
-def main():
+def main(words):
     with ThreadPoolExecutor(1) as pool, Commands() as commands:
-        words = ['CHILD', sys.argv[1]]
-        print(list(pool.map(commands.run, [words, words])))
+        list(pool.map(commands.run, [words, words]))
 
-cli.run(lambda rest: main(), words=True)
-'''
-CHILD = '''
-import os, sys, time
-open(sys.argv[1], 'a').write(f'{os.getpid()}\\n')
-time.sleep(60)
+cli.run(main, words=True)
 '''
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130),
                                           (signal.SIGHUP, 129)])
 def test_commands_end_with_the_script_that_started_them(tmp_path, number, code):
-    (tmp_path / 'child.py').write_text(CHILD)
-    script = STARTER.replace('CHILD', str(tmp_path / 'child.py'))
+    """While the first one runs and a second one waits for its turn."""
+    child = tmp_path / 'child.py'
+    child.write_text('import os, time; print(os.getpid()); time.sleep(60)')
     process = subprocess.Popen(
-        [sys.executable, '-c', script, str(tmp_path / 'pids')], cwd=str(ROOT), env=environment(),
-        stderr=subprocess.PIPE, universal_newlines=True)
-    while not (tmp_path / 'pids').exists() or not (tmp_path / 'pids').read_text():
-        time.sleep(.01)
+        [sys.executable, '-c', STARTER, str(child)], cwd=str(ROOT), env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    pid = process.stdout.readline().strip()
     process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=30)
     assert process.returncode == code and 'Traceback' not in error, error
-    pid, = (tmp_path / 'pids').read_text().split()      # the second one was never started
-    deadline = time.time() + 10
-    while os.path.exists(f'/proc/{pid}') and time.time() < deadline:
-        time.sleep(.01)
-    assert not os.path.exists(f'/proc/{pid}')
+    assert pid and not out and not os.path.exists(f'/proc/{pid}')

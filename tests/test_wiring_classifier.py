@@ -173,40 +173,35 @@ def test_evaluation(folder, case):
     with np.load(str(folder / f'{case}.npz')) as file:
         saved = {key: torch.from_numpy(file[key]) for key in file.files}
     T, time_scale = state['T'], state['time_scale']
-    ema = flags['weights'] == 'ema' or flags['weights'] == 'auto' and 'ema_model' in state
-    name = 'ema_model' if ema else 'net_model'
-    conditional, y, number = flags['logdir'] == 'labels', None, flags['num_images']
-    assert ('arr_1' in saved) == conditional
-    if conditional:
-        y = saved['arr_1']
-        assert len(y) == number and len(set(y.tolist())) > 5 and 0 <= min(y) and max(y) < 10
-        calls, steps = record['labels'], T // flags['stride']
-        given = torch.cat([calls[i] for i in range(0, len(calls), steps)])
-        assert len(calls) % steps == 0 and torch.equal(given, y)
+    stride, number = flags['stride'], flags['num_images']
+    name = 'net_model' if flags['weights'] == 'net' or 'ema_model' not in state else 'ema_model'
+    conditional, y = flags['logdir'] == 'labels', saved.get('arr_1')
+    assert (y is not None) == conditional
+    if conditional:     # those of the first of the steps of every batch
+        assert torch.equal(torch.cat(record['labels'][::T // stride]), y)
+        assert len(y) == number and len(set(y.tolist())) > 5
     grid = oracle.Grid(T * time_scale, state['mean_type'])
     x_T = oracle.double(torch.cat(record['x_T']))
     assert x_T.shape == (number, 3, 8, 8)
     assert len(x_T.flatten(1).unique(dim=0)) == number      # no image twice
-    times = list(range(T * time_scale, -1, -flags['stride'] * time_scale))
-    assert result['nfe'] == len(times) - 1
+    times = list(range(T * time_scale, -1, -stride * time_scale))
     net = oracle.unet(state[name], T * time_scale, conditional).requires_grad_(False)
     x = grid.sample(net, x_T, times, y)
     pixels = saved['arr_0'].permute(0, 3, 1, 2)
-    exact = (x + 1) * 127.5
     assert pixels.shape == x.shape and pixels.dtype == torch.uint8
-    assert (pixels - exact).abs().max() < 0.51
+    assert (pixels - (x + 1) * 127.5).abs().max() < 0.51
     stored = load(folder / 'classifier/ckpt.pt')
     features = oracle.classifier(stored, stored['mean'], stored['std'])
-    seen = x if flags['fid_float'] else pixels.double() / 127.5 - 1
-    logits, feature, _ = features(seen)
+    logits, feature, _ = features(x if flags['fid_float'] else pixels.double() / 127.5 - 1)
     with np.load(str(folder / flags['fid_cache'])) as reference:
         fid = oracle.frechet(feature, reference['mu'], reference['sigma'])
     mean, std = oracle.inception(logits.softmax(1))
     assert result['fid'] == pytest.approx(fid, rel=1e-5, abs=1e-3)
     assert result['inception_score'] == pytest.approx(mean, rel=1e-4)
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
-    assert (result['weights'], result['seed'], result['num_images'], result['stride']) == (
-        name, flags['seed'], number, flags['stride'])
+    protocol = dict(weights=name, seed=flags['seed'], num_images=number, stride=stride,
+                    nfe=len(times) - 1)
+    assert {key: result[key] for key in protocol} == protocol
     if case == 'eval-other':
         others = oracle.double(torch.cat(load(folder / 'eval-plain.record')['x_T']))
         assert not (x_T[:, None] == others).flatten(2).all(2).any()     # no noise in common
