@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+
+from runtime import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 DATA = '--dataset=digits --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1'.split()
 NETWORK = [*DATA, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
@@ -94,3 +96,18 @@ def assert_same(a, b, path='', skip=()):
             assert_same(one, other, f'{path}/{i}')
     else:
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def log_of(logdir):
+    """The lines of metrics.jsonl, less speed and memory, which depend on the machine."""
+    lines = (Path(logdir) / 'metrics.jsonl').read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    for line in lines:
+        del line['images_per_s'], line['memory_mb']
+    return lines
+
+
+def assert_same_runs(one, other):
+    """The same log, and the same bits in the checkpoints, whose flags alone name their folder."""
+    assert_same(checkpoint.read(one), checkpoint.read(other), skip=['flags'])
+    assert log_of(one) == log_of(other)
