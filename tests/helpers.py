@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-
 from runtime import checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = '--dataset=digits --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1'.split()
 NETWORK = [*DATA, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
