@@ -5,7 +5,7 @@ A new base model starts from weights that are not almost 0. FILE (torch.save) th
   steps      {step: dict(parts=[dict(x_0, y, t, eps, rows)], chosen)} of a training; `chosen` are
              the pixels that enter the queue
   x_T        noise that samples start from, one tensor per call
-  inputs     (images, labels) of every training step of a classifier
+  inputs     [images, labels] of every training step of a classifier
   labels     labels of every evaluation of a U-Net, or None
 """
 
@@ -38,10 +38,22 @@ def disturb(network):
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
+def watch(owner, name, keep):
+    """Every call of the function `owner.name` is followed by keep(its result, *its arguments)."""
+    function = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        keep(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, watched)
+
+
 def watch_training():
     import training
     from losses import MemoryP2P
-    noisy_parts, choose_pixels = training.noisy_parts, MemoryP2P.choose_pixels
+    noisy_parts = training.noisy_parts
 
     def watched_parts(run, *args, **kwargs):
         if not record['initial']:
@@ -56,33 +68,22 @@ def watch_training():
                                     rows=[part.rows.start, part.rows.stop])))
             yield part
 
-    def watched_pixels(self, *args):
-        record['steps'][max(record['steps'])]['chosen'] = choose_pixels(self, *args)
-        return record['steps'][max(record['steps'])]['chosen']
-
-    training.noisy_parts, MemoryP2P.choose_pixels = watched_parts, watched_pixels
+    training.noisy_parts = watched_parts
+    watch(MemoryP2P, 'choose_pixels',
+          lambda chosen, *_: record['steps'][max(record['steps'])].update(chosen=chosen))
 
 
 def watch_samples():
     from model import UNet
     from runtime import seeding
-    noise_of_images, forward = seeding.noise_of_images, UNet.forward
-
-    def watched_noise(*args):
-        record['x_T'].append(noise_of_images(*args))
-        return record['x_T'][-1]
-
-    def watched_forward(self, x, t, y=None):
-        record['labels'].append(clone(y))
-        return forward(self, x, t, y)
-
-    seeding.noise_of_images, UNet.forward = watched_noise, watched_forward
+    watch(seeding, 'noise_of_images', lambda x_T, *_: record['x_T'].append(x_T))
+    watch(UNet, 'forward', lambda _, net, x, t, y=None: record['labels'].append(clone(y)))
 
 
 def watch_classifier():
     from classifier.networks import Classifier
     from torch.nn import functional
-    forward, cross_entropy = Classifier.forward, functional.cross_entropy
+    forward = Classifier.forward
 
     def watched_forward(self, x):
         if self.training:
@@ -90,11 +91,8 @@ def watch_classifier():
             record['inputs'].append([clone(x)])
         return forward(self, x)
 
-    def watched_loss(logits, y, *args, **kwargs):
-        record['inputs'][-1].append(clone(y))
-        return cross_entropy(logits, y, *args, **kwargs)
-
-    Classifier.forward, functional.cross_entropy = watched_forward, watched_loss
+    Classifier.forward = watched_forward
+    watch(functional, 'cross_entropy', lambda _, logits, y: record['inputs'][-1].append(clone(y)))
 
 
 def main():
