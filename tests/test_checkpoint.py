@@ -153,14 +153,6 @@ def test_prefixes_of_wrapped_networks():
     assert checkpoint.plain_keys(inner) == inner and checkpoint.plain_keys({}) == {}
 
 
-def test_differences():
-    found = dict(a=torch.ones(2), b=torch.ones(3), c='text')
-    expected = dict(a=torch.ones(2), b=torch.ones(4), d=torch.ones(1))
-    assert list(checkpoint.differences(found, found)) == []
-    assert list(checkpoint.differences(found, expected)) == [
-        ('b', (3,), (4,)), ('d', 'absent', (1,)), ('c', 'str', 'absent')]
-
-
 def test_names_of_what_is_not_finite():
     lost = torch.tensor([1., float('nan')])
     state = dict(net_model=dict(w=lost), ema_model=dict(w=torch.ones(2), n=torch.ones(2).long()),
@@ -243,8 +235,12 @@ def test_optimisers_that_do_not_fit(change, reason):
         restored(state)
 
 
-@pytest.mark.parametrize('network', [dict(weight=torch.zeros(2, 4), bias=torch.zeros(2)), 3,
-                                     dict(weight=torch.zeros(2, 3)), dict(weight='text', bias=1)])
-def test_networks_that_do_not_fit(network):
-    with pytest.raises(UserError, match='net of the checkpoint in folder does not fit this run'):
+@pytest.mark.parametrize('network, reason', [
+    (dict(weight=torch.zeros(2, 4), bias=torch.zeros(2)), r'weight is \(2, 4\), expected \(2, 3\)'),
+    (dict(weight=torch.zeros(2, 3)), r'bias is absent, expected \(2,\)'),
+    (dict(nn.Linear(3, 2).state_dict(), more='text'), 'more is str, expected absent'),
+    (dict(weight='text', bias=1), r'weight is str, expected \(2, 3\)'), (3, '')])
+def test_networks_that_do_not_fit(network, reason):
+    sentence = f'net of the checkpoint in folder does not fit this run .{reason}'
+    with pytest.raises(UserError, match=sentence):
         checkpoint.restore(dict(net=network), dict(net=nn.Linear(3, 2)), 'folder')
