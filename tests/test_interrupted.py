@@ -3,7 +3,6 @@
 Slow, and not run by default: python -m pytest -m slow tests/test_interrupted.py
 """
 
-import json
 import os
 import random
 import signal
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import (BASE, PD, RDD, ROOT, assert_ran, assert_same, command, environment, fork_all,
-                     launch)
-from runtime import checkpoint
+from helpers import (BASE, PD, RDD, ROOT, assert_ran, assert_same_runs, command, environment,
+                     fork_all, launch)
 
 pytestmark = pytest.mark.slow
 STEPS = ['--total_steps=40', '--save_step=7', '--dropout=0.1']
@@ -37,38 +35,23 @@ def commands(tmp_path_factory):
         classifier=[*classifier, '--recipe=released', '--epoch=3', '--batchsize=64']), folder
 
 
-def lines(logdir):
-    """metrics.jsonl, without what depends on the machine."""
-    file = Path(logdir) / 'metrics.jsonl'
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{key: value for key, value in line.items() if key not in ('images_per_s', 'memory_mb')}
-            for line in found]
-
-
-def assert_equal_runs(one, other):
-    """The same bits in the checkpoint, whose flags alone name its folder."""
-    assert_same(checkpoint.read(one), checkpoint.read(other), skip=('flags',))
-    assert lines(one) == lines(other)
-
-
 @pytest.mark.parametrize('name', ['base', 'pd', 'rdd', 'classifier'])
 def test_signals_at_random_steps(commands, name):
     """Also before the first checkpoint, while one is written, and right after a start."""
     words, folder = commands[0][name], commands[1]
-    flag = '--result_path' if name == 'classifier' else '--logdir'
+    flag, below = ('--result_path', '/digits/densenet_small') if name == 'classifier' else (
+        '--logdir', '')
     whole, killed = f'{folder}/{name}_whole', f'{folder}/{name}_killed'
-    logs = [f'{logdir}/digits/densenet_small' if name == 'classifier' else logdir
-            for logdir in (whole, killed)]
     rng = random.Random(name)
-    signals = [(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]),
-                f'{logs[1]}/metrics.jsonl', step)
-               for step in sorted(rng.sample(range(1, 40), 5))]
-    again = [command(words, f'{flag}={killed}', signal=one) for one in signals]
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    again = [command(words, f'{flag}={killed}',
+                     signal=[rng.choice(kinds), f'{killed}{below}/metrics.jsonl', step])
+             for step in sorted(rng.sample(range(1, 40), 5))]
     made = fork_all(dict(whole=[command(words, f'{flag}={whole}')],
                          killed=[*again, command(words, f'{flag}={killed}')]))
     assert_ran(made['whole'])
     assert made['killed'][-1][0] == 0 and any(code for code, *_ in made['killed'])
-    assert_equal_runs(*logs)
+    assert_same_runs(whole + below, killed + below)
 
 
 def test_restarts_by_torchrun(commands):
@@ -88,4 +71,4 @@ def test_restarts_by_torchrun(commands):
         os.kill(int(random.Random(step).choice(workers)), signal.SIGKILL)
         time.sleep(5)           # until torchrun has noticed
     assert launcher.wait() == 0
-    assert_equal_runs(f'{folder}/two_whole', f'{folder}/two_killed')
+    assert_same_runs(f'{folder}/two_whole', f'{folder}/two_killed')
