@@ -34,16 +34,16 @@ def environment(**more):
     return env
 
 
-def start(words, cwd=ROOT, **how):
+def start(words, **how):
     """A command as typed in a shell, `python` in front; returns a finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),
+    return subprocess.run([sys.executable, *map(str, words)], cwd=str(ROOT), env=environment(),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           **how)
 
 
-def launch(words, cwd=ROOT):
+def launch(words):
     """The same; it must succeed. Returns standard output."""
-    done = start(words, cwd)
+    done = start(words)
     assert done.returncode == 0, done.stderr
     assert 'Traceback' not in done.stderr
     return done.stdout

@@ -12,6 +12,7 @@ A new base model starts from weights that are not almost 0. FILE (torch.save) th
 import os
 import runpy
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,15 +20,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 record = dict(initial=None, steps={}, x_T=[], inputs=[], labels=[])
-
-
-def clone(value):
-    """Tensors copied, through dicts and lists."""
-    if torch.is_tensor(value):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: clone(item) for key, item in value.items()}
-    return [clone(item) for item in value] if isinstance(value, list) else value
 
 
 def disturb(network):
@@ -60,12 +52,12 @@ def watch_training():
             if run.method == 'base' and not run.start:
                 disturb(run.net.module)
                 disturb(run.ema)
-            record['initial'] = {key: clone(value.state_dict())
+            record['initial'] = {key: deepcopy(value.state_dict())
                                  for key, value in run.saved().items()}
         parts = record['steps'].setdefault(run.step, dict(parts=[]))['parts']
         for part in noisy_parts(run, *args, **kwargs):
-            parts.append(clone(dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps,
-                                    rows=[part.rows.start, part.rows.stop])))
+            parts.append(deepcopy(dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps,
+                                       rows=[part.rows.start, part.rows.stop])))
             yield part
 
     training.noisy_parts = watched_parts
@@ -77,7 +69,7 @@ def watch_samples():
     from model import UNet
     from runtime import seeding
     watch(seeding, 'noise_of_images', lambda x_T, *_: record['x_T'].append(x_T))
-    watch(UNet, 'forward', lambda _, net, x, t, y=None: record['labels'].append(clone(y)))
+    watch(UNet, 'forward', lambda _, net, x, t, y=None: record['labels'].append(deepcopy(y)))
 
 
 def watch_classifier():
@@ -87,12 +79,12 @@ def watch_classifier():
 
     def watched_forward(self, x):
         if self.training:
-            record['initial'] = record['initial'] or clone(dict(self.state_dict()))
-            record['inputs'].append([clone(x)])
+            record['initial'] = record['initial'] or deepcopy(dict(self.state_dict()))
+            record['inputs'].append([deepcopy(x)])
         return forward(self, x)
 
     Classifier.forward = watched_forward
-    watch(functional, 'cross_entropy', lambda _, logits, y: record['inputs'][-1].append(clone(y)))
+    watch(functional, 'cross_entropy', lambda _, logits, y: record['inputs'][-1].append(deepcopy(y)))
 
 
 def main():

@@ -39,15 +39,6 @@ def test_replacing(tmp_path, monkeypatch):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640       # as any new file
 
 
-def test_round_trip(tmp_path):
-    state = dict(net_model=dict(w=torch.ones(2)), step=3, note='words', flags=[1, 2.5, None])
-    checkpoint.save(tmp_path / 'ckpt.pt', state)
-    for path in (tmp_path, tmp_path / 'ckpt.pt', str(tmp_path)):
-        loaded = checkpoint.read(path)
-        assert list(loaded) == list(state) and loaded['flags'] == state['flags']
-        assert torch.equal(loaded['net_model']['w'], torch.ones(2))
-
-
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / 'ckpt.pt'
     checkpoint.save(path, dict(step=1))

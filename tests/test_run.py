@@ -8,7 +8,6 @@ import math
 import re
 import signal
 import struct
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,48 +338,38 @@ def test_checkpoints_that_cannot_be_continued(make, changes, sentence):
     assert '\n' not in str(caught.value) and '--logdir' in str(caught.value)
 
 
-# TensorBoard
-
-def events(folder):
-    """The events in all files of a folder: records of length, checksum, content, checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-    for file in sorted(folder.glob('events.out.tfevents.*')):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from('<Q', data, at)
-            yield Event.FromString(data[at + 12:at + 12 + length])
-            at += 16 + length
-
-
 def test_tensorboard_of_a_run_that_goes_on(make):
     """Three steps, then from the second one to four: readers drop what a new start repeats."""
+    from tensorboardX.proto.event_pb2 import Event
     words = '--save_step=2', '--sample_step=2'
     folder = Path(train(make(*words)).logdir)
     (folder / 'ckpt_2.pt').replace(folder / 'ckpt.pt')      # killed before the last checkpoint
     (first,) = folder.glob('events.out.tfevents.*')
     first.rename(folder / 'events.out.tfevents.0')          # else named by the second of its start
     train(make(*words, '--total_steps=4'))
-    scalars, count, grids, texts, starts = {}, Counter(), {}, {}, []
-    for event in events(folder):
-        starts += [event.step] if event.session_log.status == 1 else []
-        for value in event.summary.value:
-            if value.HasField('simple_value'):
-                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
-                count[value.tag, event.step] += 1
-            elif value.HasField('image'):
-                grids[event.step] = value.image.encoded_image_string
-            elif value.tag.startswith('flags'):
-                texts[event.step] = value.tensor.string_val[0].decode()
+    starts, steps, values = [], {}, {}
+    for file in sorted(folder.glob('events.out.tfevents.*')):
+        data, at = file.read_bytes(), 0
+        while at < len(data):       # records of length, checksum, content, checksum
+            (length,) = struct.unpack_from('<Q', data, at)
+            event = Event.FromString(data[at + 12:at + 12 + length])
+            at += 16 + length
+            starts += [event.step] if event.session_log.status == 1 else []
+            for value in event.summary.value:
+                steps.setdefault(value.tag, []).append(event.step)
+                values[value.tag, event.step] = value
     lines = log_of(folder)
     assert [line['step'] for line in lines] == [1, 2, 3, 4] and starts == [1, 3]
     names = {*lines[0], 'images_per_s', 'memory_mb'} - {'step'}
-    assert set(scalars) == {f'train/{name}' for name in names}
-    assert {key for key, times in count.items() if times > 1} == {(tag, 3) for tag in scalars}
-    for name in ('loss', 'lr', 'grad_norm'):
-        assert scalars[f'train/{name}'] == pytest.approx(
-            {line['step']: line[name] for line in lines})
-    assert list(grids) == [2, 4] and list(texts) == [0, 2]
-    assert '    --total_steps=4\n' in texts[2] and '    --batch_size=4\n' in texts[2]
-    for step, image in grids.items():
-        with Image.open(io.BytesIO(image)) as one, Image.open(folder / f'sample/{step}.png') as two:
+    assert steps == {**{f'train/{name}': [1, 2, 3, 3, 4] for name in names},
+                     'samples': [2, 4], 'flags/text_summary': [0, 2]}
+    for line in lines:
+        for name in ('loss', 'lr', 'grad_norm'):
+            found = values[f'train/{name}', line['step']].simple_value
+            assert found == pytest.approx(line[name])
+    text = values['flags/text_summary', 2].tensor.string_val[0].decode()
+    assert '    --total_steps=4\n' in text and '    --batch_size=4\n' in text
+    for step in (2, 4):
+        image = io.BytesIO(values['samples', step].image.encoded_image_string)
+        with Image.open(image) as one, Image.open(folder / f'sample/{step}.png') as two:
             assert one.size == two.size and one.tobytes() == two.tobytes()
