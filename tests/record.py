@@ -2,7 +2,7 @@
 
 A new base model starts from weights that are not almost 0. FILE (torch.save) then holds
   initial    {key: state dict} of what is trained, before the first step of this start
-  steps      {step: dict(parts=[dict(x_0, y, t, eps, rows)], chosen)} of a training; `chosen` are
+  steps      {step: dict(parts, chosen)} of a training: x_0, y, t, eps and rows of each part, and
              the pixels that enter the queue
   x_T        noise that samples start from, one tensor per call
   inputs     [images, labels] of every training step of a classifier
@@ -56,8 +56,7 @@ def watch_training():
                                  for key, value in run.saved().items()}
         parts = record['steps'].setdefault(run.step, dict(parts=[]))['parts']
         for part in noisy_parts(run, *args, **kwargs):
-            parts.append(deepcopy(dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps,
-                                       rows=[part.rows.start, part.rows.stop])))
+            parts.append(deepcopy(vars(part)))
             yield part
 
     training.noisy_parts = watched_parts
@@ -84,7 +83,8 @@ def watch_classifier():
         return forward(self, x)
 
     Classifier.forward = watched_forward
-    watch(functional, 'cross_entropy', lambda _, logits, y: record['inputs'][-1].append(deepcopy(y)))
+    watch(functional, 'cross_entropy',
+          lambda _, logits, y: record['inputs'][-1].append(deepcopy(y)))
 
 
 def main():

@@ -1,21 +1,30 @@
 """The scripts as users launch them: the whole chain, resuming, several processes, and mistakes."""
 
 import json
+import os
+import random
 import re
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import mistakes
-from helpers import (BASE, EVAL, FINISHED, PD, RDD, assert_ran, assert_same_runs, command, fork_all,
-                     launch, log_of, port)
+from helpers import (BASE, EVAL, FINISHED, PD, RDD, ROOT, assert_ran, assert_same_runs, command,
+                     environment, fork_all, launch, log_of, port)
 from mistakes import MISTAKES
 from runtime import checkpoint
 
 DROPOUT = ['--dropout=0.1']
 LONG = ['--total_steps=20', '--save_step=3', *DROPOUT]
+FORTY = ['--total_steps=40', '--save_step=7', *DROPOUT]
+CLASSIFIER = ['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
+              '--seed=1', '--num_workers=0', '--log_step=1']
 
 
 class Runs:
@@ -43,10 +52,8 @@ class Runs:
 def runs(tmp_path_factory):
     """The chain base -> PD -> RDD -> evaluation, and in forks the variants of its parts."""
     runs = Runs(tmp_path_factory.mktemp('runs'))
-    classifier = command([
-        'classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
-        '--seed=1', '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
-        f'--result_path={runs.folder}/classifier'])
+    classifier = command(CLASSIFIER, '--epoch=1', '--max_steps=2', '--batchsize=32',
+                         f'--result_path={runs.folder}/classifier')
     statistics = command(['score/get_npz.py', '--dataset=digits', '--img_size=8', runs.scorer,
                           '--max_images=50', f'--output={runs.folder}/digits.npz'])
     made = fork_all(dict(
@@ -176,6 +183,23 @@ def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
         assert torch.allclose(value, two['net_model'][key], atol=1e-4), key
 
 
+def test_two_machines(tmp_path):
+    """torchrun on each, here on one: two processes, of which the first one's prints and writes."""
+    address, nodes = f'127.0.0.1:{port()}', []
+    for node in (0, 1):
+        words = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_id=7',
+                 '--rdzv_backend=c10d', f'--rdzv_endpoint={address}',
+                 f'--rdzv_conf=is_host={int(node == 0)}', '--local_addr=127.0.0.1', *BASE,
+                 f'--logdir={tmp_path}/run']
+        nodes.append(subprocess.Popen([sys.executable, *words], cwd=str(ROOT), env=environment(),
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      universal_newlines=True))
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sorted('2 processes over gloo' in out for out, _ in outputs) == [False, True]
+    assert checkpoint.read(tmp_path / 'run')['step'] == 4
+
+
 # Mistakes: one sentence with the reason, exit code 2, nothing created
 
 @pytest.mark.parametrize('name', sorted(MISTAKES))
@@ -191,3 +215,49 @@ def test_mistakes_change_nothing(runs):
     assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == ['copy', 'file']
     for name, T, step in (('base', 8, 4), ('bad/copy', 8, 2), ('pd', 4, 4), ('rdd', 2, 4)):
         assert (runs.ckpt(name)['T'], runs.ckpt(name)['step']) == (T, step)
+
+
+# Killed again and again: slow, python -m pytest -m slow tests/test_scripts.py
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['base', 'pd', 'rdd', 'classifier'])
+def test_signals_at_random_steps(runs, name):
+    """Also before the first checkpoint, while one is written, and right after a start."""
+    if name == 'classifier':
+        words = [*CLASSIFIER, '--recipe=released', '--epoch=3', '--batchsize=64']
+        flag, below = '--result_path', '/digits/densenet_small'
+    else:
+        words = [*dict(base=BASE, pd=runs.pd, rdd=runs.rdd)[name], *FORTY]
+        flag, below = '--logdir', ''
+    whole, killed = f'{runs.folder}/{name}_whole', f'{runs.folder}/{name}_killed'
+    rng = random.Random(name)
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    again = [command(words, f'{flag}={killed}',
+                     signal=[rng.choice(kinds), f'{killed}{below}/metrics.jsonl', step])
+             for step in sorted(rng.sample(range(1, 40), 5))]
+    made = fork_all(dict(whole=[command(words, f'{flag}={whole}')],
+                         killed=[*again, command(words, f'{flag}={killed}')]))
+    assert_ran(made['whole'])
+    assert made['killed'][-1][0] == 0 and any(code for code, *_ in made['killed'])
+    assert_same_runs(whole + below, killed + below)
+
+
+@pytest.mark.slow
+def test_restarts_by_torchrun(runs):
+    """A worker is killed twice, and torchrun starts both of them again."""
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    words = [*runs.rdd, *FORTY, f'--logdir={runs.folder}/two']
+    launch([*start, *words, f'--logdir={runs.folder}/two_whole'])
+    launcher = subprocess.Popen([sys.executable, *start, '--max-restarts=3', *words], cwd=str(ROOT),
+                                env=environment(), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+    log = runs.folder / 'two/metrics.jsonl'
+    for step in (12, 30):
+        while not log.exists() or log.read_text().count('\n') < step:
+            assert launcher.poll() is None
+            time.sleep(.02)
+        workers = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+        os.kill(int(random.Random(step).choice(workers)), signal.SIGKILL)
+        time.sleep(5)           # until torchrun has noticed
+    assert launcher.wait() == 0
+    assert_same_runs(f'{runs.folder}/two_whole', f'{runs.folder}/two')
