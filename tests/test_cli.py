@@ -100,7 +100,7 @@ def test_other_errors_keep_their_traceback(done):
 
 def test_help(done):
     code, out, _ = done[0]['--help']
-    assert code == 0 and '\n  --lr\n      the rate (default: 1.0)\n' in out
+    assert code == 0 and "\n  --lr\n      the rate (default: '1.0')\n" in out
 
 
 def test_tasks_of_slurm_are_no_processes(done):
