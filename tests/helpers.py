@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime import checkpoint
 from runtime.torchvision_cpu import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,16 +36,16 @@ def environment(**more):
     return env
 
 
-def start(words, cwd=ROOT, **how):
+def start(words, **how):
     """A command as typed in a shell, `python` in front; returns a finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),
+    return subprocess.run([sys.executable, *map(str, words)], cwd=str(ROOT), env=environment(),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           **how)
 
 
-def launch(words, cwd=ROOT):
+def launch(words):
     """The same; it must succeed. Returns standard output."""
-    done = start(words, cwd)
+    done = start(words)
     assert done.returncode == 0, done.stderr
     assert 'Traceback' not in done.stderr
     return done.stdout
@@ -97,6 +98,21 @@ def assert_same(a, b, path='', skip=()):
             assert_same(one, other, f'{path}/{i}')
     else:
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def log_of(logdir):
+    """The lines of metrics.jsonl, less speed and memory, which depend on the machine."""
+    lines = (Path(logdir) / 'metrics.jsonl').read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    for line in lines:
+        del line['images_per_s'], line['memory_mb']
+    return lines
+
+
+def assert_same_runs(one, other):
+    """The same log, and the same bits in the checkpoints, whose flags alone name their folder."""
+    assert_same(checkpoint.read(one), checkpoint.read(other), skip=['flags'])
+    assert log_of(one) == log_of(other)
 
 
 class Call:

@@ -2,16 +2,17 @@
 
 A new base model starts from weights that are not almost 0. FILE (torch.save) then holds
   initial    {key: state dict} of what is trained, before the first step of this start
-  steps      {step: dict(parts=[dict(x_0, y, t, eps, rows)], chosen)} of a training; `chosen` are
+  steps      {step: dict(parts, chosen)} of a training: x_0, y, t, eps and rows of each part, and
              the pixels that enter the queue
   x_T        noise that samples start from, one tensor per call
-  inputs     (images, labels) of every training step of a classifier
+  inputs     [images, labels] of every training step of a classifier
   labels     labels of every evaluation of a U-Net, or None
 """
 
 import os
 import runpy
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,15 +20,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 record = dict(initial=None, steps={}, x_T=[], inputs=[], labels=[])
-
-
-def clone(value):
-    """Tensors copied, through dicts and lists."""
-    if torch.is_tensor(value):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: clone(item) for key, item in value.items()}
-    return [clone(item) for item in value] if isinstance(value, list) else value
 
 
 def disturb(network):
@@ -38,63 +30,61 @@ def disturb(network):
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
+def watch(owner, name, keep):
+    """Every call of the function `owner.name` is followed by keep(its result, *its arguments)."""
+    function = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        keep(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, watched)
+
+
 def watch_training():
     import training
     from losses import MemoryP2P
-    noisy_parts, choose_pixels = training.noisy_parts, MemoryP2P.choose_pixels
+    noisy_parts = training.noisy_parts
 
     def watched_parts(run, *args, **kwargs):
         if not record['initial']:
             if run.method == 'base' and not run.start:
                 disturb(run.net.module)
                 disturb(run.ema)
-            record['initial'] = {key: clone(value.state_dict())
+            record['initial'] = {key: deepcopy(value.state_dict())
                                  for key, value in run.saved().items()}
         parts = record['steps'].setdefault(run.step, dict(parts=[]))['parts']
         for part in noisy_parts(run, *args, **kwargs):
-            parts.append(clone(dict(x_0=part.x_0, y=part.y, t=part.t, eps=part.eps,
-                                    rows=[part.rows.start, part.rows.stop])))
+            parts.append(deepcopy(vars(part)))
             yield part
 
-    def watched_pixels(self, *args):
-        record['steps'][max(record['steps'])]['chosen'] = choose_pixels(self, *args)
-        return record['steps'][max(record['steps'])]['chosen']
-
-    training.noisy_parts, MemoryP2P.choose_pixels = watched_parts, watched_pixels
+    training.noisy_parts = watched_parts
+    watch(MemoryP2P, 'choose_pixels',
+          lambda chosen, *_: record['steps'][max(record['steps'])].update(chosen=chosen))
 
 
 def watch_samples():
     from model import UNet
     from runtime import seeding
-    noise_of_images, forward = seeding.noise_of_images, UNet.forward
-
-    def watched_noise(*args):
-        record['x_T'].append(noise_of_images(*args))
-        return record['x_T'][-1]
-
-    def watched_forward(self, x, t, y=None):
-        record['labels'].append(clone(y))
-        return forward(self, x, t, y)
-
-    seeding.noise_of_images, UNet.forward = watched_noise, watched_forward
+    watch(seeding, 'noise_of_images', lambda x_T, *_: record['x_T'].append(x_T))
+    watch(UNet, 'forward', lambda _, net, x, t, y=None: record['labels'].append(deepcopy(y)))
 
 
 def watch_classifier():
     from classifier.networks import Classifier
     from torch.nn import functional
-    forward, cross_entropy = Classifier.forward, functional.cross_entropy
+    forward = Classifier.forward
 
     def watched_forward(self, x):
         if self.training:
-            record['initial'] = record['initial'] or clone(dict(self.state_dict()))
-            record['inputs'].append([clone(x)])
+            record['initial'] = record['initial'] or deepcopy(dict(self.state_dict()))
+            record['inputs'].append([deepcopy(x)])
         return forward(self, x)
 
-    def watched_loss(logits, y, *args, **kwargs):
-        record['inputs'][-1].append(clone(y))
-        return cross_entropy(logits, y, *args, **kwargs)
-
-    Classifier.forward, functional.cross_entropy = watched_forward, watched_loss
+    Classifier.forward = watched_forward
+    watch(functional, 'cross_entropy',
+          lambda _, logits, y: record['inputs'][-1].append(deepcopy(y)))
 
 
 def main():

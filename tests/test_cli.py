@@ -1,4 +1,4 @@
-"""How scripts start and fail: flagfiles, the environment of launchers, memory, closed outputs."""
+"""How a script starts and fails: flagfiles, help, one sentence for mistakes; closed outputs."""
 
 import subprocess
 import sys
@@ -6,28 +6,28 @@ import sys
 import pytest
 
 from helpers import ROOT, command, environment, fork_all
-from runtime import distributed
-from runtime.cli import UserError
 
 PROGRAM = """
 import torch
 from absl import flags
 from runtime import cli, distributed
 flags.DEFINE_string('logdir', None, '')
-flags.DEFINE_float('lr', 1., '')
+flags.DEFINE_float('lr', 1., 'the rate')
 flags.DEFINE_float('ema_decay', 1., '')
 flags.DEFINE_integer('steps', 1, '')
 def main():
     {}
 cli.run(main)
 """
-MEMORY = 'error: there is not enough memory for this network and batch; lower --batch_size'
+SHOW = 'print(flags.FLAGS.logdir, flags.FLAGS.lr)'
 # text of a flagfile: what the script then prints
 READ = {
     '--logdir=~/x': '{home}/x 1.0', '--logdir="a b"': 'a b 1.0', '--logdir=a"b"': 'a"b" 1.0',
     "--logdir='~/a'\n--lr=2": '{home}/a 2.0', '\ufeff--lr=3\n\n# words': 'None 3.0',
     '--queue_size=9\n--lr=2\n--batch_renorm': 'note: the flagfile has flags that this script does '
     'not read, ignored: --queue_size=9 --batch_renorm\nNone 2.0'}
+# what is refused, in one sentence: text of a flagfile; a word of the command line; what the script
+# does (with its exit code); its environment
 REFUSED = {
     '--lr 1e-4': 'a flagfile has the line "--lr 1e-4", expected --name=value',
     'lr=1': 'a flagfile has the line "lr=1", expected --name=value',
@@ -35,7 +35,9 @@ REFUSED = {
                      '--ema_decay?',
     '\udcff\udcfe--lr=1': 'a flagfile is not UTF-8 text',      # bytes that are no text
     '--lr=nan': '--lr is nan, expected a finite number', '--lr=much': '--lr=much'}
-# what the script does: exit code and sentence
+WORDS = {'--flagfile=': '--flagfile is empty; give a file',
+         '--steps=1e3': '--steps=1e3: expected a whole number (see --help)'}
+MEMORY = 'error: there is not enough memory for this network and batch; lower --batch_size'
 FAILURES = {
     'raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)("CUDA out of memory.")':
         (1, MEMORY),
@@ -45,6 +47,7 @@ FAILURES = {
     'raise cli.UserError("a mistake")': (2, 'error: a mistake'),
     'open("/no/such/file")': (1, 'error: /no/such/file could not be read or written (No such'),
     'open("/dev/full", "w").write(9999 * "x")': (1, 'error: a file could not be read or written')}
+ENVIRONMENT = [('RANK', 'two'), ('RANK', ''), ('WORLD_SIZE', '1.5'), ('LOCAL_RANK', '-1')]
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +55,7 @@ def done(tmp_path_factory):
     """{name of a case: (exit code, standard output, standard error)}, and the home folder."""
     folder, jobs = tmp_path_factory.mktemp('cli'), {}
 
-    def add(name, do='print(flags.FLAGS.logdir, flags.FLAGS.lr)', words=(), **env):
+    def add(name, do=SHOW, words=(), **env):
         script = folder / f'{len(jobs)}.py'
         script.write_text(PROGRAM.format(do))
         jobs[name] = [command([str(script)], *words, env=dict(HOME=str(folder), **env))]
@@ -60,22 +63,14 @@ def done(tmp_path_factory):
     for text in (*READ, *REFUSED):
         (folder / f'{len(jobs)}.txt').write_text(text, errors='surrogateescape')
         add(text, words=[f'--flagfile={folder}/{len(jobs)}.txt'])
-    for do in FAILURES:
+    for word in (*WORDS, '--logdir=~/y', '--help'):
+        add(word, words=[word])
+    for do in (*FAILURES, 'raise RuntimeError("a fault")'):
         add(do, do)
-    add('shell', words=['--logdir=~/y'])
-    add('fault', 'raise RuntimeError("a fault")')
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        add(name, 'distributed.init()', **{name: 'two'})
-    add('empty', words=['--flagfile='])
+    for name, value in ENVIRONMENT:
+        add(f'{name}={value}', 'distributed.init()', **{name: value})
     add('slurm', 'distributed.init()', SLURM_NTASKS='4')
-    add('whole', words=['--steps=1e3'])
     return {name: results[0] for name, results in fork_all(jobs).items()}, folder
-
-
-def check(result, code, sentence):
-    found, _, err = result
-    assert found == code and sentence in err and 'Traceback' not in err, err
-    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize('text', list(READ))
@@ -83,27 +78,33 @@ def test_flagfiles_are_read_as_a_shell_reads_words(done, text):
     """Flags of other scripts are named and left out."""
     results, home = done
     assert results[text][:2] == [0, READ[text].format(home=home) + '\n']
-    assert results['shell'][1] == f'{home}/y 1.0\n'
+    assert results['--logdir=~/y'][1] == f'{home}/y 1.0\n'
 
 
-@pytest.mark.parametrize('text', list(REFUSED))
-def test_flagfiles_that_are_refused(done, text):
-    check(done[0][text], 2, REFUSED[text])
+@pytest.mark.parametrize('case, code, sentence', [
+    *((case, 2, sentence) for case, sentence in {**REFUSED, **WORDS}.items()),
+    *((do, *expected) for do, expected in FAILURES.items()),
+    *((f'{name}={value}', 2,
+       f'the environment variable {name} is "{value}", expected a whole number; unset it')
+      for name, value in ENVIRONMENT)])
+def test_failures_are_one_sentence(done, case, code, sentence):
+    found, _, err = done[0][case]
+    assert found == code and sentence in err and 'Traceback' not in err, err
+    assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize('do', list(FAILURES))
-def test_failures_are_one_sentence(done, do):
-    check(done[0][do], *FAILURES[do])
+def test_other_errors_keep_their_traceback(done):
+    code, _, err = done[0]['raise RuntimeError("a fault")']
+    assert code == 1 and 'Traceback' in err and 'a fault' in err
+
+
+def test_help(done):
+    code, out, _ = done[0]['--help']
+    assert code == 0 and "\n  --lr\n      the rate (default: '1.0')\n" in out
 
 
 def test_tasks_of_slurm_are_no_processes(done):
     assert 'note: Slurm has 4 tasks and this is a run of one process' in done[0]['slurm'][1]
-
-
-def test_words_that_are_refused(done):
-    results, _ = done
-    check(results['empty'], 2, '--flagfile is empty; give a file')
-    check(results['whole'], 2, '--steps=1e3: expected a whole number (see --help)')
 
 
 @pytest.mark.parametrize('do, words, code, text', [
@@ -117,21 +118,6 @@ def test_shells_without_utf8(tmp_path, do, words, code, text):
         stderr=subprocess.STDOUT, env=environment(PYTHONPATH=str(ROOT), LC_ALL='C', PYTHONUTF8='0',
                                                   PYTHONCOERCECLOCALE='0'))
     assert found.returncode == code and text in found.stdout, found.stdout
-
-
-def test_other_errors_keep_their_traceback(done):
-    code, _, err = done[0]['fault']
-    assert code == 1 and 'Traceback' in err and 'a fault' in err
-
-
-@pytest.mark.parametrize('name', ['RANK', 'WORLD_SIZE', 'LOCAL_RANK'])
-def test_environment_that_no_launcher_sets(done, monkeypatch, name):
-    """One sentence, also from the end of the script, which looks at these variables as well."""
-    check(done[0][name], 2, f'the environment variable {name} is "two", expected a whole number')
-    for value in ('', '-1', '1.5'):
-        monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f'variable {name} is "{value}", expected'):
-            distributed.init()
 
 
 @pytest.mark.parametrize('closed', ['2>&1 | true', '>&- 2>&-'])

@@ -1,4 +1,4 @@
-"""Every flagfile fits its script; the network is described once per data set, in BASE."""
+"""Published defaults and recipes; every flagfile fits its script, and BASE alone has a network."""
 
 import json
 
@@ -6,79 +6,108 @@ import pytest
 
 from helpers import ROOT, command, fork_all
 
-SCRIPTS = dict(train_base=['BASE'], PD=['PD'], train_rdd=['RDD', 'RCFD', 'BEST'],
-               train_dmd=['DMD'], ddim_eval=['EVAL'])
+SCRIPTS = {'train_base.py': ['BASE'], 'PD.py': ['PD'], 'train_rdd.py': ['RDD', 'RCFD', 'BEST'],
+           'train_dmd.py': ['DMD'], 'ddim_eval.py': ['EVAL'], 'classifier/train.py': [],
+           'score/get_npz.py': []}
 NETWORK = {'ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
            'class_num'}
+STUDENT = dict(lr=5e-5, wd=0, total_steps=10000, warmup=0, ema_decay=0, dropout=0, grad_clip=1)
+PUBLISHED = {       # defaults of the original; recipes of the paper's code and RCFD's commands
+    'train_base.py': dict(
+        T=1024, time_scale=1, lr=2e-4, wd=0.001, total_steps=800000, warmup=5000, ema_decay=0.9999,
+        dropout=0.1, grad_clip=1, loss_type='both', batch_size=128, ch=128, ch_mult=[1, 2, 2, 2],
+        attn=[1], num_res_blocks=2, img_size=32, class_num=10, mean_type='xstart', seed=0,
+        sample_size=64, sample_step=1000, save_step=1000, grad_accum=1, num_workers=4),
+    'PD.py': dict(STUDENT, loss_type='both', until=0, batch_size=128),
+    'train_rdd.py': dict(
+        STUDENT, loss_type='mp2p', classifier='densenet201', temperature=1, feature=True,
+        feature_weight=1, intra_weight=1, intra_temperature=1, relation_group=0, memory_weight=0.1,
+        contrast_temperature=0.1, queue_size=20000, queue_update=128, contrast_size=4096,
+        queue_layout='pixels', alpha=0, beta=0, logits=False, logits_weight=1, gt=False,
+        gt_weight=1),
+    'ddim_eval.py': dict(
+        stride=1, num_images=50000, fid_use_torch=False, weights='auto', seed=0,
+        fid_cache='./stats/cifar10.train.npz', fid_float=False, batch_size=128),
+    'classifier/train.py': dict(
+        model='resnet18', dataset='cifar10', epoch=300, seed=-1, batch_size=128, lr=0.1, wd=5e-4,
+        normalize05=False),
+    'score/get_npz.py': dict(dataset='cifar10', batch_size=128, split='train', half=0),
+    'CIFAR10_BASE': dict(T=1024, lr=2e-4, total_steps=800000, dropout=.1),
+    'CIFAR10_PD': dict(lr=5e-5, total_steps=10000, dropout=0, mean_type='xstart'),
+    'CIFAR10_RDD': dict(temperature=.9, total_steps=20000, loss_type='mp2p'),
+    'CIFAR10_RCFD': dict(temperature=.9, total_steps=10000, loss_type='none', alpha=0, beta=0),
+    'IMAGENET64_BASE': dict(dropout=0, lr=2e-5, total_steps=1000000),
+    'IMAGENET64_RDD': dict(
+        temperature=.75, total_steps=50000,
+        classifier_path='./classifier/result/imagenet64/densenet201_normalize05'),
+    'IMAGENET64_RCFD': dict(
+        temperature=.75, total_steps=50000,
+        classifier_path='./classifier/result/imagenet64/densenet201_normalize05')}
 PROGRAM = '''
-import json, sys
-sys.path.insert(0, {root!r})
-import {script}
+import importlib, json, os, sys
+sys.path.insert(0, os.getcwd())
+script = importlib.import_module(sys.argv[1][:-len('.py')].replace('/', '.'))
+getattr(script, 'define_flags', lambda: None)()
 from runtime import cli
-found = {{}}
-for file in sys.argv[1:]:
+found = {sys.argv[1]: {flag.name: flag.default for flag in cli.own_flags()}}
+for file in sys.argv[2:]:
     cli.FLAGS.unparse_flags()
     for flag in cli.own_flags():
         flag.unparse()
     cli.FLAGS(cli.without_foreign_flags(['x', '--flagfile=' + file]))
     cli.check_values()
-    found[file] = dict({{flag.name: flag.value for flag in cli.own_flags()}},
-                       given=[flag.name for flag in cli.own_flags() if flag.present])
+    name = os.path.basename(file)[:-len('.txt')]
+    found[name] = {flag.name: flag.value for flag in cli.own_flags()}
+    found[name]['given'] = [flag.name for flag in cli.own_flags() if flag.present]
 print(json.dumps(found))
 '''
 
 
 @pytest.fixture(scope='module')
 def values(tmp_path_factory):
-    """{(data set, stage): {flag: value, 'given': names of the flags in the file}}"""
-    folder, jobs, found = tmp_path_factory.mktemp('config'), {}, {}
+    """{script: {flag: default}, flagfile: {flag: value, 'given': names of the flags in it}}"""
+    program, jobs, found = tmp_path_factory.mktemp('config') / 'program.py', {}, {}
+    program.write_text(PROGRAM)
     for script, stages in SCRIPTS.items():
-        (folder / f'{script}.py').write_text(PROGRAM.format(root=str(ROOT), script=script))
-        jobs[script] = [command([f'{folder}/{script}.py'], *[
+        jobs[script] = [command([str(program), script], *[
             file for stage in stages for file in (ROOT / 'config').glob(f'*_{stage}.txt')])]
     for (code, out, err), in fork_all(jobs).values():
         assert code == 0 and 'note:' not in out, err        # the script has every flag
-        for file, flags in json.loads(out).items():
-            found[tuple(file.split('/')[-1][:-len('.txt')].split('_'))] = flags
+        found.update(json.loads(out))
     return found
 
 
-def test_the_network_comes_from_the_checkpoint(values):
-    assert len(values) == len(list((ROOT / 'config').glob('*.txt')))
-    for (_, stage), flags in values.items():
+@pytest.fixture(scope='module')
+def files(values):
+    """{(data set, stage): flags} of the flagfiles alone."""
+    return {tuple(name.split('_')): flags for name, flags in values.items() if name not in SCRIPTS}
+
+
+@pytest.mark.parametrize('name', list(PUBLISHED))
+def test_published_values(values, name):
+    assert {flag: values[name][flag] for flag in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_the_network_comes_from_the_checkpoint(files):
+    assert len(files) == len(list((ROOT / 'config').glob('*.txt')))
+    for (_, stage), flags in files.items():
         found = NETWORK & set(flags['given'])
         assert found == (NETWORK if stage == 'BASE' else set())
 
 
-def test_variants_differ_from_rdd_in_their_objective_alone(values):
+def test_variants_differ_from_rdd_in_their_objective_alone(files):
     same = {'dataset', 'data_root', 'classifier', 'classifier_path', 'base_ckpt', 'lr', 'wd',
             'batch_size', 'temperature', 'feature', 'amp', 'grad_clip', 'ema_decay', 'warmup'}
-    variants = [key for key in values if key[1] in ('BEST', 'RCFD')]
+    variants = [key for key in files if key[1] in ('BEST', 'RCFD')]
     assert len(variants) == 5
     for name, stage in variants:
-        flags, rdd = values[name, stage], values[name, 'RDD']
+        flags, rdd = files[name, stage], files[name, 'RDD']
         assert {key: flags[key] for key in same} == {key: rdd[key] for key in same}
         assert flags['loss_type'] == 'none' != rdd['loss_type']
         assert (flags['logits'], flags['logits_weight']) == (
             (True, 10) if stage == 'BEST' else (False, 1))
 
 
-def test_no_two_files_write_into_one_folder(values):
-    folders = [flags['logdir'] for (_, stage), flags in values.items() if stage != 'EVAL']
+def test_no_two_files_write_into_one_folder(files):
+    folders = [flags['logdir'] for (_, stage), flags in files.items() if stage != 'EVAL']
     assert len(set(folders)) == len(folders) and all(folders)
-
-
-def test_released_values(values):
-    """Rows of the recipes that the paper's code, or RCFD's commands, fix."""
-    base, pd, rdd, rcfd = (values['CIFAR10', stage] for stage in ('BASE', 'PD', 'RDD', 'RCFD'))
-    assert (base['T'], base['lr'], base['total_steps'], base['dropout']) == (1024, 2e-4, 800000, .1)
-    assert (pd['lr'], pd['total_steps'], pd['dropout']) == (5e-5, 10000, 0)
-    assert pd['mean_type'] == 'xstart'
-    assert (rdd['temperature'], rdd['total_steps'], rdd['loss_type']) == (.9, 20000, 'mp2p')
-    assert (rcfd['temperature'], rcfd['total_steps'], rcfd['loss_type']) == (.9, 10000, 'none')
-    assert rcfd['alpha'] == rcfd['beta'] == 0
-    base, rdd, rcfd = (values['IMAGENET64', stage] for stage in ('BASE', 'RDD', 'RCFD'))
-    assert (base['dropout'], base['lr'], base['total_steps']) == (0, 2e-5, 1000000)
-    for flags in (rdd, rcfd):
-        assert (flags['temperature'], flags['total_steps']) == (.75, 50000)
-        assert flags['classifier_path'].endswith('/densenet201_normalize05')

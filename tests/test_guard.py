@@ -5,13 +5,10 @@ import signal
 
 import pytest
 
-from helpers import is_locked, launch
+from helpers import is_locked, start
 from runtime import guard
 from runtime.cli import UserError
 from runtime.guard import Folder, Stop
-
-def handlers():
-    return [signal.getsignal(number) for number in guard.SIGNALS]
 
 
 # The folder
@@ -20,36 +17,21 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     """The lock belongs to the process and is gone with it, however it ended."""
     code = """
 import sys
-sys.path.insert(0, '.')
 from absl import flags
-from runtime.guard import Folder, UserError
+from runtime.guard import Folder
 flags.DEFINE_string('logdir', None, '')
-try:
-    Folder(sys.argv[1], 'flags of another')
-except UserError as error:
-    print(error)
-Folder(sys.argv[2], 'flags of another')
-print('free')
+kept = [Folder(name, "flags of another") for name in sys.argv[1:]]
 """
     mine, other = tmp_path / 'mine', tmp_path / 'other'
     folder = Folder(mine, '--T=8')
-    assert is_locked(mine)
-    out = launch(['-c', code, mine, other])
-    assert f'--logdir {mine} is in use by process {os.getpid()} on ' in out and 'free' in out
+    ended = start(['-c', code, other, mine])
+    assert f'UserError: --logdir {mine} is in use by process {os.getpid()} on ' in ended.stderr
     assert (mine / 'flagfile.txt').read_text() == '--T=8\n'
     assert (other / 'flagfile.txt').is_file() and not is_locked(other)
     assert is_locked(mine)
     folder.close()
-    assert not is_locked(mine)
     Folder(mine, '--T=4').close()       # a run goes on in its own folder
-    assert (mine / 'flagfile.txt').read_text() == '--T=4\n'
-
-
-def test_a_run_whose_study_was_killed_stops(monkeypatch):
-    for parent, expected in (os.getppid(), 0), (1, signal.SIGTERM):
-        monkeypatch.setenv('RDD_PARENT', str(parent))
-        with guard.Stop() as stop:
-            assert stop.asked() == expected
+    assert (mine / 'flagfile.txt').read_text() == '--T=4\n' and not is_locked(mine)
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'flagfile.txt'])
@@ -79,21 +61,23 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert sorted(os.listdir(str(tmp_path))) == ['.lock', 'flagfile.txt', 'notes.tmp']
 
 
-# Signals
+# Signals; that the handlers of before come back is in test_run.py
 
-def test_stop():
-    """A signal is remembered; the handlers from before are back after the block."""
-    before, stop = handlers(), Stop()
+def test_stop(monkeypatch):
+    """The first signal is remembered; one that comes two seconds later or more ends the process."""
+    codes, stop = [], Stop()
+    monkeypatch.setattr(os, '_exit', codes.append)
     with stop:
         assert not stop.asked()
-        assert signal.getsignal(signal.SIGINT) != before[1]
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked() == signal.SIGTERM
-        signal.raise_signal(signal.SIGINT)      # passed on by a launcher within two seconds
-        assert stop.asked() == signal.SIGTERM
-    assert handlers() == before
+        stop.since -= 1.5
+        signal.raise_signal(signal.SIGINT)      # passed on by a launcher
+        assert stop.asked() == signal.SIGTERM and not codes
     with stop:                                  # the next stage of a chain
         assert stop.asked() == signal.SIGTERM
+        stop.since -= .6
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
 
 
 def test_hangup_is_ignored_under_nohup():
@@ -105,6 +89,13 @@ def test_hangup_is_ignored_under_nohup():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_study_was_killed_stops(monkeypatch):
+    for parent, expected in (os.getppid(), 0), (1, signal.SIGTERM):
+        monkeypatch.setenv('RDD_PARENT', str(parent))
+        with Stop() as stop:
+            assert stop.asked() == expected
 
 
 @pytest.mark.parametrize('on_gpus, expected', [(False, list(range(1, 9))), (True, [10, 20, 25])])
@@ -120,14 +111,3 @@ def test_processes_agree(monkeypatch, on_gpus, expected):
             if stop.asked(step, step == 25):
                 break
     assert asked == expected and step == expected[-1]
-
-
-def test_second_signal_ends_the_process(monkeypatch):
-    """Two seconds later or more."""
-    codes = []
-    monkeypatch.setattr(os, '_exit', codes.append)
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        stop.since -= 2.1
-        signal.raise_signal(signal.SIGINT)
-    assert codes == [130]

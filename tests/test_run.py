@@ -3,21 +3,24 @@
 import contextlib
 import copy
 import functools
-import json
+import io
 import math
 import re
 import signal
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from absl import flags
+from PIL import Image
 from torch import nn
 from torch.nn.functional import dropout
 
 from diffusion import Diffusion, distillation_loss
-from helpers import FINISHED, assert_same, is_locked
+from helpers import FINISHED, assert_same_runs, is_locked, log_of
+from inprocess import parsing
 from model import UNet
 from runtime import checkpoint, data, distributed, precision
 from runtime.cli import UserError
@@ -25,20 +28,16 @@ from runtime.guard import SIGNALS, stop
 from training import define_training_flags, noisy_parts, sample_grid, start_run
 
 FLAGS = flags.FLAGS
-TINY = ['', '--dataset=digits', '--batch_size=4', '--img_size=8', '--num_workers=0',
-        '--sample_size=1', '--log_step=1', '--sample_step=0', '--lr=1e-3', '--total_steps=3']
+TINY = ['--dataset=digits', '--batch_size=4', '--img_size=8', '--num_workers=0', '--sample_size=1',
+        '--log_step=1', '--sample_step=0', '--lr=1e-3', '--total_steps=3']
 DIFFUSION = Diffusion(8)
 digits = functools.lru_cache(None)(lambda: data.make_dataset('digits', '.', 8, train=True))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def training_flags():
-    """The flags of a training script, as long as this module runs."""
-    before = set(FLAGS)
-    define_training_flags()
-    yield
-    for name in set(FLAGS) - before:
-        delattr(FLAGS, name)
+@pytest.fixture(scope='module')
+def parse():
+    with parsing(define_training_flags) as parse:
+        yield parse
 
 
 def network(seed=0):
@@ -52,11 +51,10 @@ def teacher(seed):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, parse):
     """A function that makes a run of a tiny network, with further flags."""
     def make(*words, method='base', T=8, images='first', folder='run', **more):
-        FLAGS.unparse_flags()
-        FLAGS([*TINY, *words])
+        parse(*TINY, *words)
         dataset = copy.copy(digits())
         dataset.fingerprint = images
         return start_run(method, network(), Diffusion(T), dataset, str(tmp_path / folder),
@@ -77,27 +75,29 @@ def do_step(run, factor=1., lr=1e-3):
         loss = distillation_loss(*part.pred, part.x_0, part.eps).mean()
         run.backward(loss=(1., factor * loss))
     run.update(lr)
+    sample_grid(run, DIFFUSION)
 
 
 def train(run, last=None, lr=1e-3, bad=()):
-    """All steps of a run, or those up to `last`; the loss of the steps `bad` is NaN."""
+    """All steps of a run, or those before `last`; the loss of the steps `bad` is NaN."""
     for step in run:
         do_step(run, math.nan if step in bad else 1., lr)
         if step == last:
-            break
+            break       # within the step: it is neither logged nor saved
     return run
 
 
-def log_of(run):
-    return [json.loads(line) for line in open(f'{run.logdir}/metrics.jsonl').read().splitlines()]
-
-
 def steps_in_log(run):
-    return [line['step'] for line in log_of(run)]
+    return [line['step'] for line in log_of(run.logdir)]
 
 
 def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
+
+
+def assert_released(run, before):
+    """Log and lock are closed; the handlers of signals are those from before."""
+    assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
 
 
 # Order of the calls in a step
@@ -105,7 +105,7 @@ def handlers():
 @pytest.mark.parametrize('parts, calls, found', [
     (1, 'BU', '0 calls of run.training.. and 1'), (1, 'TBBU', '1 .* and 2'),
     (2, 'TBU', '1 .* and 1 of run.backward.., expected 2'),
-    (1, 'TBTBU', '2 .* and 2'), (1, 'TBUU', 'once per step'), (1, 'TB', 'without run.update'),
+    (1, 'TBTBU', '2 .* and 2'), (1, 'TBUU', 'once per step'),
     (2, 'TBTB', 'step 1 ended without run.update')])
 def test_wrong_order(make, parts, calls, found):
     """T: run.training, B: run.backward, U: run.update."""
@@ -122,7 +122,7 @@ def test_wrong_order(make, parts, calls, found):
 
 def test_whole_run(make, capsys):
     before, run = handlers(), train(make('--grad_accum=2'))
-    assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
+    assert_released(run, before)
     line = capsys.readouterr().out.splitlines()[-1]
     assert re.match(FINISHED.format(3, re.escape(run.logdir)), line)
     again = train(make('--grad_accum=2'))
@@ -132,7 +132,7 @@ def test_whole_run(make, capsys):
 
 @pytest.mark.parametrize('how', ['break', 'exception'])
 def test_loop_that_is_left(make, capsys, how):
-    """Log and lock are closed, the handlers of signals are back; the folder can be used again."""
+    """All is released, and the folder can be used again."""
     before, run = handlers(), make('--save_step=1')
     with pytest.raises(ZeroDivisionError) if how == 'exception' else contextlib.nullcontext():
         for step in run:
@@ -141,7 +141,7 @@ def test_loop_that_is_left(make, capsys, how):
             do_step(run, 1 / (2 - step) if how == 'exception' else 1.)
             if step == 2:
                 break
-    assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
+    assert_released(run, before)
     assert 'finished' not in capsys.readouterr().out
     again = train(make())
     assert again.start == 1 and steps_in_log(again) == [1, 2, 3]    # the step had not ended
@@ -159,24 +159,25 @@ def test_signal_ends_the_run(make, capsys, monkeypatch, request, name, code):
             if step == 2:
                 signal.raise_signal(getattr(signal, name))
             do_step(run)
-    assert leaving.value.code == code and handlers() == before and not is_locked(run.logdir)
+    assert leaving.value.code == code
+    assert_released(run, before)
     assert f'{name}: stopped after step 2, saved in' in capsys.readouterr().out
     assert checkpoint.read(run.logdir)['step'] == 2 and steps_in_log(run) == [1, 2]
 
 
 def test_a_run_that_learnt_nothing_is_not_finished(make, capsys):
     run = make()
-    with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the') as e:
+    with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the'):
         train(run, bad=(1, 2, 3))
-    assert e.value.code == 1 and 'finished' not in capsys.readouterr().out
+    assert 'finished' not in capsys.readouterr().out
     assert not list(Path(run.logdir).glob('*.pt'))
 
 
 def test_a_step_that_is_not_finite_is_left_out(make):
     """It is counted; weights and moments are those of a run without it."""
     run = train(make('--ema_decay=0.5'), bad=[2])
-    assert [line['bad_steps'] for line in log_of(run)] == [0, 1, 0]
-    assert log_of(run)[1]['loss'] is None
+    assert [line['bad_steps'] for line in log_of(run.logdir)] == [0, 1, 0]
+    assert log_of(run.logdir)[1]['loss'] is None
     state = checkpoint.read(run.logdir)
     assert all(value.isfinite().all() for value in state['net_model'].values())
     assert state['step'] == 3 and state['optim']['state'][0]['step'] == 2
@@ -202,10 +203,10 @@ def test_nothing_moves_if_one_of_them_is_not_finite(make, bad):
 
 def test_weights_that_are_lost_are_not_saved(make):
     """Finite gradients and a rate that no number holds: the checkpoint before stays."""
-    run = train(make('--save_step=1'), last=2)
+    train(make('--save_step=1'), last=2)
     with pytest.raises(UserError, match='NaN or inf in net_model.* at step 2: nothing was saved'):
         train(make('--save_step=1'), lr=1e39)
-    assert checkpoint.read(run.logdir)['step'] == 1
+    assert checkpoint.read(make().logdir)['step'] == 1
 
 
 def test_full_disk_ends_the_log_alone(make, capsys):
@@ -220,57 +221,18 @@ def test_full_disk_ends_the_log_alone(make, capsys):
     assert checkpoint.read(run.logdir)['step'] == 3
 
 
-# What a step does
+# What a step does; values and parts of a step are checked by test_wiring.py
 
-def test_parts_are_rows_of_one_batch(make):
-    """Rows, times and noise do not depend on the number of parts."""
-    kept = []
-    for accum in (1, 2):
-        run = make(f'--grad_accum={accum}', folder=f'{accum}')
-        for _ in run:
-            kept.append(list(noisy_parts(run, DIFFUSION)))
-            break
-    (one,), two = kept
-    for name in ('x_0', 'y', 't', 'eps'):
-        assert torch.equal(torch.cat([getattr(part, name) for part in two]), getattr(one, name))
-    assert [part.rows for part in two] == [slice(0, 2), slice(2, 4)]
-    assert [part.number for part in two] == [0, 1]
-    assert one.t.min() >= 1 and one.t.max() <= 8
-
-
-def test_weights_of_terms(make):
-    """The gradient is that of sum(weight * value); the log has the values themselves."""
-    run = make('--grad_clip=0')
+def test_processes_drop_other_activations(make, monkeypatch):
+    run, masks = make('--dropout=0.5'), []
     for _ in run:
-        parameter = run.net.params[0]
-        with run.training(next(run.parts())):
-            value = parameter.sum()
-        run.backward(one=(2., value), other=(-.5, value))
-        assert torch.equal(parameter.grad, torch.full_like(parameter, 1.5))
-        run.update(0.)
-    line = log_of(run)[0]
-    assert line['one'] == line['other'] == pytest.approx(value.item())
-    assert line['loss'] == pytest.approx(1.5 * value.item())
-
-
-def test_masks_of_dropout(make, monkeypatch):
-    """A function of (seed, step, process, part), each of which matters."""
-    def masks(seed, rank):
-        run = make('--dropout=0.5', '--grad_accum=2', f'--seed={seed}')
-        for step in run:
-            for part in run.parts():
-                with monkeypatch.context() as patch:
-                    patch.setattr(distributed, 'rank', lambda: rank)
-                    with run.training(part):
-                        mask = dropout(torch.ones(64), .5)
-                yield tuple(mask.tolist())
-                run.backward(loss=(1., run.net.params[0].sum()))
-            run.update(0.)
-            if step == 2:
-                break
-
-    found = [mask for seed in (0, 1) for rank in (0, 1) for mask in masks(seed, rank)]
-    assert len(set(found)) == len(found) == 16 and found[:4] == list(masks(0, 0))
+        part = next(run.parts())
+        for rank in (0, 1, 0):
+            monkeypatch.setattr(distributed, 'rank', lambda: rank)
+            with run.training(part):
+                masks.append(dropout(torch.ones(64), .5))
+        break
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
 
 
 @pytest.mark.parametrize('use', ['net_model', 'ema_model'])
@@ -294,24 +256,24 @@ def test_fine_grids_are_distilled_in_float32(make, monkeypatch, capsys, T, found
 
 # Resuming
 
-def test_resuming_is_exact(make):
-    """Also with dropout and averaged weights; the log has every step once."""
-    words = '--dropout=0.5', '--ema_decay=0.5', '--save_step=1', '--grad_accum=2'
-    whole = train(make(*words, folder='whole'))
-    train(make(*words), last=2)
-    run = train(make(*words))
+def altered(run, **changes):
+    """The checkpoint of a run gets other entries; those that are None are left out."""
+    state = dict(checkpoint.read(run.logdir), **changes)
+    checkpoint.save(f'{run.logdir}/ckpt.pt', {k: v for k, v in state.items() if v is not None})
+
+
+@pytest.mark.parametrize('words, changes', [
+    (['--dropout=0.5', '--ema_decay=0.5', '--grad_accum=2'], {}),
+    # as an earlier version wrote it: sums of a log line, no digests of what the run builds on
+    ([], dict(inputs=None, meter=dict(sums=dict(loss=[1., 1., 0.]), bad=0, streak=0)))])
+def test_resuming_is_exact(make, words, changes):
+    """Weights, average, moments and log; the log has every step once."""
+    how = dict(method='pd', teacher=teacher(0))
+    whole = train(make(*words, folder='whole', **how))
+    altered(train(make(*words, '--save_step=1', **how), last=2), **changes)
+    run = train(make(*words, **how))
     assert run.start == 1 and steps_in_log(run) == [1, 2, 3]
-    one, two = (checkpoint.read(r.logdir) for r in (whole, run))
-    assert_same(one, two, skip=['flags'])
-
-
-@pytest.mark.parametrize('word', ['--seed=9', '--batch_size=8', '--dataset=cifar10',
-                                  '--img_size=16', '--mean_type=v'])
-def test_flags_that_cannot_change(make, word):
-    train(make('--save_step=1'), last=2)
-    name, value = word.split('=')
-    with pytest.raises(UserError, match=f'{name} is {value} and .* or choose another --logdir'):
-        make(word)
+    assert_same_runs(whole.logdir, run.logdir)
 
 
 @pytest.mark.parametrize('word, note', [
@@ -326,17 +288,21 @@ def test_flags_that_may_change(make, capsys, word, note):
     assert ('note: resuming with other flags than before: ' in out) == bool(note) and note in out
 
 
-@pytest.mark.parametrize('change, sentence', [
-    (dict(T=4), 'holds a run with T 8, and this one has 4'),
-    (dict(method='pd', teacher=teacher), 'holds a run with method base, and this one has pd'),
-    (dict(words=['--ema_decay=0']), 'has ema_model, so its run was started with other flags'),
-    (dict(memory=SimpleNamespace(project_head=nn.Linear(2, 2), state_dict=dict)),
+@pytest.mark.parametrize('word, more, sentence', [
+    ('--seed=9', {}, 'seed is 9 and the .* with 0; give the same, or choose another --logdir'),
+    ('--batch_size=8', {}, 'batch_size is 8 and the .* with 4; give'),
+    ('--dataset=cifar10', {}, 'dataset is cifar10 and the .* with digits; give'),
+    ('--img_size=16', {}, 'img_size is 16 and the .* with 8; give'),
+    ('--mean_type=v', {}, 'mean_type is v and the .* with xstart; give'),
+    ('--ema_decay=0', {}, 'has ema_model, so its run was started with other flags'),
+    ('--seed=0', dict(T=4), 'holds a run with T 8, and this one has 4'),
+    ('--seed=0', dict(method='pd'), 'holds a run with method base, and this one has pd'),
+    ('--seed=0', dict(memory=SimpleNamespace(project_head=nn.Linear(2, 2), state_dict=dict)),
      'lacks memory, optim_head, so')])
-def test_another_run_is_refused(make, change, sentence):
+def test_another_run_is_refused(make, word, more, sentence):
     train(make('--save_step=1', '--ema_decay=0.5'), last=2)
-    more = dict(change, **({'teacher': teacher(0)} if 'teacher' in change else {}))
     with pytest.raises(UserError, match=sentence):
-        make(*more.pop('words', ['--ema_decay=0.5']), **more)
+        make('--ema_decay=0.5', word, **more)
 
 
 def test_another_teacher_or_classifier_is_refused(make, capsys):
@@ -357,12 +323,6 @@ def test_another_teacher_or_classifier_is_refused(make, capsys):
     assert 'note: resuming with other images than before' in capsys.readouterr().out
 
 
-def altered(run, **changes):
-    """The checkpoint of a run gets other entries; those that are None are left out."""
-    state = dict(checkpoint.read(run.logdir), **changes)
-    checkpoint.save(f'{run.logdir}/ckpt.pt', {k: v for k, v in state.items() if v is not None})
-
-
 @pytest.mark.parametrize('changes, sentence', [
     (dict(step='x'), "whose step is 'x', expected a whole number"),
     (dict(step=-7), 'whose step is -7'),
@@ -372,19 +332,44 @@ def altered(run, **changes):
     (dict(flags=None), 'holds a checkpoint without flags, so it cannot be continued'),
     (dict(net_model=None, model={}, config={}, flags=None), 'without net_model, flags, so it')])
 def test_checkpoints_that_cannot_be_continued(make, changes, sentence):
-    run = train(make('--keep=0', '--total_steps=1'))
-    altered(run, **changes)
+    altered(train(make('--keep=0', '--total_steps=1')), **changes)
     with pytest.raises(UserError, match=sentence) as caught:
         make()
     assert '\n' not in str(caught.value) and '--logdir' in str(caught.value)
 
 
-def test_checkpoint_of_an_earlier_version(make):
-    """It has the sums of a log line in `meter`, and no digests of what the run builds on."""
-    whole = train(make(folder='whole', method='pd', teacher=teacher(0)))
-    run = train(make('--save_step=1', '--keep=0', method='pd', teacher=teacher(0)), last=2)
-    altered(run, inputs=None, meter=dict(sums=dict(loss=[1., 1., 0.]), bad=0, streak=0))
-    run = train(make(method='pd', teacher=teacher(0)))
-    assert run.start == 1
-    one, two = (checkpoint.read(r.logdir) for r in (whole, run))
-    assert_same(one, two, skip=['flags'])
+def test_tensorboard_of_a_run_that_goes_on(make):
+    """Three steps, then from the second one to four: readers drop what a new start repeats."""
+    from tensorboardX.proto.event_pb2 import Event
+    words = '--save_step=2', '--sample_step=2'
+    folder = Path(train(make(*words)).logdir)
+    (folder / 'ckpt_2.pt').replace(folder / 'ckpt.pt')      # killed before the last checkpoint
+    (first,) = folder.glob('events.out.tfevents.*')
+    first.rename(folder / 'events.out.tfevents.0')          # else named by the second of its start
+    train(make(*words, '--total_steps=4'))
+    starts, steps, values = [], {}, {}
+    for file in sorted(folder.glob('events.out.tfevents.*')):
+        data, at = file.read_bytes(), 0
+        while at < len(data):       # records of length, checksum, content, checksum
+            (length,) = struct.unpack_from('<Q', data, at)
+            event = Event.FromString(data[at + 12:at + 12 + length])
+            at += 16 + length
+            starts += [event.step] if event.session_log.status == 1 else []
+            for value in event.summary.value:
+                steps.setdefault(value.tag, []).append(event.step)
+                values[value.tag, event.step] = value
+    lines = log_of(folder)
+    assert [line['step'] for line in lines] == [1, 2, 3, 4] and starts == [1, 3]
+    names = {*lines[0], 'images_per_s', 'memory_mb'} - {'step'}
+    assert steps == {**{f'train/{name}': [1, 2, 3, 3, 4] for name in names},
+                     'samples': [2, 4], 'flags/text_summary': [0, 2]}
+    for line in lines:
+        for name in ('loss', 'lr', 'grad_norm'):
+            found = values[f'train/{name}', line['step']].simple_value
+            assert found == pytest.approx(line[name])
+    text = values['flags/text_summary', 2].tensor.string_val[0].decode()
+    assert '    --total_steps=4\n' in text and '    --batch_size=4\n' in text
+    for step in (2, 4):
+        image = io.BytesIO(values['samples', step].image.encoded_image_string)
+        with Image.open(image) as one, Image.open(folder / f'sample/{step}.png') as two:
+            assert one.size == two.size and one.tobytes() == two.tobytes()

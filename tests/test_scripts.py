@@ -1,21 +1,30 @@
 """The scripts as users launch them: the whole chain, resuming, several processes, and mistakes."""
 
 import json
+import os
+import random
 import re
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import mistakes
-from helpers import (BASE, EVAL, FINISHED, PD, RDD, assert_ran, assert_same, command, fork_all,
-                     launch, port)
+from helpers import (BASE, EVAL, FINISHED, PD, RDD, ROOT, assert_ran, assert_same_runs, command,
+                     environment, fork_all, launch, log_of, port)
 from mistakes import MISTAKES
 from runtime import checkpoint
 
 DROPOUT = ['--dropout=0.1']
 LONG = ['--total_steps=20', '--save_step=3', *DROPOUT]
+FORTY = ['--total_steps=40', '--save_step=7', *DROPOUT]
+CLASSIFIER = ['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
+              '--seed=1', '--num_workers=0', '--log_step=1']
 
 
 class Runs:
@@ -38,21 +47,13 @@ class Runs:
     def ckpt(self, name):
         return checkpoint.read(self.folder / name)
 
-    def losses(self, name):
-        """[(step, {loss term: value}), ..]"""
-        lines = map(json.loads, (self.folder / name / 'metrics.jsonl').read_text().splitlines())
-        return [(line['step'], {key: value for key, value in line.items() if 'loss' in key})
-                for line in lines]
-
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """The chain base -> PD -> RDD -> evaluation, and in forks the variants of its parts."""
     runs = Runs(tmp_path_factory.mktemp('runs'))
-    classifier = command([
-        'classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
-        '--seed=1', '--epoch=1', '--max_steps=2', '--batchsize=32', '--num_workers=0',
-        f'--result_path={runs.folder}/classifier'])
+    classifier = command(CLASSIFIER, '--epoch=1', '--max_steps=2', '--batchsize=32',
+                         f'--result_path={runs.folder}/classifier')
     statistics = command(['score/get_npz.py', '--dataset=digits', '--img_size=8', runs.scorer,
                           '--max_images=50', f'--output={runs.folder}/digits.npz'])
     made = fork_all(dict(
@@ -89,7 +90,7 @@ def good_jobs(runs):
         **stopped(runs.rdd, 'rdd_kill', signal.SIGKILL),
         base_resumed=[runs.command(base, 'base_resumed', kill_after_save=True),
                       runs.command(base, 'base_resumed')],
-        rdd_one=[runs.command(runs.rdd, 'rdd_one')], until=[until, until],
+        until=[until, until],
         until_two=[runs.command(runs.pd, 'stages_two', '--until=2', '--total_steps=1', ranks=2)],
         steps=disagree('steps', *BASE, '--total_steps=9'), script=disagree('script', *runs.pd),
         pd_eval=[runs.evaluation('pd', '--fid_float', '--batch_size=3'),
@@ -143,18 +144,8 @@ def test_resuming_is_exact(runs, whole, resumed, code, steps):
     (_, first, _), (_, second, _) = runs.forked[resumed]
     assert ('SIGINT: stopped after step ' in first) == (code == 130)
     assert 'resuming at step ' in second
-    assert_same(runs.ckpt(whole), runs.ckpt(resumed), skip=['flags'])
-    assert [step for step, _ in runs.losses(whole)] == list(range(1, steps + 1))
-    assert runs.losses(whole) == runs.losses(resumed)
-    assert_finished(second, runs.folder / resumed, '[0-9]+')
-
-
-def test_two_processes_of_rdd(runs):
-    assert_ran(runs.forked['rdd_one'])
-    for (_, one), (_, two) in zip(runs.losses('rdd_one'), runs.losses('rdd')):
-        assert set(one) == {'loss', 'loss_feature', 'loss_intra', 'loss_memory'}
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-7)
-        assert two['loss'] == pytest.approx(one['loss'], rel=1e-4)
+    assert_same_runs(runs.folder / whole, runs.folder / resumed)
+    assert [line['step'] for line in log_of(runs.folder / whole)] == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize('name, difference', [('steps', r'--total_steps=4, --total_steps=9\)'),
@@ -175,14 +166,13 @@ def test_the_start_that_an_average_keeps_is_said(runs):
 def test_stages(runs):
     """Students of 2 steps and 1 train twice as long; finished stages are left alone."""
     assert_ran(runs.forked['until'])
-    found = [[runs.ckpt(f'stages/{T}')[key] for key in ('T', 'time_scale', 'step')]
-             for T in (4, 2, 1)]
-    assert found == [[4, 2, 1], [2, 4, 2], [1, 8, 2]]
     first, second = (result[1] for result in runs.forked['until'])
-    lines = [line for line in first.splitlines() if 'finished' in line]
-    for line, T, steps in zip(lines, (4, 2, 1), (1, 2, 2)):
-        assert_finished(line, runs.folder / f'stages/{T}', steps)
-    assert len(lines) == 3 and second.count('is finished') == 3 and 'starting' not in second
+    for T, time_scale, steps in ((4, 2, 1), (2, 4, 2), (1, 8, 2)):
+        student = runs.ckpt(f'stages/{T}')
+        assert (student['T'], student['time_scale'], student['step']) == (T, time_scale, steps)
+        line = FINISHED.format(steps, re.escape(f'{runs.folder}/stages/{T}'))
+        assert re.search(line, first, re.MULTILINE), first
+    assert second.count('is finished') == 3 and 'starting' not in second
 
 
 def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
@@ -193,14 +183,21 @@ def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
         assert torch.allclose(value, two['net_model'][key], atol=1e-4), key
 
 
-def test_classifier_ends_with_a_summary(runs):
-    assert_finished(runs.forked['others'][0][1], runs.classifier.split('=')[1], 2)
-
-
-def assert_finished(out, folder, steps):
-    """The last line has the steps of this start, the time, the rate and the folder."""
-    line = FINISHED.format(steps, re.escape(str(folder)))
-    assert re.match(line, out.strip().splitlines()[-1]), out
+def test_two_machines(tmp_path):
+    """torchrun on each, here on one: two processes, of which the first one's prints and writes."""
+    address, nodes = f'127.0.0.1:{port()}', []
+    for node in (0, 1):
+        words = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_id=7',
+                 '--rdzv_backend=c10d', f'--rdzv_endpoint={address}',
+                 f'--rdzv_conf=is_host={int(node == 0)}', '--local_addr=127.0.0.1', *BASE,
+                 f'--logdir={tmp_path}/run']
+        nodes.append(subprocess.Popen([sys.executable, *words], cwd=str(ROOT), env=environment(),
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      universal_newlines=True))
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sorted('2 processes over gloo' in out for out, _ in outputs) == [False, True]
+    assert checkpoint.read(tmp_path / 'run')['step'] == 4
 
 
 # Mistakes: one sentence with the reason, exit code 2, nothing created
@@ -218,3 +215,49 @@ def test_mistakes_change_nothing(runs):
     assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == ['copy', 'file']
     for name, T, step in (('base', 8, 4), ('bad/copy', 8, 2), ('pd', 4, 4), ('rdd', 2, 4)):
         assert (runs.ckpt(name)['T'], runs.ckpt(name)['step']) == (T, step)
+
+
+# Killed again and again: slow, python -m pytest -m slow tests/test_scripts.py
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['base', 'pd', 'rdd', 'classifier'])
+def test_signals_at_random_steps(runs, name):
+    """Also before the first checkpoint, while one is written, and right after a start."""
+    if name == 'classifier':
+        words = [*CLASSIFIER, '--recipe=released', '--epoch=3', '--batchsize=64']
+        flag, below = '--result_path', '/digits/densenet_small'
+    else:
+        words = [*dict(base=BASE, pd=runs.pd, rdd=runs.rdd)[name], *FORTY]
+        flag, below = '--logdir', ''
+    whole, killed = f'{runs.folder}/{name}_whole', f'{runs.folder}/{name}_killed'
+    rng = random.Random(name)
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    again = [command(words, f'{flag}={killed}',
+                     signal=[rng.choice(kinds), f'{killed}{below}/metrics.jsonl', step])
+             for step in sorted(rng.sample(range(1, 40), 5))]
+    made = fork_all(dict(whole=[command(words, f'{flag}={whole}')],
+                         killed=[*again, command(words, f'{flag}={killed}')]))
+    assert_ran(made['whole'])
+    assert made['killed'][-1][0] == 0 and any(code for code, *_ in made['killed'])
+    assert_same_runs(whole + below, killed + below)
+
+
+@pytest.mark.slow
+def test_restarts_by_torchrun(runs):
+    """A worker is killed twice, and torchrun starts both of them again."""
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    words = [*runs.rdd, *FORTY, f'--logdir={runs.folder}/two']
+    launch([*start, *words, f'--logdir={runs.folder}/two_whole'])
+    launcher = subprocess.Popen([sys.executable, *start, '--max-restarts=3', *words], cwd=str(ROOT),
+                                env=environment(), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+    log = runs.folder / 'two/metrics.jsonl'
+    for step in (12, 30):
+        while not log.exists() or log.read_text().count('\n') < step:
+            assert launcher.poll() is None
+            time.sleep(.02)
+        workers = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+        os.kill(int(random.Random(step).choice(workers)), signal.SIGKILL)
+        time.sleep(5)           # until torchrun has noticed
+    assert launcher.wait() == 0
+    assert_same_runs(f'{runs.folder}/two_whole', f'{runs.folder}/two')

@@ -5,14 +5,13 @@ from the checkpoint before it: losses, gradient norm, rate, new weights, average
 """
 
 import functools
-import json
 import shutil
 
 import pytest
 import torch
 
 import oracle
-from helpers import assert_ran, command, fork_all
+from helpers import assert_ran, assert_same, command, fork_all, log_of
 from runtime import seeding
 from wiring import NET, load, make_inputs, make_photos, near, photos, words
 
@@ -34,8 +33,7 @@ RDD = dict(
 # name of a case: what it changes. The values of a script's numbers are unlike its defaults in
 # `plain`, and all others in `other`.
 OTHER = dict(lr=3e-3, wd=0.05, grad_clip=0., ema_decay=0.9, total_steps=3, seed=1)
-DROPOUT = dict(        # masks of their own in every part
-    grad_accum=2, dropout=0.4)
+DROPOUT = dict(grad_accum=2, dropout=0.4, seed=1)      # masks of their own in every part
 CHANGES = dict(
     base=dict(
         plain={}, other=dict(OTHER, warmup=0), parts=DROPOUT, folder=dict(
@@ -92,47 +90,10 @@ def folder(tmp_path_factory):
                                    for change in (BEFORE, {})]
         jobs[f'{name}_whole'] = [recorded(flags, folder, f'{name}_whole')]
     jobs['bf16'] = [recorded(dict(CASES['rdd-plain'], amp='bf16'), folder, 'bf16')]
-    for name, results in fork_all(jobs).items():
+    for results in fork_all(jobs).values():
         assert_ran(results)
     yield folder
     shutil.rmtree(str(folder))
-
-
-def log_of(folder, case):
-    return {line['step']: line for line in
-            map(json.loads, (folder / case / 'metrics.jsonl').read_text().splitlines())}
-
-
-def check_named(found, expected, rtol, floor):
-    wrong = [name for name, value in expected.items() if not near(found[name], value, rtol, floor)]
-    assert not wrong, wrong
-
-
-def check_moments(saved, expected, step):
-    """Those of an optimiser, in the order of the parameters; together they know the gradient.
-
-    The classifier has ReLUs: a pixel that is 0 but for rounding changes a gradient a little.
-    """
-    largest = max(m.norm() for m, _ in expected.values())
-    for i, (name, (m, v)) in enumerate(expected.items()):
-        assert near(saved['state'][i]['exp_avg'], m, 1e-2, 1e-3 * largest), name
-        assert near(saved['state'][i]['exp_avg_sq'], v, 2e-2, 1e-6 * largest ** 2), name
-        assert saved['state'][i]['step'] == step
-    assert len(saved['state']) == len(expected)
-
-
-def check_update(before, after, saved, names, lr, step, keys=None):
-    """Weights that moved as their own moments say.
-
-    Adam divides a gradient by its size: one that is 0 but for rounding moves weights as much as any
-    other, so that the weights themselves cannot be compared with the oracle's.
-    """
-    for i, name in enumerate(names):
-        key, moments = (keys or {}).get(name, name), saved['state'][i]
-        m = oracle.double(moments['exp_avg']) / (1 - 0.9 ** step)
-        v = oracle.double(moments['exp_avg_sq']) / (1 - 0.999 ** step)
-        old, new = oracle.double(before[key]), oracle.double(after[key])
-        assert near(new - old, -lr * m / (v.sqrt() + 1e-8), 1e-3, 1e-6 * (1 + old.norm())), name
 
 
 def frozen_networks(folder, flags, N):
@@ -151,7 +112,7 @@ def frozen_networks(folder, flags, N):
 
 def check_steps(folder, name, flags, start=0):
     """Every step of a run against the oracle, and the draws it was made of."""
-    record, log = load(folder / f'{name}.record'), log_of(folder, name)
+    record, log = load(folder / f'{name}.record'), log_of(folder / name)
     assert sorted(record['steps']) == list(range(start + 1, flags['total_steps'] + 1))
     time_scale = flags.get('time_scale', 1)
     N = flags.get('T', 8) * time_scale
@@ -170,47 +131,48 @@ def check_steps(folder, name, flags, start=0):
             flags, step, before, given['parts'], given.get('chosen'),
             after.get('memory', {}).get('contrast'), teacher,
             of_teacher and of_teacher['mean_type'], features, time_scale // 2, N)
-        check_log(log[step], logged)
-        check_weights(before, after, expected, flags, step, logged['lr'])
+        logged.update(step=step, bad_steps=0)
+        assert set(log[step - 1]) == set(logged)
+        for key, value in logged.items():
+            assert log[step - 1][key] == pytest.approx(value, rel=3e-4, abs=1e-6), (step, key)
+        check_optimised(before['net_model'], after['net_model'], after['optim'],
+                        expected['moments'], logged['lr'], step)
+        assert ('ema_model' in after) == ('ema_model' in expected)
+        decay = flags['ema_decay']
+        for key in expected.get('ema_model', ()):
+            mixed = decay * oracle.double(before['ema_model'][key]) + (
+                1 - decay) * oracle.double(after['net_model'][key])
+            assert (after['ema_model'][key] - mixed).abs().max() < 1e-6, key
         assert ('memory' in after) == ('head' in expected)
         if 'head' in expected:
             check_memory(before['memory'], after, expected, flags, step, given)
         assert (after['T'], after['time_scale']) == (N // time_scale, time_scale)
         before = after
-    check_fresh(record['steps'])
+    check_fresh(list(record['steps'].values()))
 
 
-def check_log(found, expected):
-    """A line of metrics.jsonl has these values, and otherwise speed, memory and bad steps."""
-    assert set(found) - set(expected) == {'step', 'bad_steps', 'images_per_s', 'memory_mb'}
-    assert found['bad_steps'] == 0
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=3e-4, abs=1e-6), (found['step'], key)
+def check_optimised(before, after, optim, expected, lr, step, keys=None):
+    """Moments as expected, and weights that moved as their own moments say.
 
-
-def check_weights(before, after, expected, flags, step, lr):
-    check_moments(after['optim'], expected['moments'], step)
-    check_update(before['net_model'], after['net_model'], after['optim'], expected['net_model'],
-                 lr, step)
-    assert ('ema_model' in after) == ('ema_model' in expected)
-    decay = flags['ema_decay']
-    for key in expected.get('ema_model', ()):
-        mixed = decay * oracle.double(before['ema_model'][key]) + (
-            1 - decay) * oracle.double(after['net_model'][key])
-        assert (after['ema_model'][key] - mixed).abs().max() < 1e-6, key
-
-
-def check_fresh(steps):
-    """No step is made of what another was made of."""
-    draws = [[given['parts'][0]['x_0'], given['parts'][0]['eps']]
-             + [given[key] for key in ('chosen',) if key in given] for given in steps.values()]
-    for one, other in zip(draws, draws[1:]):
-        assert not any(torch.equal(a, b) for a, b in zip(one, other))
+    The classifier has ReLUs: a pixel that is 0 but for rounding changes a gradient a little. Adam
+    divides a gradient by its size: one that is 0 but for rounding moves weights as much as any
+    other, so that the weights themselves cannot be compared with the oracle's.
+    """
+    largest = max(m.norm() for m, _ in expected.values())
+    assert len(optim['state']) == len(expected)
+    for i, (name, (m, v)) in enumerate(expected.items()):
+        key, found = (keys or {}).get(name, name), optim['state'][i]
+        assert found['step'] == step
+        assert near(found['exp_avg'], m, 1e-2, 1e-3 * largest), name
+        assert near(found['exp_avg_sq'], v, 2e-2, 1e-6 * largest ** 2), name
+        m = oracle.double(found['exp_avg']) / (1 - 0.9 ** step)
+        v = oracle.double(found['exp_avg_sq']) / (1 - 0.999 ** step)
+        old, new = oracle.double(before[key]), oracle.double(after[key])
+        assert near(new - old, -lr * m / (v.sqrt() + 1e-8), 1e-3, 1e-6 * (1 + old.norm())), name
 
 
 def check_memory(before, after, expected, flags, step, given):
     memory = after['memory']
-    assert near(memory['queue'], expected['queue'], 1e-4)
     assert (memory['queue'] - expected['queue']).abs().max() < 1e-4
     assert memory['_extra_state'] == dict(pointer=expected['pointer'],
                                           layout=flags['queue_layout'])
@@ -221,16 +183,15 @@ def check_memory(before, after, expected, flags, step, given):
     assert len(given['chosen']) == flags['queue_update']
     for what, value in zip(('mean', 'var'), expected['running']):
         assert near(memory[f'project_head.1.running_{what}'], value, 1e-4)
-    check_moments(after['optim_head'], expected['head_moments'], step)
-    check_update(before, memory, after['optim_head'], expected['head'], flags['lr'], step,
-                 oracle.HEAD)
+    check_optimised(before, memory, after['optim_head'], expected['head_moments'], flags['lr'],
+                    step, oracle.HEAD)
 
 
 def check_draws(parts, flags, N, time_scale, images, labels):
     """Shapes, rows and ranges of what a step is made of; images and labels of the data set."""
     size = flags['batch_size'] // flags['grad_accum']
     assert [part['rows'] for part in parts] == [
-        [i * size, (i + 1) * size] for i in range(flags['grad_accum'])]
+        slice(i * size, (i + 1) * size) for i in range(flags['grad_accum'])]
     first = 0 if flags['script'] == 'train_base.py' else time_scale
     if flags['dataset'] == 'folder':        # of which half are mirrored
         images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
@@ -242,6 +203,20 @@ def check_draws(parts, flags, N, time_scale, images, labels):
         for x, y in zip(part['x_0'], part['y']):
             same = (images == x).flatten(1).all(1).nonzero().flatten().tolist()
             assert same and y in labels[same]
+
+
+def check_fresh(steps):
+    """No step is made of what the one before was made of."""
+    draws = [[given['parts'][0]['x_0'], given['parts'][0]['eps']]
+             + [given[key] for key in ('chosen',) if key in given] for given in steps]
+    for one, other in zip(draws, draws[1:]):
+        assert not any(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def draws(folder, name, step):
+    """Images, labels, times and noise of a step, its parts put together."""
+    parts = load(folder / f'{name}.record')['steps'][step]['parts']
+    return {key: torch.cat([part[key] for part in parts]) for key in ('x_0', 'y', 't', 'eps')}
 
 
 @functools.lru_cache(None)
@@ -262,7 +237,7 @@ def test_steps(folder, case):
 def test_seed_is_in_everything(folder, case):
     """Another seed: other images, noise and pixels; another network, or head and queue."""
     one, two = (load(folder / f'{name}.record') for name in (case, case.split('-')[0] + '-plain'))
-    check_fresh({1: one['steps'][1], 2: two['steps'][1]})
+    check_fresh([one['steps'][1], two['steps'][1]])
     one, two = one['initial'], two['initial']
     if case == 'base-other':
         assert not torch.equal(one['net_model']['head.weight'], two['net_model']['head.weight'])
@@ -276,19 +251,22 @@ def test_seed_is_in_everything(folder, case):
 def test_resumed_with_other_flags(folder, name):
     """Rates and weight decay of the command, moments of the file, for both optimisers."""
     check_steps(folder, f'{name}_resumed', RESUMED[name], start=1)
-    ours, whole = (load(folder / f'{name}_{run}.record')['steps'][3]
-                   for run in ('resumed', 'whole'))
-    for key in ('x_0', 'y', 't', 'eps'):        # the draws of a run that never stopped
-        assert torch.equal(ours['parts'][0][key], whole['parts'][0][key])
+    # the draws of a run that never stopped
+    assert_same(draws(folder, f'{name}_resumed', 3), draws(folder, f'{name}_whole', 3))
+
+
+def test_parts_are_rows_of_one_batch(folder):
+    for step in (1, 2):
+        assert_same(draws(folder, 'rdd-parts', step), draws(folder, 'rdd-plain', step))
 
 
 @pytest.mark.parametrize('one', TWO)
 def test_two_processes(folder, one):
     """Losses, gradients, queue and running averages are those of the whole batch."""
-    a, b = log_of(folder, one), log_of(folder, f'{one}_two')
-    for step in a:
-        for key in set(a[step]) - {'images_per_s', 'memory_mb'}:
-            assert b[step][key] == pytest.approx(a[step][key], rel=1e-3), (step, key)
+    a, b = log_of(folder / one), log_of(folder / f'{one}_two')
+    assert len(a) == len(b)
+    for ours, theirs in zip(a, b):
+        assert theirs == pytest.approx(ours, rel=1e-3)
     a, b = (load(folder / name / 'ckpt.pt') for name in (one, f'{one}_two'))
     for key in ('optim', 'optim_head'):
         for i, entry in a.get(key, dict(state={}))['state'].items():
@@ -302,12 +280,10 @@ def test_two_processes(folder, one):
 
 def test_bf16(folder):
     """Networks in bfloat16 give other losses, though not by much."""
-    exact, ours = (log_of(folder, name)[1] for name in ('rdd-plain', 'bf16'))
+    exact, ours = (log_of(folder / name)[0] for name in ('rdd-plain', 'bf16'))
     for key in ('loss', 'loss_intra', 'loss_pd', 'grad_norm'):
         assert 1e-5 < abs(ours[key] / exact[key] - 1) < 0.1, key
 
-
-# What a run gives to its steps
 
 def test_streams():
     """Another key is another stream, also with the same numbers in another order."""
@@ -318,43 +294,3 @@ def test_streams():
     assert len({getattr(seeding, name) for name in names}) == len(names)
     a = seeding.noise_of_images(3, range(4), (3, 2, 2), 'cpu')
     assert torch.equal(a[2:], seeding.noise_of_images(3, [2, 3], (3, 2, 2), 'cpu'))
-
-
-# Flags without a run
-
-DEFAULTS = {    # those of the original
-    'train_base.py': dict(T=1024, time_scale=1, lr=2e-4, wd=0.001, total_steps=800000, warmup=5000,
-                          ema_decay=0.9999, dropout=0.1, grad_clip=1., loss_type='both',
-                          batch_size=128, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2,
-                          img_size=32, class_num=10, mean_type='xstart', seed=0, sample_size=64,
-                          sample_step=1000, save_step=1000, grad_accum=1, num_workers=4),
-    'PD.py': dict(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0., dropout=0.,
-                  grad_clip=1., loss_type='both', until=0, batch_size=128),
-    'train_rdd.py': dict(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay=0., dropout=0.,
-                         grad_clip=1., loss_type='mp2p', classifier='densenet201', temperature=1.,
-                         feature='true', feature_weight=1., intra_weight=1., intra_temperature=1.,
-                         relation_group=0, memory_weight=0.1, contrast_temperature=0.1,
-                         queue_size=20000, queue_update=128, contrast_size=4096,
-                         queue_layout='pixels', alpha=0., beta=0., logits='false',
-                         logits_weight=1., gt='false', gt_weight=1.),
-    'ddim_eval.py': dict(stride=1, num_images=50000, fid_use_torch='false', weights='auto', seed=0,
-                         fid_cache='./stats/cifar10.train.npz', fid_float='false', batch_size=128),
-    'classifier/train.py': dict(model='resnet18', dataset='cifar10', epoch=300, seed=-1,
-                                batch_size=128, lr=0.1, wd=5e-4, normalize05='false'),
-    'score/get_npz.py': dict(dataset='cifar10', batch_size=128, split='train', half=0)}
-
-
-@pytest.fixture(scope='module')
-def helps():
-    """{script: what it prints for --help}."""
-    jobs = {script: [command([script, '--help'])] for script in DEFAULTS}
-    return {script: results[0][1] for script, results in fork_all(jobs).items()}
-
-
-@pytest.mark.parametrize('script', list(DEFAULTS))
-def test_defaults(helps, script):
-    blocks = {block.split()[0]: ' '.join(block.split())
-              for block in helps[script].split('\n  --')[1:]}
-    for name, value in DEFAULTS[script].items():
-        found = blocks[name].split('(default: ')[1].rstrip(')').strip("'")
-        assert found == str(value) or isinstance(value, float) and float(found) == value, name

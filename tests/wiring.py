@@ -17,10 +17,10 @@ PATHS = ('base_ckpt', 'classifier_path', 'data_root', 'logdir', 'fid_cache', 'fe
          'save_images', 'result_path', 'output')      # flags that name a file of these tests
 
 
-def random_unet(seed, T=8, conditional=False):
+def random_unet(seed, conditional):
     """Weights without structure: every part of the network matters."""
     torch.manual_seed(seed)
-    net = UNet(T, **NET, conditional=conditional)
+    net = UNet(8, **NET, conditional=conditional)
     for name, p in net.named_parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape)
@@ -29,17 +29,15 @@ def random_unet(seed, T=8, conditional=False):
 
 def make_inputs(folder):
     """Teachers and a classifier, as the scripts would find them."""
-    for name, T, conditional in (('teacher', 8, False), ('coarse', 4, False),
-                                 ('labels', 8, True), ('epsilon', 8, False)):
+    teachers = dict(teacher={}, coarse=dict(T=4, time_scale=2), labels={},
+                    epsilon=dict(mean_type='epsilon'))
+    for name, more in teachers.items():
+        state = dict(net_model=random_unet(1, name == 'labels'), T=8, time_scale=1, step=1,
+                     img_size=8, mean_type='xstart')
+        if name != 'coarse':        # a student: its raw weights count
+            state['ema_model'] = random_unet(2, name == 'labels')
         (folder / name).mkdir()
-        weights = dict(net_model=random_unet(1, 8, conditional),
-                       ema_model=random_unet(2, 8, conditional))
-        if name == 'coarse':        # a student: its raw weights count
-            del weights['ema_model']
-        mean_type = 'epsilon' if name == 'epsilon' else 'xstart'
-        checkpoint.save(folder / name / 'ckpt.pt', dict(weights, T=T, time_scale=8 // T, step=1,
-                                                        img_size=8,
-                                                        mean_type=mean_type))
+        checkpoint.save(folder / name / 'ckpt.pt', dict(state, **more))
     torch.manual_seed(3)
     net = build_classifier('convnet_small', 10)
     for name, value in net.state_dict().items():
