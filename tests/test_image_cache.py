@@ -12,7 +12,7 @@ from runtime import image_cache, image_files
 from runtime.cli import UserError
 from runtime.data import make_dataset
 
-REDS = [0, 40, 80, 20, 60, 100]
+REDS = [0, 40, 80, 20, 60, 100]     # the classes a and b
 
 
 def picture(path, red):
@@ -37,12 +37,12 @@ def decode(monkeypatch):
     return counting
 
 
-def read(folder, img_size=8, workers=0):
-    return make_dataset('folder', folder, img_size, True, workers)
+def read(folder, img_size=8):
+    return make_dataset('folder', folder, img_size, True)
 
 
-def reds(images):
-    return images.images[:, 0, 0, 0].tolist()
+def reds(folder):
+    return read(folder).images[:, 0, 0, 0].tolist()
 
 
 def kept(folder):
@@ -50,30 +50,33 @@ def kept(folder):
 
 
 def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
-    file, moved = folder / 'a/0.bmp', folder / 'a/1.bmp'
+    found = set()
 
-    def fingerprint(expected):
-        """That of the folder, of which every image is decoded anew, but only once."""
+    def check(*expected):
+        """The folder is new, and every image of it is decoded, but only once."""
         decode.reset_mock()
-        one, two = read(folder), read(folder)
-        assert reds(one) == reds(two) == expected and decode.call_count == len(expected)
-        assert len(kept(folder)) == 1       # what is out of date is removed
-        assert one.fingerprint == two.fingerprint
-        return one.fingerprint
+        one, maps = read(folder), Path('/proc/self/maps')
+        assert reds(folder) == list(expected) and decode.call_count == len(expected)
+        file, = kept(folder)        # what is out of date is removed
+        assert not maps.exists() or str(file) in maps.read_text()       # mapped into memory
+        assert one.images.shape == (len(expected), 3, 8, 8)
+        assert one.fingerprint == read(folder).fingerprint
+        found.add(one.fingerprint)
 
-    found = [fingerprint(REDS)]
-    os.utime(file, (1, 1))
-    found.append(fingerprint(REDS))
-    picture(file, 254)
-    os.utime(file, (1, 1))      # as it was, and so is the size
-    found.append(fingerprint([254, 40, 80, 20, 60, 100]))
+    changed, moved = folder / 'a/0.bmp', folder / 'a/1.bmp'
+    check(*REDS)
+    os.utime(changed, (1, 1))
+    check(*REDS)
+    picture(changed, 254)
+    os.utime(changed, (1, 1))       # as it was, and the size is as well
+    check(254, 40, 80, 20, 60, 100)
     (folder / 'b/1.bmp').rename(moved)
-    found.append(fingerprint([254, 20, 40, 80, 60, 100]))
+    check(254, 20, 40, 80, 60, 100)
     monkeypatch.setattr(image_cache, 'VERSION', image_cache.VERSION + 1)
-    found.append(fingerprint([254, 20, 40, 80, 60, 100]))
+    check(254, 20, 40, 80, 60, 100)
     moved.unlink()
-    found.append(fingerprint([254, 40, 80, 60, 100]))
-    assert len(set(found)) == 6
+    check(254, 40, 80, 60, 100)
+    assert len(found) == 6
     read(folder, 4)     # another size is another file
     read(folder)
     assert decode.call_count == 10 and len(kept(folder)) == 2
@@ -81,15 +84,15 @@ def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
 
 @pytest.mark.parametrize('size', [0, 5, 100, -1])
 def test_a_kept_array_that_is_cut(folder, decode, size):
-    read(folder)
+    reds(folder)
     file, = kept(folder)
     os.truncate(file, size % file.stat().st_size)
-    assert reds(read(folder)) == REDS and decode.call_count == 12 and kept(folder) == [file]
+    assert reds(folder) == REDS and decode.call_count == 12 and kept(folder) == [file]
 
 
 def test_leftovers_of_killed_decodings(folder):
     """They go, but not while another process writes them, nor a user's own file."""
-    read(folder)
+    reds(folder)
     file, = kept(folder)
     left = file.with_name('train_64.0123456789abcdef.0123456789abcdef.npy.abcd_123.tmp')
     mine = [file.with_name(name) for name in ('notes.txt', 'x.npy.tmp', 'x.y.z.npy.abcd_123.tmp')]
@@ -97,36 +100,29 @@ def test_leftovers_of_killed_decodings(folder):
         path.write_text('')
     with open(left) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        read(folder)
+        reds(folder)
         assert kept(folder) == sorted([file, left, *mine])
-    read(folder)
+    reds(folder)
     assert kept(folder) == sorted([file, *mine])
     (folder / 'a/2.bmp').write_bytes(b'no image')
     with pytest.raises(UserError, match='2.bmp cannot be read'):
-        read(folder)
+        reds(folder)
     assert kept(folder) == sorted(mine)     # nothing of a refused folder
 
 
 def test_cache_that_cannot_be_written(folder, monkeypatch, capsys):
     file, other = folder.parent / 'file', folder.parent / 'other'
     file.write_text('')
-    other.mkdir()
     monkeypatch.setenv('XDG_CACHE_HOME', str(file))
     monkeypatch.setattr('tempfile.tempdir', str(other))
-    assert reds(read(folder)) == REDS and len(list(other.rglob('*.npy'))) == 1
+    other.mkdir()
+    assert reds(folder) == REDS and len(list(other.rglob('*.npy'))) == 1
     assert f'note: decoded images cannot be kept in {file}/rdd (Not a' in capsys.readouterr().out
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setattr(Path, 'home', Mock(side_effect=RuntimeError('no home directory')))
-    assert reds(read(folder)) == REDS
+    assert reds(folder) == REDS
     assert 'note: decoded images cannot be kept in a home folder' in capsys.readouterr().out
     monkeypatch.setattr('tempfile.tempdir', str(file))
     with pytest.raises(UserError, match='cannot be kept in .*/file.* XDG_CACHE_HOME') as caught:
-        read(folder)
+        reds(folder)
     assert caught.value.code == 1
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_images_are_a_tensor_over_the_file(folder, workers):
-    found, maps = read(folder, workers=workers), Path('/proc/self/maps')
-    assert found.images.shape == (6, 3, 8, 8) and reds(found) == REDS
-    assert not maps.exists() or str(kept(folder)[0]) in maps.read_text()
