@@ -6,12 +6,12 @@ and may have:
   cwd, env         working directory, further environment variables
   ranks            number of processes, with the environment that a launcher gives them
   kill_after_save  the process dies as by kill -9 right after its first checkpoint
-  signal           [number, file, lines]: the last process gets this signal as soon as `file` has
-                   that many lines
-  group            the signal goes to the worker processes of the last process as well
+  signal           [number, file, lines]: the last process and its worker processes get this signal
+                   as soon as `file` has that many lines
   last             the `argv` of all processes but the first, if they have another one
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,13 +31,9 @@ SIDE_BY_SIDE = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2      # two cores
 def preload():
     """Everything slow to import that defines no flags and starts no thread."""
     sys.path[0] = str(ROOT)
-    import sklearn.datasets  # noqa: F401
-    import tensorboardX  # noqa: F401
-    import torch._dynamo  # noqa: F401  # what optimisers import when first built
-    import classifier  # noqa: F401
-    import losses  # noqa: F401
-    import training  # noqa: F401
-    from score import metrics, networks, reference      # noqa: F401
+    for name in ('sklearn.datasets', 'tensorboardX', 'torch._dynamo', 'classifier', 'losses',
+                 'training', 'score.metrics', 'score.networks', 'score.reference'):
+        importlib.import_module(name)
     from runtime.torchvision_cpu import torchvision
     torchvision()
 
@@ -59,24 +55,24 @@ def run_script(command, argv, env, out, err):
     """What a forked process does: it runs the script `argv`, which prints into two files."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if 'signal' in command:
+        os.setsid()     # a process group of its own
     script = str(ROOT / argv[0])
     os.environ.update(env)
     os.chdir(command.get('cwd', str(ROOT)))
     sys.argv, sys.path[0] = argv, os.path.dirname(script)
     if command.get('kill_after_save'):
         die_after_save()
-    if command.get('group'):
-        os.setsid()
     runpy.run_path(script, run_name='__main__')
 
 
-def send_signal(process, number, file, lines, group):
+def send_signal(process, number, file, lines):
     """Send a signal as soon as `file` has that many lines, unless the process ends before."""
     while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines):
         if not process.is_alive():
             return
         time.sleep(.005)
-    (os.killpg if group else os.kill)(process.pid, number)
+    os.killpg(process.pid, number)
 
 
 def run(command, folder):
@@ -94,7 +90,7 @@ def run(command, folder):
             command, argv, env, f'{folder}/out{rank}', f'{folder}/err{rank}')))
         processes[-1].start()
     if 'signal' in command:
-        send_signal(processes[-1], *command['signal'], group='group' in command)
+        send_signal(processes[-1], *command['signal'])
     for process in processes:
         process.join()
     code = max((process.exitcode for process in processes), key=abs)     # negative for a signal
