@@ -16,21 +16,20 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from helpers import ROOT, port
-
+ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context('fork')
 SIDE_BY_SIDE = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2      # two cores
 
 
 def preload():
     """Everything slow to import that defines no flags and starts no thread."""
-    sys.path[0] = str(ROOT)
     for name in ('sklearn.datasets', 'tensorboardX', 'torch._dynamo', 'classifier', 'losses',
                  'training', 'score.metrics', 'score.networks', 'score.reference'):
         importlib.import_module(name)
@@ -80,11 +79,13 @@ def run(command, folder):
     processes = []
     ranks = command.get('ranks', 1)
     env = dict(command.get('env', {}))
-    if ranks > 1:
-        env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port()), WORLD_SIZE=str(ranks))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        launched = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]),
+                        WORLD_SIZE=str(ranks))
     for rank in range(ranks):
         if ranks > 1:
-            env.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            env.update(launched, RANK=str(rank), LOCAL_RANK=str(rank))
         argv = command.get('last', command['argv']) if rank else command['argv']
         processes.append(FORK.Process(target=run_script, args=(
             command, argv, env, f'{folder}/out{rank}', f'{folder}/err{rank}')))
@@ -103,6 +104,7 @@ def run_list(commands):
 
 
 if __name__ == '__main__':
+    sys.path[0] = str(ROOT)
     jobs = json.load(sys.stdin)
     preload()
     with ProcessPoolExecutor(SIDE_BY_SIDE, FORK) as pool:

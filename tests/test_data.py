@@ -30,6 +30,11 @@ def first(count, *args, **kwargs):
     return list(itertools.islice(batches(*args, **kwargs), count))
 
 
+def joined(parts):
+    """Images, labels, ... of all parts."""
+    return [torch.cat(tensors) for tensors in zip(*parts)]
+
+
 def test_every_pass_sees_every_image():
     stream = torch.cat([indices_of_step(10, 4, 3, step) for step in range(5)])      # two passes
     assert sorted(stream[:10].tolist()) == sorted(stream[10:].tolist()) == list(range(10))
@@ -55,35 +60,28 @@ def test_a_batch_is_images_and_labels():
     torch.testing.assert_close(x_0, ramps().images[y] / 127.5 - 1)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('accum', [1, 2])
-def test_a_large_set_has_the_batches_of_a_small_one(monkeypatch, workers, accum):
-    expected = first(6, ramps(), 8, 5, CPU, 1, accum)
-    monkeypatch.setattr(data, 'ON_DEVICE', 0)
-    assert_same(first(6, ramps(), 8, 5, CPU, 1, accum, num_workers=workers), expected)
-
-
 def test_in_order():
     order = torch.tensor([9, 1, 2, 3, 4, 7])
     found = list(in_order(ramps(), 4, CPU, order))
     assert [len(chunk) for _, _, chunk in found] == [4, 2]
-    images, labels, indices = (torch.cat(part) for part in zip(*found))
-    assert_same([images, labels, indices], [ramps().images[order], order, order])
+    assert_same(joined(found), [ramps().images[order], order, order])
 
 
-@pytest.mark.parametrize('processes, accum', [(2, 1), (1, 2), (1, 4), (2, 2)])
-def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum):
+@pytest.mark.parametrize('processes, accum, workers', [
+    (2, 1, None), (1, 2, None), (1, 4, None), (2, 2, None), (1, 1, 0), (1, 1, 2), (2, 2, 2)])
+def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum, workers):
+    """Also of a set that is too large for the device, by workers or without them."""
     whole, parts = first(2, ramps(), 8, 5, CPU), []
+    how = dict(accum=accum, num_workers=workers or 0)
+    if workers is not None:
+        monkeypatch.setattr(data, 'ON_DEVICE', 0)
     monkeypatch.setattr(distributed, 'world_size', lambda: processes)
     for rank in range(processes):
         monkeypatch.setattr(distributed, 'rank', lambda: rank)
-        parts.append(first(2 * accum, ramps(), 8, 5, CPU, accum=accum))
-        assert_same(parts[-1][accum:], first(accum, ramps(), 8, 5, CPU, 1, accum))      # resumed
-    for step in range(2):
-        # part 0 of process 0, part 0 of process 1, part 1 of process 0, ..
-        places = itertools.product(range(step * accum, (step + 1) * accum), range(processes))
-        pairs = [parts[rank][part] for part, rank in places]
-        assert_same(tuple(torch.cat(tensors) for tensors in zip(*pairs)), whole[step])
+        parts.append(first(2 * accum, ramps(), 8, 5, CPU, **how))
+        assert_same(parts[-1][accum:], first(accum, ramps(), 8, 5, CPU, 1, **how))      # resumed
+    # part 0 of process 0, part 0 of process 1, part 1 of process 0, ..
+    assert_same(joined(itertools.chain(*zip(*parts))), joined(whole))
 
 
 # The data set
