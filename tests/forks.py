@@ -79,8 +79,7 @@ def run(command, folder):
     processes = []
     ranks = command.get('ranks', 1)
     env = dict(command.get('env', {}))
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
+    with socket.create_server(('127.0.0.1', 0)) as free:
         launched = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]),
                         WORLD_SIZE=str(ranks))
     for rank in range(ranks):
