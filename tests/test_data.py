@@ -51,7 +51,7 @@ def test_order_and_mirrors_are_fixed():
                   for x_0, _ in first(2, ramps(), 8, 5, CPU)]
     assert first_rows == [
         [[120, 121], [11, 10], [70, 71], [31, 30], [101, 100], [61, 60], [50, 51], [151, 150]],
-        []]
+        [[111, 110], [131, 130], [0, 1], [140, 141], [21, 20], [41, 40], [80, 81], [90, 91]]]
 
 
 def test_a_batch_is_images_and_labels():
