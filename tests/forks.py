@@ -6,36 +6,33 @@ and may have:
   cwd, env         working directory, further environment variables
   ranks            number of processes, with the environment that a launcher gives them
   kill_after_save  the process dies as by kill -9 right after its first checkpoint
-  signal           [number, file, lines]: the last process gets this signal as soon as `file` has
-                   that many lines
-  group            the signal goes to the worker processes of the last process as well
-  last             the `argv` of the last process, if it has another one
+  signal           [number, file, lines]: the last process and its worker processes get this signal
+                   as soon as `file` has that many lines
+  last             the `argv` of all processes but the first, if they have another one
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import socket
 import sys
 import tempfile
 import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+FORK = multiprocessing.get_context('fork')
 SIDE_BY_SIDE = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2      # two cores
 
 
 def preload():
     """Everything slow to import that defines no flags and starts no thread."""
-    import sklearn.datasets  # noqa: F401
-    import tensorboardX  # noqa: F401
-    import torch._dynamo  # noqa: F401  # what optimisers import when first built
-    import classifier  # noqa: F401
-    import losses  # noqa: F401
-    import training  # noqa: F401
-    from score import metrics, networks, reference      # noqa: F401
+    for name in ('sklearn.datasets', 'tensorboardX', 'torch._dynamo', 'classifier', 'losses',
+                 'training', 'score.metrics', 'score.networks', 'score.reference'):
+        importlib.import_module(name)
     from runtime.torchvision_cpu import torchvision
     torchvision()
 
@@ -53,98 +50,61 @@ def die_after_save():
     checkpoint.save = save_and_die
 
 
-def child(command, argv, out, err, env):
-    """What a forked process does: it runs the script and ends.
-
-    Args:
-        argv: words of the command line.
-        out, err: files for its standard output and error. env: further environment variables.
-    """
-    code = 1
-    try:
-        for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.environ.update(env)
-        script = str(ROOT / argv[0])
-        os.chdir(command.get('cwd', str(ROOT)))
-        sys.argv, sys.path[0] = argv, os.path.dirname(script)
-        if command.get('kill_after_save'):
-            die_after_save()
-        if command.get('group'):
-            os.setsid()
-        runpy.run_path(script, run_name='__main__')
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def run_script(command, argv, env, out, err):
+    """What a forked process does: it runs the script `argv`, which prints into two files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if 'signal' in command:
+        os.setsid()     # a process group of its own
+    script = str(ROOT / argv[0])
+    os.environ.update(env)
+    os.chdir(command.get('cwd', str(ROOT)))
+    sys.argv, sys.path[0] = argv, os.path.dirname(script)
+    if command.get('kill_after_save'):
+        die_after_save()
+    runpy.run_path(script, run_name='__main__')
 
 
-def send(pid, number, file, lines, group=False):
+def send_signal(process, number, file, lines):
     """Send a signal as soon as `file` has that many lines, unless the process ends before."""
     while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines):
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if not process.is_alive():
             return
         time.sleep(.005)
-    (os.killpg if group else os.kill)(pid, number)
-
-
-def exit_code(status):
-    """As `subprocess` gives it: negative for a signal."""
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+    os.killpg(process.pid, number)
 
 
 def run(command, folder):
     """[exit code, stdout, stderr] of a command, of its first process if it has several."""
-    ranks, pids = command.get('ranks', 1), []
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    processes = []
+    ranks = command.get('ranks', 1)
+    env = dict(command.get('env', {}))
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        launched = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]),
+                        WORLD_SIZE=str(ranks))
     for rank in range(ranks):
-        env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
-                   LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
-        env.update(command.get('env', {}))
-        out, err = (str(folder / f'{name}{rank}') for name in ('out', 'err'))
-        pids.append(os.fork())
-        if not pids[-1]:
-            argv = command.get('last') if rank and rank + 1 == ranks else None
-            child(command, argv or command['argv'], out, err, env)
+        if ranks > 1:
+            env.update(launched, RANK=str(rank), LOCAL_RANK=str(rank))
+        argv = command.get('last', command['argv']) if rank else command['argv']
+        processes.append(FORK.Process(target=run_script, args=(
+            command, argv, env, f'{folder}/out{rank}', f'{folder}/err{rank}')))
+        processes[-1].start()
     if 'signal' in command:
-        send(pids[-1], *command['signal'], group='group' in command)
-    codes = [exit_code(os.waitpid(pid, 0)[1]) for pid in pids]
-    texts = [(folder / name).read_text() for name in ('out0', 'err0')]
-    return [max(codes, key=abs)] + texts
+        send_signal(processes[-1], *command['signal'])
+    for process in processes:
+        process.join()
+    code = max((process.exitcode for process in processes), key=abs)     # negative for a signal
+    return [code, Path(folder, 'out0').read_text(), Path(folder, 'err0').read_text()]
 
 
-def run_list(commands, path):
-    """Run commands one after another, and write their results to `path` as JSON."""
+def run_list(commands):
     with tempfile.TemporaryDirectory() as folder:
-        results = [run(command, Path(folder)) for command in commands]
-    Path(path).write_text(json.dumps(results))
-
-
-def main():
-    jobs = json.load(sys.stdin)
-    preload()
-    with tempfile.TemporaryDirectory() as folder:
-        running = 0
-        for i, commands in enumerate(jobs.values()):
-            if running == SIDE_BY_SIDE:
-                os.wait()
-                running -= 1
-            if not os.fork():
-                run_list(commands, f'{folder}/{i}')
-                os._exit(0)
-            running += 1
-        for _ in range(running):
-            os.wait()
-        print(json.dumps({name: json.loads(Path(f'{folder}/{i}').read_text())
-                          for i, name in enumerate(jobs)}))
+        return [run(command, folder) for command in commands]
 
 
 if __name__ == '__main__':
-    main()
+    sys.path[0] = str(ROOT)
+    jobs = json.load(sys.stdin)
+    preload()
+    with ProcessPoolExecutor(SIDE_BY_SIDE, FORK) as pool:
+        print(json.dumps(dict(zip(jobs, pool.map(run_list, jobs.values())))))

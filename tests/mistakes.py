@@ -9,29 +9,27 @@ from helpers import BASE, PD, RDD, command
 from runtime import checkpoint
 
 CLASSIFIER = 'RUNS/classifier/digits/densenet_small'
-THERE = f'--classifier_path={CLASSIFIER}'
-TEACHER = '--base_ckpt=RUNS/base'
 COMMANDS = dict(
-    BASE=BASE, PD=PD, RDD=RDD, base=[*BASE, '--logdir=NEW'], pd=[*PD, '--logdir=NEW', TEACHER],
-    rdd=[*RDD, '--logdir=NEW', '--base_ckpt=RUNS/pd'],
-    rdd_there=[*RDD, '--logdir=NEW', '--base_ckpt=RUNS/pd', THERE])
+    BASE=BASE, base=[*BASE, '--logdir=NEW'], pd=[*PD, '--logdir=NEW', '--base_ckpt=RUNS/base'],
+    rdd=[*RDD, '--logdir=NEW', '--base_ckpt=RUNS/pd', f'--classifier_path={CLASSIFIER}'])
 
-# name: (found and expected, as a regular expression; command and further words)
+# name: (found and expected, as a regular expression; command and further words, of which the last
+# value of a flag counts)
 MISTAKES = dict(
     flag=("Unknown command line flag 'learning_rate'", 'base --learning_rate=1'),
     word=('unexpected word "digits" on the command line; flags are written --name', 'base digits'),
     no_logdir=('--logdir is missing: the folder this run writes to', 'BASE'),
-    range=('--temperature=0: 0.0 is not number >= 1e-06', 'rdd_there --temperature=0'),
+    range=('--temperature=0: 0.0 is not number >= 1e-06', 'rdd --temperature=0'),
     channels=('--ch is 33, expected a multiple of 32', 'base --ch=33'),
     size=('--img_size is 9, expected a multiple of 2: the network halves it 1 times',
           'base --img_size=9'),
     level=(r'--attn is \[1, 2\], expected resolutions from 0 to 1', 'base --attn=2'),
     no_terms=('--nofeature --loss_type none leaves no loss to train with',
-              'rdd_there --nofeature --loss_type=none'),
+              'rdd --nofeature --loss_type=none'),
     contrast=(r'--queue_size 64 is smaller than --contrast_size or --queue_update \(65\)',
-              'rdd_there --contrast_size=65'),
+              'rdd --contrast_size=65'),
     group=('--relation_group 3 does not divide the 8 images that a process works on',
-           'rdd_there --relation_group=3'),
+           'rdd --relation_group=3'),
     parts=('--batch_size 8 cannot be shared out .* --grad_accum 3; choose a multiple of 3',
            'base --grad_accum=3'),
     share_3=('--batch_size 3 cannot be shared out equally over 2 processes', 'base --batch_size=3'),
@@ -46,16 +44,15 @@ MISTAKES = dict(
     no_classifier=('there is no classifier .*/bad/none/ckpt.pt',
                    'rdd --classifier_path=RUNS/bad/none'),
     logdir_is_file=(r'--logdir .*/bad/file cannot be written to \(File exists\)',
-                    'BASE --logdir=RUNS/bad/file'),
+                    'base --logdir=RUNS/bad/file'),
     other_run=(r'net_model of the checkpoint in .*/base does not fit .* \(9, 32\), .* \(9, 64\)',
-               'BASE --logdir=RUNS/base --ch=64'),
+               'base --logdir=RUNS/base --ch=64'),
     own_teacher=('--logdir .*/bad/copy is the folder of the teacher .*, which would be overwritten',
-                 'PD --base_ckpt=RUNS/bad/copy --logdir=RUNS/bad/copy'),
+                 'pd --base_ckpt=RUNS/bad/copy --logdir=RUNS/bad/copy'),
     other_queue=(r'memory of the checkpoint in .*/rdd does not fit .* \(64, .* \(70, ',
-                 f'RDD --base_ckpt=RUNS/pd {THERE} --logdir=RUNS/rdd --total_steps=9 '
-                 f'--queue_size=70'),
+                 'rdd --logdir=RUNS/rdd --total_steps=9 --queue_size=70'),
     classifier_there=('holds a checkpoint without net_model, so it cannot be continued',
-                      f'BASE --logdir={CLASSIFIER}'))
+                      f'base --logdir={CLASSIFIER}'))
 
 
 def jobs(folder, busy):
@@ -78,7 +75,4 @@ def make_inputs(folder):
     (folder / 'bad/copy').mkdir(parents=True)
     checkpoint.save(folder / 'bad/copy/ckpt.pt', dict(checkpoint.read(folder / 'base'), step=2))
     (folder / 'bad/file').write_text('')
-    busy = socket.socket()
-    busy.bind(('127.0.0.1', 0))
-    busy.listen(1)
-    return busy
+    return socket.create_server(('127.0.0.1', 0))

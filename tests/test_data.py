@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from helpers import assert_same
 from runtime import data, distributed
 from runtime.cli import UserError
 from runtime.data import batches, in_order, indices_of_step
@@ -28,9 +30,9 @@ def first(count, *args, **kwargs):
     return list(itertools.islice(batches(*args, **kwargs), count))
 
 
-def same(one, two):
-    return len(one) == len(two) and all(torch.equal(a, b) for pair in zip(one, two)
-                                        for a, b in zip(*pair))
+def joined(parts):
+    """Images, labels, ... of all parts."""
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 def test_every_pass_sees_every_image():
@@ -41,13 +43,15 @@ def test_every_pass_sees_every_image():
     assert indices_of_step(3, 8, 0, 0).shape == (8,)      # a set smaller than a batch
 
 
-def test_the_order_is_fixed():
+def test_order_and_mirrors_are_fixed():
     """Runs that were interrupted go on with the images that they would have had."""
     assert [indices_of_step(10, 4, 3, step).tolist() for step in (0, 2, 7)] == [
         [1, 7, 3, 6], [2, 4, 1, 3], [9, 1, 9, 5]]
-    (x_0, _), = first(1, ramps(), 8, 5, CPU)
-    assert ((x_0[:, 0, 0] + 1) * 127.5).round().int().tolist() == [
-        [120, 121], [11, 10], [70, 71], [31, 30], [101, 100], [61, 60], [50, 51], [151, 150]]
+    first_rows = [((x_0[:, 0, 0] + 1) * 127.5).round().int().tolist()
+                  for x_0, _ in first(2, ramps(), 8, 5, CPU)]
+    assert first_rows == [
+        [[120, 121], [11, 10], [70, 71], [31, 30], [101, 100], [61, 60], [50, 51], [151, 150]],
+        [[111, 110], [131, 130], [0, 1], [140, 141], [21, 20], [41, 40], [80, 81], [90, 91]]]
 
 
 def test_a_batch_is_images_and_labels():
@@ -56,48 +60,28 @@ def test_a_batch_is_images_and_labels():
     torch.testing.assert_close(x_0, ramps().images[y] / 127.5 - 1)
 
 
-def test_flips():
-    """About half of the images are mirrored, others each time."""
-    mirrored = []
-    for x_0, y in first(4, ramps(), 16, 5, CPU):
-        plain = ramps().images[y] / 127.5 - 1
-        flipped = (x_0 == plain.flip(3)).all(3).all(2).all(1)
-        assert (flipped | (x_0 == plain).all(3).all(2).all(1)).all()
-        mirrored.append(flipped)
-    assert 16 < torch.cat(mirrored).sum() < 48 and not torch.equal(mirrored[0], mirrored[1])
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('accum', [1, 2])
-def test_a_large_set_has_the_batches_of_a_small_one(monkeypatch, workers, accum):
-    expected = first(6, ramps(), 8, 5, CPU, 1, accum)
-    assert not same(expected, first(6, ramps(), 8, 6, CPU, 1, accum))
-    monkeypatch.setattr(data, 'ON_DEVICE', 0)
-    assert same(first(6, ramps(), 8, 5, CPU, 1, accum, num_workers=workers), expected)
-
-
 def test_in_order():
     order = torch.tensor([9, 1, 2, 3, 4, 7])
     found = list(in_order(ramps(), 4, CPU, order))
     assert [len(chunk) for _, _, chunk in found] == [4, 2]
-    images, labels, indices = (torch.cat(part) for part in zip(*found))
-    assert torch.equal(indices, order) and torch.equal(labels, order)
-    assert torch.equal(images, ramps().images[order])
+    assert_same(joined(found), [ramps().images[order], order, order])
 
 
-@pytest.mark.parametrize('processes, accum', [(2, 1), (1, 2), (1, 4), (2, 2)])
-def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum):
+@pytest.mark.parametrize('processes, accum, workers', [
+    (2, 1, None), (1, 2, None), (1, 4, None), (2, 2, None), (1, 1, 0), (1, 1, 2), (2, 2, 2)])
+def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum, workers):
+    """Also of a set that is too large for the device, by workers or without them."""
     whole, parts = first(2, ramps(), 8, 5, CPU), []
+    how = dict(accum=accum, num_workers=workers or 0)
+    if workers is not None:
+        monkeypatch.setattr(data, 'ON_DEVICE', 0)
     monkeypatch.setattr(distributed, 'world_size', lambda: processes)
     for rank in range(processes):
         monkeypatch.setattr(distributed, 'rank', lambda: rank)
-        parts.append(first(2 * accum, ramps(), 8, 5, CPU, accum=accum))
-        assert same(parts[-1][accum:], first(accum, ramps(), 8, 5, CPU, 1, accum))      # resumed
-    for step in range(2):
-        # part 0 of process 0, part 0 of process 1, part 1 of process 0, ..
-        places = itertools.product(range(step * accum, (step + 1) * accum), range(processes))
-        pairs = [parts[rank][part] for part, rank in places]
-        assert same([[torch.cat(tensors) for tensors in zip(*pairs)]], [whole[step]])
+        parts.append(first(2 * accum, ramps(), 8, 5, CPU, **how))
+        assert_same(parts[-1][accum:], first(accum, ramps(), 8, 5, CPU, 1, **how))      # resumed
+    # part 0 of process 0, part 0 of process 1, part 1 of process 0, ..
+    assert_same(joined(itertools.chain(*zip(*parts))), joined(whole))
 
 
 # The data set
@@ -152,9 +136,7 @@ def test_a_worker_that_is_killed():
 
 
 def test_too_little_shared_memory(monkeypatch):
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-
+    full = Mock(side_effect=OSError(28, 'No space left on device'))
     monkeypatch.setattr('runtime.loader.ProcessPoolExecutor', full)
     with pytest.raises(UserError, match='/dev/shm is full, .*--shm-size.*--num_workers 0'):
         next(in_workers(abs, [1], 1))

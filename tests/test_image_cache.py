@@ -2,7 +2,8 @@
 
 import fcntl
 import os
-import pathlib
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from runtime import image_cache, image_files
 from runtime.cli import UserError
 from runtime.data import make_dataset
 
-REDS = [0, 20, 40, 60, 80, 100]
+REDS = [0, 40, 80, 20, 60, 100]     # the classes a and b
 
 
 def picture(path, red):
@@ -29,59 +30,64 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """A list that grows with every image that is decoded in this process."""
-    seen, decode = [], image_files.decode
-    monkeypatch.setattr(image_files, 'decode', lambda path, img_size: (
-        seen.append(path), decode(path, img_size))[1])
-    return seen
+def decode(monkeypatch):
+    """The function that decodes an image in this process; it counts its calls."""
+    counting = Mock(wraps=image_files.decode)
+    monkeypatch.setattr(image_files, 'decode', counting)
+    return counting
 
 
-def reds(folder, img_size=8, workers=0):
-    images = make_dataset('folder', folder, img_size, True, workers).images
-    return sorted(images[:, 0, 0, 0].tolist())
+def read(folder, img_size=8):
+    return make_dataset('folder', folder, img_size, True)
+
+
+def reds(folder):
+    return read(folder).images[:, 0, 0, 0].tolist()
 
 
 def kept(folder):
     return sorted((folder.parent / 'cache/rdd').iterdir())
 
 
-def test_decoded_once_and_again_after_a_change(folder, decoded, monkeypatch):
-    file, fingerprints = folder / 'a/0.bmp', set()
+def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
+    found = set()
 
-    def touched():
-        os.utime(file, (1, 1))
+    def check(*expected):
+        """The folder is new, and every image of it is decoded, but only once."""
+        decode.reset_mock()
+        one, maps = read(folder), Path('/proc/self/maps')
+        assert reds(folder) == list(expected) and decode.call_count == len(expected)
+        file, = kept(folder)        # what is out of date is removed
+        assert not maps.exists() or str(file) in maps.read_text()       # mapped into memory
+        assert one.images.shape == (len(expected), 3, 8, 8)
+        assert one.fingerprint == read(folder).fingerprint
+        found.add(one.fingerprint)
 
-    def replaced():     # by a file of the same size and time
-        picture(file, 254)
-        os.utime(file, (1, 1))
-
-    def moved():
-        (folder / 'b/1.bmp').rename(folder / 'a/1.bmp')
-
-    def decoded_otherwise():
-        monkeypatch.setattr(image_cache, 'VERSION', image_cache.VERSION + 1)
-
-    for change, expected in [(list, REDS), (touched, REDS), (replaced, [*REDS[1:], 254]),
-                             (moved, [*REDS[1:], 254]), (decoded_otherwise, [*REDS[1:], 254]),
-                             ((folder / 'a/1.bmp').unlink, [*REDS[2:], 254])]:
-        change()
-        decoded.clear()
-        for _ in range(2):
-            assert reds(folder) == expected and len(decoded) == len(expected)
-            fingerprints.add(make_dataset('folder', folder, 8, True).fingerprint)
-        assert len(kept(folder)) == 1       # what is out of date is removed
-    assert len(fingerprints) == 6
-    reds(folder, 4)     # another size is another file
-    assert len(decoded) == 10 and reds(folder) and len(decoded) == 10
+    changed, moved = folder / 'a/0.bmp', folder / 'a/1.bmp'
+    check(*REDS)
+    os.utime(changed, (1, 1))
+    check(*REDS)
+    picture(changed, 254)
+    os.utime(changed, (1, 1))       # as it was, and the size is as well
+    check(254, 40, 80, 20, 60, 100)
+    (folder / 'b/1.bmp').rename(moved)
+    check(254, 20, 40, 80, 60, 100)
+    monkeypatch.setattr(image_cache, 'VERSION', image_cache.VERSION + 1)
+    check(254, 20, 40, 80, 60, 100)
+    moved.unlink()
+    check(254, 40, 80, 60, 100)
+    assert len(found) == 6
+    read(folder, 4)     # another size is another file
+    read(folder)
+    assert decode.call_count == 10 and len(kept(folder)) == 2
 
 
 @pytest.mark.parametrize('size', [0, 5, 100, -1])
-def test_a_kept_array_that_is_cut(folder, decoded, size):
+def test_a_kept_array_that_is_cut(folder, decode, size):
     reds(folder)
     file, = kept(folder)
     os.truncate(file, size % file.stat().st_size)
-    assert reds(folder) == REDS and len(decoded) == 12 and kept(folder) == [file]
+    assert reds(folder) == REDS and decode.call_count == 12 and kept(folder) == [file]
 
 
 def test_leftovers_of_killed_decodings(folder):
@@ -105,29 +111,18 @@ def test_leftovers_of_killed_decodings(folder):
 
 
 def test_cache_that_cannot_be_written(folder, monkeypatch, capsys):
-    def no_home():
-        raise RuntimeError('Could not determine home directory.')
-
     file, other = folder.parent / 'file', folder.parent / 'other'
     file.write_text('')
     monkeypatch.setenv('XDG_CACHE_HOME', str(file))
     monkeypatch.setattr('tempfile.tempdir', str(other))
     other.mkdir()
-    assert reds(folder, workers=2) == REDS and len(list(other.rglob('*.npy'))) == 1
+    assert reds(folder) == REDS and len(list(other.rglob('*.npy'))) == 1
     assert f'note: decoded images cannot be kept in {file}/rdd (Not a' in capsys.readouterr().out
     monkeypatch.delenv('XDG_CACHE_HOME')
-    monkeypatch.setattr(pathlib.Path, 'home', no_home)
+    monkeypatch.setattr(Path, 'home', Mock(side_effect=RuntimeError('no home directory')))
     assert reds(folder) == REDS
     assert 'note: decoded images cannot be kept in a home folder' in capsys.readouterr().out
     monkeypatch.setattr('tempfile.tempdir', str(file))
     with pytest.raises(UserError, match='cannot be kept in .*/file.* XDG_CACHE_HOME') as caught:
         reds(folder)
     assert caught.value.code == 1
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_images_are_a_tensor_over_the_file(folder, workers):
-    images = make_dataset('folder', folder, 8, True, workers).images
-    assert images.shape == (6, 3, 8, 8) and images[:, 0, 0, 0].tolist() == [0, 40, 80, 20, 60, 100]
-    maps = pathlib.Path('/proc/self/maps')
-    assert not maps.exists() or str(kept(folder)[0]) in maps.read_text()

@@ -1,5 +1,8 @@
 """torchvision's ImageNet classifiers behind our interface, small and with random weights."""
 
+import re
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -27,8 +30,14 @@ def network(name):
 @pytest.mark.parametrize('name, size, last', [('resnet18', 300, 'fc'),
                                               ('densenet121', 32, 'classifier')])
 def test_outputs_are_those_of_torchvision(tmp_path, name, size, last):
+    """The files on torchvision's server have norm.1 where its DenseNets have norm1."""
     expected, seen = network(name), []
-    torch.save(expected.state_dict(), str(tmp_path / 'x.pth'))
+    weights = {re.sub(r'(denselayer\d\.)(norm|conv)([12])', r'\1\2.\3', key): value
+               for key, value in expected.state_dict().items() if 'num_batches' not in key}
+    if name == 'densenet121':
+        assert 'features.denseblock1.denselayer1.norm.1.weight' in weights
+        weights = dict(model={f'module.{key}': value for key, value in weights.items()})
+    torch.save(weights, str(tmp_path / 'x.pth'))
     ours = load_imagenet(f'imagenet_{name}', str(tmp_path / 'x.pth'))
     x = (torch.rand(1, 3, size, size) * 2 - 1).requires_grad_()
     logits, feature, feature_map = ours(x)
@@ -46,31 +55,13 @@ def test_outputs_are_those_of_torchvision(tmp_path, name, size, last):
     assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in ours.parameters())
 
 
-def test_file_with_the_old_names_of_densenets(tmp_path):
-    """The files on torchvision's server have norm.1 where its networks have norm1."""
-    weights, old = network('densenet121').state_dict(), {}
-    for key, value in weights.items():
-        for layer in ('norm1', 'norm2', 'conv1', 'conv2'):
-            if 'denselayer' in key:
-                key = key.replace(f'.{layer}.', f'.{layer[:-1]}.{layer[-1]}.')
-        if not key.endswith('num_batches_tracked'):     # nor did torch have these
-            old[f'module.{key}'] = value
-    assert 'module.features.denseblock1.denselayer1.norm.1.weight' in old
-    checkpoint.save(tmp_path / 'old.pth', dict(model=old))
-    found = load_imagenet('imagenet_densenet121', tmp_path / 'old.pth').network.state_dict()
-    assert all(torch.equal(found[key], value) for key, value in weights.items())
-
-
 def test_refusals(tmp_path, monkeypatch):
-    def offline(weights):
-        raise OSError('no route to host\nand a second line')
-
     weights = network('resnet18').state_dict()
     torch.save(weights, str(tmp_path / 'resnet.pth'))
     checkpoint.save(tmp_path / 'unet.pt', dict(net_model={}, T=8))
     weights['layer1.0.conv1.weight'][0, 0] = float('nan')
     torch.save(weights, str(tmp_path / 'nan.pth'))
-    monkeypatch.setattr(models, 'resnet34', offline)
+    monkeypatch.setattr(models, 'resnet34', Mock(side_effect=OSError('no route to host\nline 2')))
     unknown = 'expected imagenet_ and a DenseNet or'
     for name, file, words in [
             ('densenet121', 'resnet.pth', 'resnet.pth do not fit .*_densenet121: features.conv0.w'),

@@ -2,7 +2,8 @@
 
 Tensors on the meta device have a shape and no values. To read one (`.item()`, `bool(tensor)`,
 `.cpu()`, a mask as an index) raises where the host would wait for a GPU; so does an operation on
-tensors of two devices. Each script is run by this file and ends in its third step or batch.
+tensors of two devices. Each script is run by this file, in a fork that has loaded the project
+(forks.py), and ends in its third step or batch.
 
 Not simulated: values, memory, time, streams, pinned memory, autocast, DDP and NCCL.
 """
@@ -11,45 +12,30 @@ import contextlib
 import itertools
 import runpy
 import sys
-from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from classifier import build_classifier     # noqa: E402
-from helpers import BASE, EVAL, PD, RDD, assert_ran, command, fork_all       # noqa: E402
-from model import UNet      # noqa: E402
-from runtime import checkpoint, distributed, optim, seeding     # noqa: E402
-from score.metrics import ActivationStats       # noqa: E402
+from helpers import BASE, EVAL, PD, RDD, ROOT, assert_ran, command, fork_all
+from inprocess import make_scorer
+from model import UNet
+from runtime import checkpoint, distributed, optim, seeding
+from score.metrics import ActivationStats
 
 GPU = torch.device('meta')
 
 
 class OneDevice(TorchDispatchMode):
-    """Inside, an operation on tensors of two devices raises; single numbers and copies may be.
-
-    Attributes:
-        starting: whether the host may read tensors, as zeros: scripts digest the weights they load.
-    """
-
-    starting = False
+    """Inside, an operation on tensors of two devices raises; single numbers and copies may be."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         values, _ = tree_flatten((args, kwargs))
         devices = {v.device.type for v in values if isinstance(v, torch.Tensor) and v.dim()}
         if len(devices) > 1 and func is not torch.ops.aten.copy_.default:
             raise RuntimeError(f'{func} on tensors of {" and ".join(sorted(devices))}')
-        if self.starting and func is torch.ops.aten._to_copy.default and args[0].is_meta:
-            return torch.zeros(args[0].shape, dtype=kwargs.get('dtype') or args[0].dtype,
-                               device=kwargs.get('device') or GPU)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 class Generator(torch.Generator):
@@ -58,42 +44,41 @@ class Generator(torch.Generator):
     device = GPU
 
 
-def generator(device, *key):
-    kind = Generator if torch.device(device) == GPU else torch.Generator
-    return kind().manual_seed(seeding.mix(*key))
-
-
 def adam_step(adam):
     """In place of the fused kernel, which the meta device does not have."""
     params = adam.param_groups[0]['params']
     assert {v.device for p in params for v in (p, p.grad, adam.found_inf)} == {GPU}
 
 
-def stop_after(function, mode):
-    """`function`, called in every step: the script is ready at the first, and ends in the third."""
+def ending(function):
+    """`function`, whose third call ends the script."""
     calls = itertools.count(1)
 
     def call(*args, **how):
-        mode.starting = False
         if next(calls) == 3:
-            sys.exit(print('reached step 3'))
+            print('reached step 3')
+            sys.exit()
         return function(*args, **how)
     return call
 
 
 def main():
+    """Run a script, whose name and flags are the command line, on the simulated GPU."""
+    sys.path.insert(0, str(ROOT))        # for what the script imports
+
+    def generator(device, *key):
+        kind = Generator if torch.device(device) == GPU else torch.Generator
+        return kind().manual_seed(seeding.mix(*key))
+
+    checkpoint.digest = lambda weights: 'no values'     # read at the start, not in a step
+    distributed.init = lambda *_: GPU
+    seeding.generator = generator
+    torch.optim.Adam.step = adam_step
+    torch.autocast = lambda *_, **__: contextlib.nullcontext()
+    optim.learning_rate = ending(optim.learning_rate)
+    ActivationStats.update = ending(ActivationStats.update)
     del sys.argv[0]
-    mode = OneDevice()
-    mode.starting = True
-    forms = [(distributed, 'init', lambda *_: GPU), (seeding, 'generator', generator),
-             (torch.optim.Adam, 'step', adam_step),
-             (torch, 'autocast', lambda *_, **__: contextlib.nullcontext()),
-             (optim, 'learning_rate', stop_after(optim.learning_rate, mode)),
-             (ActivationStats, 'update', stop_after(ActivationStats.update, mode))]
-    with contextlib.ExitStack() as stack:
-        for owner, name, form in forms:
-            stack.enter_context(mock.patch.object(owner, name, form))
-        stack.enter_context(mode)
+    with OneDevice():
         runpy.run_path(sys.argv[0], run_name='__main__')
 
 
@@ -101,11 +86,7 @@ def test_devices_agree_and_the_host_never_waits(tmp_path):
     torch.manual_seed(0)
     checkpoint.save(tmp_path / 'teacher.pt', dict(
         net_model=UNet(8, 32, [1, 1], [1], 1).state_dict(), T=8, time_scale=1, img_size=8))
-    classifier = build_classifier('densenet_small', 10)
-    checkpoint.save(tmp_path / 'classifier.pt', dict(model=classifier.state_dict(),
-                                                     name='densenet_small'))
-    features = classifier.num_features
-    np.savez(str(tmp_path / 'real.npz'), mu=np.zeros(features), sigma=np.eye(features))
+    scorer = make_scorer(tmp_path, 'densenet_small')
     # grids, checkpoints and log lines read values, and are not due in these steps
     steps = ['--save_step=0', '--log_step=9', '--total_steps=9']
     distil = ['--grad_accum=2', f'--base_ckpt={tmp_path}/teacher.pt', *steps]
@@ -114,8 +95,7 @@ def test_devices_agree_and_the_host_never_waits(tmp_path):
         pd=[*PD, '--ema_decay=0.9', *distil, f'--logdir={tmp_path}/pd'],
         rdd=[*RDD, '--alpha=0.1', '--beta=0.5', '--logits', '--gt', *distil,
              f'--classifier_path={tmp_path}/classifier.pt', f'--logdir={tmp_path}/rdd'],
-        evaluation=[*EVAL, f'--logdir={tmp_path}/teacher.pt', f'--fid_cache={tmp_path}/real.npz',
-                    f'--feature_network={tmp_path}/classifier.pt'])
+        evaluation=[*EVAL, f'--logdir={tmp_path}/teacher.pt', *scorer])
     results = fork_all({name: [command(['tests/test_simulated_gpu.py', *words])]
                         for name, words in runs.items()})
     for result in results.values():
