@@ -7,7 +7,6 @@ are those of autograd.
 
 import math
 
-import numpy as np
 import torch
 from torch.nn.functional import batch_norm, conv2d, cross_entropy
 
@@ -39,20 +38,6 @@ def classifier(state, mean, std):
     # the network itself was built with 0.5, which changes nothing
     net.register_forward_pre_hook(lambda _, inputs: (((inputs[0] + 1) / 2 - mean) / std,))
     return net.eval().requires_grad_(False)
-
-
-class Grid(Diffusion):
-    """Every point of a base grid 0..N is a step of the model."""
-
-    def __init__(self, N, mean_type='xstart'):
-        super().__init__(N, mean_type=mean_type)
-
-    def sample(self, net, z, times, y):
-        """Clipped DDIM over `times`, from the last grid point to 0."""
-        for t, s in zip(times[:-1], times[1:]):
-            t, s = (torch.full((len(z),), u) for u in (t, s))
-            z = self.ddim_step(net, z, t, s, y=y)
-        return z.clamp(-1, 1)
 
 
 # Relations
@@ -100,22 +85,17 @@ def memory_loss(map_head, map_T, V, tau):
 
 def enqueued(queue, pointer, map_T, chosen, layout):
     """(queue, pointer) after the `chosen` pixels of the whole batch (B, C, H, W) have entered."""
-    B, C, H, W = map_T.shape
-    queue, length = queue.clone(), len(queue)
-    if layout == 'pixels':
-        pixels = torch.cat([unit_rows(image) for image in map_T])
-        for k, n in enumerate(chosen.tolist()):
-            queue[(pointer + k) % length] = pixels[n]
-        return queue, (pointer + len(chosen)) % length
-    # released: the map (B, C, H, W) in memory, read as if it were (C, B, H, W); the last rows are
-    # written at the end of the queue, and then the pointer is 0
-    unit = map_T / map_T.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    scrambled = unit.contiguous().view(-1).view(C, B * H * W)
-    wraps = pointer + len(chosen) >= length
-    first = length - len(chosen) if wraps else pointer
+    queue, length, end = queue.clone(), len(queue), pointer + len(chosen)
+    rows = torch.cat([unit_rows(image) for image in map_T])
+    at_end = layout == 'released' and end >= length     # its last rows are written, then pointer 0
+    if layout == 'released':    # the map (B, C, H, W) in memory, read as if it were (C, B, H, W)
+        maps = torch.stack([unit_rows(image).t() for image in map_T])
+        rows = maps.view(maps.shape[1], -1).t()
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    first = length - len(chosen) if at_end else pointer
     for k, n in enumerate(chosen.tolist()):
-        queue[first + k] = scrambled[:, n] / scrambled[:, n].norm()
-    return queue, 0 if wraps else pointer + len(chosen)
+        queue[(first + k) % length] = rows[n]
+    return queue, 0 if at_end else end % length
 
 
 # Optimisation
@@ -126,20 +106,18 @@ def rate(step, lr, warmup, total_steps, decay):
     return rate * (1 + math.cos(math.pi * (step - 1) / total_steps)) / 2 if decay else rate
 
 
-def optimised(named, grads, saved, step, lr, wd):
-    """({name: weight}, {name: (m, v)}) after a step of Adam; decay is L2, in the gradient.
+def moments(named, grads, saved, wd):
+    """{name: (m, v)} after a step of Adam; decay is L2, in the gradient.
 
     saved: state dict of the optimiser before it.
     """
-    weights, moments = {}, {}
+    found = {}
     for i, ((name, p), g) in enumerate(zip(named.items(), grads)):
-        old, p = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0)), p.detach()
-        g = g + wd * p
-        m = 0.9 * double(old['exp_avg']) + 0.1 * g
-        v = 0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2
-        up = m / (1 - 0.9 ** step) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
-        weights[name], moments[name] = p - lr * up, (m, v)
-    return weights, moments
+        old = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0))
+        g = g + wd * p.detach()
+        found[name] = (0.9 * double(old['exp_avg']) + 0.1 * g,
+                       0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2)
+    return found
 
 
 # One step of a script
@@ -159,12 +137,11 @@ def step_terms(flags, grid, net, part, head, features, queue, running):
     if flags['script'] == 'train_base.py':
         kind = 'eps' if flags['mean_type'] == 'epsilon' else flags['loss_type']
         return dict(loss=(1, distillation_loss(x, e, x_0, eps, kind).mean()))
-    x_target, e_target = part['x_target'], part['e_target']
+    target = part['x_target'], part['e_target']
     if flags['script'] == 'PD.py':
-        return dict(loss=(1, distillation_loss(x, e, x_target, e_target,
-                                               flags['loss_type']).mean()))
+        return dict(loss=(1, distillation_loss(x, e, *target, flags['loss_type']).mean()))
     logits, f_S, map_S = features(x)
-    _, f_T, map_T = features(x_target)
+    _, f_T, map_T = features(part['x_target'])
     terms = {}
     if flags['feature']:
         terms['loss_feature'] = flags['feature_weight'], kl(f_T / flags['temperature'], f_S).mean()
@@ -183,10 +160,9 @@ def step_terms(flags, grid, net, part, head, features, queue, running):
         p = log_p.exp().mean(0)
         terms['diversity'] = flags['alpha'] * (1 - flags['beta']), (p * p.log()).sum()
     if flags['logits']:
-        terms['loss_pd'] = (flags['logits_weight'],
-                            distillation_loss(x, e, x_target, e_target).mean())
+        terms['loss_pd'] = flags['logits_weight'], distillation_loss(x, e, *target, 'both').mean()
     if flags['gt']:
-        terms['loss_gt'] = flags['gt_weight'], distillation_loss(x, e, x_0, eps).mean()
+        terms['loss_gt'] = flags['gt_weight'], distillation_loss(x, e, x_0, eps, 'both').mean()
     return terms
 
 
@@ -201,7 +177,7 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
         teacher: its network, with outputs `teacher_type` and steps of `teacher_step` grid points.
         N: last point of the grid.
     Returns:
-        logged {name: value}; after: dict of net_model, moments, ema_model, queue, pointer, head,
+        logged {name: value}; after: dict of moments and, with a queue, of queue, pointer,
         head_moments, running (mean, var).
     """
     grid = Diffusion(N, mean_type=flags['mean_type'])
@@ -240,51 +216,24 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
     of_net = [g * min(1., limit / logged['grad_norm']) for g in of_net]
     logged['lr'] = rate(step, flags['lr'], flags['warmup'], flags['total_steps'],
                         flags['script'] != 'train_base.py')
-    after['net_model'], after['moments'] = optimised(
-        named, of_net, before['optim'], step, logged['lr'], flags['wd'])
+    after['moments'] = moments(named, of_net, before['optim'], flags['wd'])
     if head:
-        after['head'], after['head_moments'] = optimised(
-            head, of_head, before['optim_head'], step, flags['lr'], flags['wd'])
-    if 'ema_model' in before:
-        decay = flags['ema_decay']
-        after['ema_model'] = {name: decay * double(before['ema_model'][name]) + (1 - decay) * new
-                              for name, new in after['net_model'].items()}
+        after['head_moments'] = moments(head, of_head, before['optim_head'], flags['wd'])
     return logged, after
 
 
 # Training of a classifier
 
-def classifier_steps(state, batches, rates, wd, nesterov):
-    """The network after SGD on `batches` [(x, y)] at `rates`; and the losses.
+def classifier_trained(state, batches, rates, wd, nesterov):
+    """The network after SGD on `batches` [(x, y)] at `rates`.
 
     state: `name`, `model` (weights before), `mean`, `std`.
     """
     net = classifier(state, state['mean'], state['std']).requires_grad_(True).train()
     optim = torch.optim.SGD(net.parameters(), 1., 0.9, weight_decay=wd, nesterov=nesterov)
-    losses = []
     for (x, y), lr in zip(batches, rates):
         optim.param_groups[0]['lr'] = lr
         optim.zero_grad()
-        loss = cross_entropy(net(double(x))[0], y)
-        loss.backward()
+        cross_entropy(net(double(x))[0], y).backward()
         optim.step()
-        losses.append(loss.item())
-    return net, losses
-
-
-# Scores
-
-def frechet(features, mu, sigma):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the root from eigenvalues of S1 S2."""
-    features = features.numpy()
-    mu1, sigma1 = features.mean(0), np.cov(features.T)
-    eigenvalues = np.linalg.eigvals(sigma1 @ sigma).real.clip(min=0)
-    return ((mu1 - mu) ** 2).sum() + np.trace(sigma1) + np.trace(sigma) - 2 * np.sqrt(
-        eigenvalues).sum()
-
-
-def inception(probs, splits=10):
-    """exp of the mean KL(p(y|x) || p(y)), mean and deviation over parts of the images."""
-    scores = [math.exp((part * (part / part.mean(0)).log()).sum(1).mean().item())
-              for part in probs.tensor_split(splits)]
-    return float(np.mean(scores)), float(np.std(scores))
+    return net

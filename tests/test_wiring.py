@@ -172,8 +172,8 @@ def check_steps(folder, name, flags, start=0):
             of_teacher and of_teacher['mean_type'], features, time_scale // 2, N)
         check_log(log[step], logged)
         check_weights(before, after, expected, flags, step, logged['lr'])
-        assert ('memory' in after) == ('head' in expected)
-        if 'head' in expected:
+        assert ('memory' in after) == ('queue' in expected)
+        if 'queue' in expected:
             check_memory(before['memory'], after, expected, flags, step, given)
         assert (after['T'], after['time_scale']) == (N // time_scale, time_scale)
         before = after
@@ -190,11 +190,11 @@ def check_log(found, expected):
 
 def check_weights(before, after, expected, flags, step, lr):
     check_moments(after['optim'], expected['moments'], step)
-    check_update(before['net_model'], after['net_model'], after['optim'], expected['net_model'],
+    check_update(before['net_model'], after['net_model'], after['optim'], expected['moments'],
                  lr, step)
-    assert ('ema_model' in after) == ('ema_model' in expected)
+    assert ('ema_model' in after) == (flags['ema_decay'] > 0)
     decay = flags['ema_decay']
-    for key in expected.get('ema_model', ()):
+    for key in after.get('ema_model', ()):
         mixed = decay * oracle.double(before['ema_model'][key]) + (
             1 - decay) * oracle.double(after['net_model'][key])
         assert (after['ema_model'][key] - mixed).abs().max() < 1e-6, key
@@ -222,7 +222,7 @@ def check_memory(before, after, expected, flags, step, given):
     for what, value in zip(('mean', 'var'), expected['running']):
         assert near(memory[f'project_head.1.running_{what}'], value, 1e-4)
     check_moments(after['optim_head'], expected['head_moments'], step)
-    check_update(before, memory, after['optim_head'], expected['head'], flags['lr'], step,
+    check_update(before, memory, after['optim_head'], oracle.HEAD, flags['lr'], step,
                  oracle.HEAD)
 
 
