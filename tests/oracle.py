@@ -8,15 +8,14 @@ are those of autograd.
 import math
 
 import torch
-from torch.nn.functional import batch_norm, conv2d, cross_entropy
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from classifier import build_classifier
 from diffusion import Diffusion, distillation_loss
+from losses import MemoryP2P
 from model import UNet
 from runtime import seeding
-
-HEAD = {'conv1': 'project_head.0.weight', 'scale': 'project_head.1.weight',
-        'shift': 'project_head.1.bias', 'conv2': 'project_head.3.weight'}
 
 
 def double(tensor):
@@ -66,16 +65,6 @@ def intra_loss(map_S, map_T, tau, group):
     return torch.cat(rows).mean()
 
 
-def head_of(weights, map_S, running):
-    """1x1 convolution, batch norm of this batch, ReLU, 1x1 convolution.
-
-    running: [mean, variance] over earlier batches, moved a tenth of the way to this one in place.
-    """
-    h = batch_norm(conv2d(map_S, weights['conv1']), *running, weights['scale'], weights['shift'],
-                   training=True)
-    return conv2d(h.clamp(min=0), weights['conv2'])
-
-
 def memory_loss(map_head, map_T, V, tau):
     """M_P2P: every pixel against the rows V of the queue."""
     rows = [kl(unit_rows(t) @ V.t() / tau, unit_rows(s) @ V.t() / tau)
@@ -106,15 +95,16 @@ def rate(step, lr, warmup, total_steps, decay):
     return rate * (1 + math.cos(math.pi * (step - 1) / total_steps)) / 2 if decay else rate
 
 
-def moments(named, grads, saved, wd):
-    """{name: (m, v)} after a step of Adam; decay is L2, in the gradient.
+def moments(module, saved, wd):
+    """{parameter: (m, v)} after a step of Adam by their gradients; decay is L2, in the gradient.
 
     saved: state dict of the optimiser before it.
     """
     found = {}
-    for i, ((name, p), g) in enumerate(zip(named.items(), grads)):
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for i, (name, p) in enumerate(trained):
         old = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0))
-        g = g + wd * p.detach()
+        g = p.grad + wd * p.detach()
         found[name] = (0.9 * double(old['exp_avg']) + 0.1 * g,
                        0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2)
     return found
@@ -122,15 +112,14 @@ def moments(named, grads, saved, wd):
 
 # One step of a script
 
-def step_terms(flags, grid, net, part, head, features, queue, running):
+def step_terms(flags, grid, net, part, features, memory, queue):
     """{name: (weight, loss)} of one part of a batch, for whichever script the flags are of.
 
     Args:
         flags: all flags by name, and `script`.
         net, features: the network in training, the classifier.
         part: images, noise, times, labels; `x_target`, `e_target` of the teacher.
-        head, running: {name: weight} of the head, and [mean, variance] of its batch norm.
-        queue: (rows, C) of the contrast set.
+        memory, queue: `MemoryP2P`, whose head is trained, or None; the rows compared with.
     """
     x_0, eps, t = double(part['x_0']), double(part['eps']), part['t']
     x, e = grid.predict(net, grid.add_noise(x_0, eps, t), t, part['y'])
@@ -151,9 +140,9 @@ def step_terms(flags, grid, net, part, head, features, queue, running):
             quarter if quarter and len(x) % quarter == 0 else len(x))
         terms['loss_intra'] = flags['intra_weight'], intra_loss(
             map_S, map_T, flags['intra_temperature'], group)
-    if head:
+    if memory:
         terms['loss_memory'] = flags['memory_weight'], memory_loss(
-            head_of(head, map_S, running), map_T, queue, flags['contrast_temperature'])
+            memory.project_head(map_S), map_T, queue, flags['contrast_temperature'])
     if flags['alpha']:
         log_p = logits.log_softmax(1)
         terms['entropy'] = flags['alpha'] * flags['beta'], -(log_p.exp() * log_p).sum(1).mean()
@@ -182,8 +171,7 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
     """
     grid = Diffusion(N, mean_type=flags['mean_type'])
     net = unet(before['net_model'], N, flags['conditional'], flags['dropout']).train()
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    after, head, queue, running = {}, {}, None, None
+    after, memory, queue = {}, None, None
     for part in parts if teacher is not None else ():
         diffusion, t = grid.with_steps(N // teacher_step, teacher_type), part['t']
         with torch.no_grad():
@@ -191,34 +179,33 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
             part['x_target'] = diffusion.two_step_target(teacher, z, t, part['y'])
             part['e_target'] = grid.eps_of(z, part['x_target'], t)
     if chosen is not None:
-        memory = before['memory']
-        head = {name: double(memory[key]).requires_grad_() for name, key in HEAD.items()}
+        memory = MemoryP2P(before['memory']['queue'].shape[1], flags['queue_size'],
+                           flags['contrast_size'], layout=flags['queue_layout']).double()
+        memory.load_state_dict(before['memory'])
         map_T = torch.cat([features(part['x_target'])[2] for part in parts])
         after['queue'], after['pointer'] = enqueued(
-            double(memory['queue']), memory['_extra_state']['pointer'], map_T, chosen,
+            memory.queue, before['memory']['_extra_state']['pointer'], map_T, chosen,
             flags['queue_layout'])
         queue = after['queue'][contrast]
-        running = after['running'] = [double(memory[f'project_head.1.running_{what}']).clone()
-                                      for what in ('mean', 'var')]
     total, logged = 0., {}
     for number, part in enumerate(parts):
         torch.manual_seed(seeding.mix(flags['seed'], seeding.DROPOUT, step, 0, number))
-        terms = step_terms(flags, grid, net, part, head, features, queue, running)
+        terms = step_terms(flags, grid, net, part, features, memory, queue)
         loss = sum(weight * value for weight, value in terms.values())
         total = total + loss / len(parts)
         values = {name: value for name, (_, value) in terms.items()}
         for name, value in dict(values, loss=loss).items():
             logged[name] = logged.get(name, 0.) + value.item() / len(parts)
-    grads = torch.autograd.grad(total, [*named.values(), *head.values()])
-    of_net, of_head = grads[:len(named)], grads[len(named):]
-    logged['grad_norm'] = math.sqrt(sum((g ** 2).sum().item() for g in of_net))
+    total.backward()
     limit = flags['grad_clip'] or math.inf
-    of_net = [g * min(1., limit / logged['grad_norm']) for g in of_net]
+    logged['grad_norm'] = clip_grad_norm_(net.parameters(), limit).item()
     logged['lr'] = rate(step, flags['lr'], flags['warmup'], flags['total_steps'],
                         flags['script'] != 'train_base.py')
-    after['moments'] = moments(named, of_net, before['optim'], flags['wd'])
-    if head:
-        after['head_moments'] = moments(head, of_head, before['optim_head'], flags['wd'])
+    after['moments'] = moments(net, before['optim'], flags['wd'])
+    if memory:
+        after['head_moments'] = moments(memory, before['optim_head'], flags['wd'])
+        norm = memory.project_head[1]
+        after['running'] = norm.running_mean, norm.running_var
     return logged, after
 
 
