@@ -66,7 +66,8 @@ def test_first_step(runs):
         rng = seeding.generator('cpu', 0, seeding.NOISE, 16, 1, number)
         t = torch.randint(1, 17, (8,), generator=rng)       # .02 .. .98 of 16 steps
         draws.append((t, *torch.randn((2, 8, 3, 8, 8), generator=rng)))
-    state, (line,) = checkpoint.read(folder / 'first'), log(folder / 'first')
+    state = checkpoint.read(folder / 'first')
+    line, = log(folder / 'first')
 
     t, x_T, eps = draws[0]
     fake.requires_grad_(True)
