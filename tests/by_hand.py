@@ -1,32 +1,21 @@
-"""Networks of others, each written once more, from their formulas and for one small shape."""
+"""The U-Nets of EDM and guided-diffusion once more, from their formulas and for one small shape."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-# SongUNet by its formulas
-
-def norm(w, name, x, eps=1e-6, groups=None):
-    groups = groups or min(32, x.shape[1] // 4)
-    return F.group_norm(x, groups, w[f'{name}.weight'], w[f'{name}.bias'], eps)
-
-
-def conv(w, name, x):
-    kernel = w[f'{name}.weight']
-    return F.conv2d(x, kernel, w[f'{name}.bias'], padding=kernel.shape[-1] // 2)
-
 
 def filtered(x, taps):
     """Sum of neighbours along both axes, weighted by `taps`, without padding."""
     for axis in (2, 3):
         length = x.shape[axis] - len(taps) + 1
-        x = sum(tap * x.narrow(axis, i, length) for i, tap in enumerate(taps))
+        x = sum(tap / sum(taps) * x.narrow(axis, i, length) for i, tap in enumerate(taps))
     return x
 
 
 def resampled(x, taps, direction):
-    taps, pad = [tap / sum(taps) for tap in taps], (len(taps) - 1) // 2
+    pad = (len(taps) - 1) // 2
     if direction == 'down':
         return filtered(F.pad(x, [pad] * 4), taps)[:, :, ::2, ::2]
     wide = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
@@ -34,52 +23,175 @@ def resampled(x, taps, direction):
     return filtered(F.pad(wide, [len(taps) - 1 - pad, pad] * 2), taps)
 
 
-def attention(q, k, v):
-    """One head; q, k, v (B, d, N)."""
-    weights = torch.einsum('bdn,bdm->bnm', q, k) / q.shape[1] ** .5
-    return torch.einsum('bnm,bdm->bdn', weights.softmax(2), v)
+def attention(qkv, order, head):
+    """Output (B, C, N) of all heads of width `head`; qkv (B, 3 C, N) has rows in this order."""
+    shape, axis = dict(edm=((-1, head, 3), 3), legacy=((-1, 3, head), 2),
+                       new=((3, -1, head), 1))[order]
+    q, k, v = qkv.unflatten(1, shape).unbind(axis)
+    weights = torch.einsum('bhdn,bhdm->bhnm', q, k) / head ** .5
+    return torch.einsum('bhnm,bhdm->bhdn', weights.softmax(3), v).flatten(1, 2)
 
 
-def song(w, arguments, x, noise, y):
-    taps, half = arguments['resample_filter'], math.sqrt(.5)
-    if arguments['embedding_type'] == 'fourier':
-        angle = 2 * math.pi * noise[:, None] * w['map_noise.freqs']
-    else:
-        angle = noise[:, None] * 10000. ** (-torch.arange(8) / 7)
-    emb = torch.cat([angle.sin(), angle.cos()], 1)
-    emb = emb + F.one_hot(y, 3) * 3 ** .5 @ w['map_label.weight'].t() + w['map_label.bias']
-    for i in (0, 1):
-        emb = F.silu(emb @ w[f'map_layer{i}.weight'].t() + w[f'map_layer{i}.bias'])
+def linear(w, name, x):
+    return F.linear(x, w[f'{name}.weight'], w[f'{name}.bias'])
+
+
+def unet(w, x, emb, last, taps=(1, 1), gain=1., eps=1e-5, groups=None, order='edm', head=None,
+         aux=None):
+    """Two resolutions with a block each; attention where it has weights.
+
+    Args:
+        w: {name: tensor}, in the names of EDM. emb: of noise level and label, (B, emb_ch).
+        last: name of the output layers. gain: of every sum of two branches.
+        groups: of group norms; None: one per four channels, up to 32.
+        order, head: see `attention`; head None: one. aux: what is added at the lower resolution.
+    """
+    def norm(name, x):
+        number = groups or min(32, x.shape[1] // 4)
+        return F.group_norm(x, number, w[f'{name}.weight'], w[f'{name}.bias'], eps)
+
+    def conv(name, x):
+        kernel = w[f'{name}.weight']
+        return F.conv2d(x, kernel, w[f'{name}.bias'], padding=kernel.shape[-1] // 2)
 
     def block(name, x, direction=None):
-        h = F.silu(norm(w, f'{name}.norm0', x))
+        if f'{name}.norm0.weight' not in w:     # a convolution alone changes the size
+            if direction == 'up':
+                return conv(f'{name}.conv0', resampled(x, taps, 'up'))
+            return conv(f'{name}.conv0', x)[:, :, ::2, ::2]
+        h = F.silu(norm(f'{name}.norm0', x))
         if direction:
-            h, x = resampled(h, taps, direction), resampled(x, taps, direction)
-        h = conv(w, f'{name}.conv0', h)
-        h = h + (emb @ w[f'{name}.affine.weight'].t() + w[f'{name}.affine.bias'])[..., None, None]
-        h = conv(w, f'{name}.conv1', F.silu(norm(w, f'{name}.norm1', h)))
-        x = half * (h + (conv(w, f'{name}.skip', x) if f'{name}.skip.weight' in w else x))
+            h = resampled(h, taps, direction)
+            x = resampled(x, taps, direction)
+        h = conv(f'{name}.conv0', h)
+        e = linear(w, f'{name}.affine', emb)[..., None, None]
+        if e.shape[1] == h.shape[1]:
+            h = norm(f'{name}.norm1', h + e)
+        else:
+            scale, shift = e.chunk(2, 1)
+            h = norm(f'{name}.norm1', h) * (1 + scale) + shift
+        h = conv(f'{name}.conv1', F.silu(h))
+        x = gain * (h + (conv(f'{name}.skip', x) if f'{name}.skip.weight' in w else x))
         if f'{name}.qkv.weight' not in w:
             return x
-        qkv = conv(w, f'{name}.qkv', norm(w, f'{name}.norm2', x)).flatten(2)
-        h = attention(qkv[:, 0::3], qkv[:, 1::3], qkv[:, 2::3]).reshape(x.shape)
-        return half * (x + conv(w, f'{name}.proj', h))
+        qkv = conv(f'{name}.qkv', norm(f'{name}.norm2', x)).flatten(2)
+        h = attention(qkv, order, head or x.shape[1]).reshape(x.shape)
+        return gain * (x + conv(f'{name}.proj', h))
 
-    first = conv(w, 'enc.16x16_conv', x)
+    first = conv('enc.16x16_conv', x)
     large = block('enc.16x16_block0', first)
     down = block('enc.8x8_down', large, 'down')
-    if arguments['encoder_type'] == 'residual':     # convolution first, then the filter
-        margin = (len(taps) - 1) // 2
-        kernel = w['enc.8x8_aux_residual.weight'], w['enc.8x8_aux_residual.bias']
-        aux = F.conv2d(x, *kernel, padding=1 + margin)
-        down = half * (down + filtered(aux, [tap / sum(taps) for tap in taps])[:, :, ::2, ::2])
+    if aux is not None:
+        down = gain * (down + aux)
     small = block('enc.8x8_block0', down)
     h = block('dec.8x8_in1', block('dec.8x8_in0', small))
     h = block('dec.8x8_block0', torch.cat([h, small], 1))
     h = block('dec.16x16_up', block('dec.8x8_block1', torch.cat([h, down], 1)), 'up')
     h = block('dec.16x16_block0', torch.cat([h, large], 1))
     h = block('dec.16x16_block1', torch.cat([h, first], 1))
-    return conv(w, 'dec.16x16_aux_conv', F.silu(norm(w, 'dec.16x16_aux_norm', h)))
+    return conv(f'{last}_conv', F.silu(norm(f'{last}_norm', h)))
+
+
+def song(w, arguments, x, noise, y):
+    """SongUNet."""
+    taps, aux = arguments['resample_filter'], None
+    if arguments['embedding_type'] == 'fourier':
+        angle = 2 * math.pi * noise[:, None] * w['map_noise.freqs']
+    else:
+        angle = noise[:, None] * 10000. ** (-torch.arange(8) / 7)
+    emb = torch.cat([angle.sin(), angle.cos()], 1)
+    emb = emb + linear(w, 'map_label', F.one_hot(y, 3) * 3 ** .5)
+    for layer in ('map_layer0', 'map_layer1'):
+        emb = F.silu(linear(w, layer, emb))
+    if arguments['encoder_type'] == 'residual':     # convolution first, then the filter
+        kernel, bias = (w[f'enc.8x8_aux_residual.{kind}'] for kind in ('weight', 'bias'))
+        aux = F.conv2d(x, kernel, bias, padding=1 + (len(taps) - 1) // 2)
+        aux = filtered(aux, taps)[:, :, ::2, ::2]
+    return unet(w, x, emb, 'dec.16x16_aux', taps, gain=math.sqrt(.5), eps=1e-6, aux=aux)
+
+
+def adm(w, order, head, x, t, y, groups=32):
+    """The U-Net of guided-diffusion, with weights in the names of EDM. `t` may be a fraction."""
+    angle = t[:, None] * 10000. ** (-torch.arange(16) / 16)
+    emb = F.silu(linear(w, 'map_layer0', torch.cat([angle.cos(), angle.sin()], 1)))
+    emb = F.silu(linear(w, 'map_layer1', emb) + w['map_label.weight'].t()[y])
+    return unet(w, x, emb, 'out', groups=groups, order=order, head=head)
+
+
+def adm_weights(widths=(32, 64), blocks=1, attention=(1,), updown=True, scale_shift=True,
+                outputs=6, labels=4, edm=False):
+    """Random weights of that U-Net, always the same; in the names of guided-diffusion, or of EDM.
+
+    Args:
+        widths: of each level, with `blocks` blocks. attention: levels that have it.
+        updown: whether blocks change the size, or convolutions alone.
+    """
+    generator, w = torch.Generator().manual_seed(1), {}
+    now, emb_ch = widths[0], 4 * widths[0]
+
+    def add(name, of_edm, *shape, mean=0.):
+        name = of_edm if edm else name
+        gain = math.prod(shape[1:]) ** -.5 if len(shape) > 1 else .1
+        w[f'{name}.weight'] = mean + gain * torch.randn(shape, generator=generator)
+        w[f'{name}.bias'] = .1 * torch.randn(shape[0], generator=generator)
+
+    def block(name, of_edm, in_ch, out_ch):
+        add(f'{name}.in_layers.0', f'{of_edm}.norm0', in_ch, mean=1.)
+        add(f'{name}.in_layers.2', f'{of_edm}.conv0', out_ch, in_ch, 3, 3)
+        add(f'{name}.emb_layers.1', f'{of_edm}.affine', (1 + scale_shift) * out_ch, emb_ch)
+        add(f'{name}.out_layers.0', f'{of_edm}.norm1', out_ch, mean=1.)
+        add(f'{name}.out_layers.3', f'{of_edm}.conv1', out_ch, out_ch, 3, 3)
+        if in_ch != out_ch:
+            add(f'{name}.skip_connection', f'{of_edm}.skip', out_ch, in_ch, 1, 1)
+
+    def attend(name, of_edm, ch):
+        taps = (1, 1) if edm else (1,)
+        add(f'{name}.norm', f'{of_edm}.norm2', ch, mean=1.)
+        add(f'{name}.qkv', f'{of_edm}.qkv', 3 * ch, ch, *taps)
+        add(f'{name}.proj_out', f'{of_edm}.proj', ch, ch, *taps)
+
+    def resample(name, of_edm, ch, kind):
+        if updown:
+            block(name, of_edm, ch, ch)
+        else:
+            add(f'{name}.{kind}', f'{of_edm}.conv0', ch, ch, 3, 3)
+
+    add('time_embed.0', 'map_layer0', emb_ch, now)
+    add('time_embed.2', 'map_layer1', emb_ch, emb_ch)
+    table = torch.randn(labels, emb_ch, generator=generator)
+    w.update({'map_label.weight': table.t()} if edm else {'label_emb.weight': table})
+    add('input_blocks.0.0', 'enc.16x16_conv', now, 3, 3, 3)
+    skips, sizes = [now], [f'{16 >> level}x{16 >> level}' for level in range(len(widths))]
+    for level, width in enumerate(widths):
+        at = f'enc.{sizes[level]}'
+        if level:
+            resample(f'input_blocks.{len(skips)}.0', f'{at}_down', now, 'op')
+            skips.append(now)
+        for k in range(blocks):
+            name = f'input_blocks.{len(skips)}'
+            block(f'{name}.0', f'{at}_block{k}', now, width)
+            if level in attention:
+                attend(f'{name}.1', f'{at}_block{k}', width)
+            now = width
+            skips.append(now)
+    block('middle_block.0', f'dec.{sizes[-1]}_in0', now, now)
+    attend('middle_block.1', f'dec.{sizes[-1]}_in0', now)
+    block('middle_block.2', f'dec.{sizes[-1]}_in1', now, now)
+    count = len(skips)
+    for level in reversed(range(len(widths))):
+        at, width = f'dec.{sizes[level]}', widths[level]
+        for k in range(blocks + 1):
+            name = f'output_blocks.{count - len(skips)}'
+            block(f'{name}.0', f'{at}_block{k}', now + skips.pop(), width)
+            if level in attention:
+                attend(f'{name}.1', f'{at}_block{k}', width)
+            now = width
+        if level:
+            inner = 2 if level in attention else 1
+            resample(f'{name}.{inner}', f'dec.{sizes[level - 1]}_up', now, 'conv')
+    add('out.0', 'out_norm', now, mean=1.)
+    add('out.2', 'out_conv', outputs, now, 3, 3)
+    return w
 
 
 def noise_levels(kind):
@@ -87,180 +199,20 @@ def noise_levels(kind):
 
     Sigma as a function of time, where the network has the inverse.
     """
-    s, c_skip, c_out, c_in, c_noise, u = coefficients(kind)
-    return (s, *(c[:, None, None, None] for c in (c_skip, c_out, c_in)), c_noise, u)
-
-
-def coefficients(kind):
-    time = torch.tensor([.01, .2, .6, .97])
-    u, index = torch.linspace(9, 0, 1001) ** 2, torch.tensor([998, 700, 300, 5])
-    if kind == 'VPPrecond':         # its noise levels as a function of time
-        s = torch.expm1(.5 * 19.9 * time ** 2 + .1 * time).sqrt()
-        return s, torch.ones(4), -s, (1 + s ** 2) ** -.5, 999 * time, None
-    if kind == 'VEPrecond':
+    time, u = torch.tensor([.01, .2, .6, .97]), None
+    if kind == 'VPPrecond':
+        s, c_noise = torch.expm1(.5 * 19.9 * time ** 2 + .1 * time).sqrt(), 999 * time
+    elif kind == 'iDDPMPrecond':
+        u, index = torch.linspace(9, 0, 1001) ** 2, torch.tensor([998, 700, 300, 5])
+        s, c_noise = u[index] * 1.0001, 999. - index
+    else:
         s = 10. ** (4 * time - 2)
-        return s, torch.ones(4), s, torch.ones(4), (s / 2).log(), None
-    if kind == 'iDDPMPrecond':
-        s = u[index] * 1.0001
-        return s, torch.ones(4), -s, (1 + s ** 2) ** -.5, 999. - index, u
-    s = 10. ** (4 * time - 2)
-    total = s ** 2 + .25
-    c_noise = s.log() * (250 if kind == 'consistency_models' else .25)
-    return s, .25 / total, .5 * s / total ** .5, total ** -.5, c_noise, None
-
-
-# The U-Net of guided-diffusion by its formulas
-
-def adm(w, order, head, updown, scale_shift, x, t, y, groups=32):
-    """Two resolutions of one block; attention at the lower. `t` may be a fraction."""
-    frequency = 10000. ** (-torch.arange(16) / 16)
-    angle = t[:, None] * frequency
-    emb = torch.cat([angle.cos(), angle.sin()], 1)
-    emb = F.silu(emb @ w['time_embed.0.weight'].t() + w['time_embed.0.bias'])
-    emb = F.silu(emb @ w['time_embed.2.weight'].t() + w['time_embed.2.bias']
-                 + w['label_emb.weight'][y])
-
-    def block(name, x, direction=None):
-        h = F.silu(norm(w, f'{name}.in_layers.0', x, 1e-5, groups or min(32, x.shape[1] // 4)))
-        if direction:
-            h, x = resampled(h, [1, 1], direction), resampled(x, [1, 1], direction)
-        h = conv(w, f'{name}.in_layers.2', h)
-        e = emb @ w[f'{name}.emb_layers.1.weight'].t() + w[f'{name}.emb_layers.1.bias']
-        e = e[:, :, None, None]
-        scale, shift = e.chunk(2, 1) if scale_shift else (torch.zeros_like(e), e)
-        h = h if scale_shift else h + shift
-        h = norm(w, f'{name}.out_layers.0', h, 1e-5, groups or min(32, h.shape[1] // 4))
-        h = F.silu(h * (1 + scale) + shift if scale_shift else h)
-        h = conv(w, f'{name}.out_layers.3', h)
-        skip = f'{name}.skip_connection'
-        return h + (conv(w, skip, x) if f'{skip}.weight' in w else x)
-
-    def attend(name, x):
-        h = norm(w, f'{name}.norm', x, 1e-5, groups or min(32, x.shape[1] // 4)).flatten(2)
-        qkv = F.conv1d(h, w[f'{name}.qkv.weight'], w[f'{name}.qkv.bias'])
-        heads, parts = x.shape[1] // head, []
-        for i in range(heads):
-            if order == 'edm':
-                rows = [slice(3 * i * head + j, 3 * (i + 1) * head, 3) for j in range(3)]
-            else:
-                places = [3 * i + j if order == 'legacy' else heads * j + i for j in range(3)]
-                rows = [slice(place * head, (place + 1) * head) for place in places]
-            parts.append(attention(*(qkv[:, row] for row in rows)))
-        weight, bias = w[f'{name}.proj_out.weight'], w[f'{name}.proj_out.bias']
-        return x + F.conv1d(torch.cat(parts, 1), weight, bias).reshape(x.shape)
-
-    first = conv(w, 'input_blocks.0.0', x)
-    large = block('input_blocks.1.0', first)
-    if updown:
-        down = block('input_blocks.2.0', large, 'down')
-    else:
-        down = F.conv2d(large, w['input_blocks.2.0.op.weight'], w['input_blocks.2.0.op.bias'], 2, 1)
-    small = attend('input_blocks.3.1', block('input_blocks.3.0', down))
-    h = attend('middle_block.1', block('middle_block.0', small))
-    h = torch.cat([block('middle_block.2', h), small], 1)
-    h = torch.cat([attend('output_blocks.0.1', block('output_blocks.0.0', h)), down], 1)
-    h = attend('output_blocks.1.1', block('output_blocks.1.0', h))
-    if updown:
-        h = block('output_blocks.1.2', h, 'up')
-    else:
-        h = conv(w, 'output_blocks.1.2.conv', h.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    h = block('output_blocks.2.0', torch.cat([h, large], 1))
-    h = block('output_blocks.3.0', torch.cat([h, first], 1))
-    return conv(w, 'out.2', F.silu(norm(w, 'out.0', h, 1e-5, groups or min(32, h.shape[1] // 4))))
-
-
-def adm_weights(widths=(32, 64), blocks=1, attention=(1,), updown=True, scale_shift=True,
-                outputs=6, labels=4):
-    """Random weights of such a U-Net; attention at some levels, `blocks` at each."""
-    generator, w = torch.Generator().manual_seed(1), {}
-    now, emb_ch, i = widths[0], 4 * widths[0], 0
-
-    def add(name, *shape, mean=0.):
-        gain = math.prod(shape[1:]) ** -.5 if len(shape) > 1 else .1
-        w[f'{name}.weight'] = mean + gain * torch.randn(shape, generator=generator)
-        w[f'{name}.bias'] = .1 * torch.randn(shape[0], generator=generator)
-
-    def block(name, in_ch, out_ch):
-        add(f'{name}.in_layers.0', in_ch, mean=1.)
-        add(f'{name}.in_layers.2', out_ch, in_ch, 3, 3)
-        add(f'{name}.emb_layers.1', (2 if scale_shift else 1) * out_ch, emb_ch)
-        add(f'{name}.out_layers.0', out_ch, mean=1.)
-        add(f'{name}.out_layers.3', out_ch, out_ch, 3, 3)
-        if in_ch != out_ch:
-            add(f'{name}.skip_connection', out_ch, in_ch, 1, 1)
-
-    def attend(name, ch):
-        add(f'{name}.norm', ch, mean=1.)
-        add(f'{name}.qkv', 3 * ch, ch, 1)
-        add(f'{name}.proj_out', ch, ch, 1)
-
-    def resample(name, kind):
-        if updown:
-            block(name, now, now)
-        else:
-            add(f'{name}.{kind}', now, now, 3, 3)
-
-    add('time_embed.0', emb_ch, widths[0])
-    add('time_embed.2', emb_ch, emb_ch)
-    w['label_emb.weight'] = torch.randn(labels, emb_ch, generator=generator)
-    add('input_blocks.0.0', now, 3, 3, 3)
-    skips = [now]
-    for level, width in enumerate(widths):
-        if level:
-            i += 1
-            resample(f'input_blocks.{i}.0', 'op')
-            skips.append(now)
-        for _ in range(blocks):
-            i += 1
-            block(f'input_blocks.{i}.0', now, width)
-            now = width
-            skips.append(now)
-            if level in attention:
-                attend(f'input_blocks.{i}.1', width)
-    block('middle_block.0', now, now)
-    attend('middle_block.1', now)
-    block('middle_block.2', now, now)
-    i = -1
-    for level in reversed(range(len(widths))):
-        for _ in range(blocks + 1):
-            i += 1
-            block(f'output_blocks.{i}.0', now + skips.pop(), widths[level])
-            now = widths[level]
-            if level in attention:
-                attend(f'output_blocks.{i}.1', now)
-        if level:
-            resample(f'output_blocks.{i}.{2 if level in attention else 1}', 'conv')
-    add('out.0', now, mean=1.)
-    add('out.2', outputs, now, 3, 3)
-    return w
-
-
-def as_edm(w):
-    """The same weights as those of a DhariwalUNet, in its order of blocks."""
-    found = {}
-    for key, value in w.items():
-        layer, _, kind = key.rpartition('.')
-        if layer in ENDS:
-            name = ENDS[layer]
-        else:
-            place = next(place for place in PLACES if layer.startswith(f'{place}.'))
-            name = f'{PLACES[place]}.{PARTS[layer[len(place) + 1:]]}'
-        if name.endswith(('qkv', 'proj')) and kind == 'weight':
-            value = value[..., None]
-        found[f'{name}.{kind}'] = value.t() if layer == 'label_emb' else value
-    return found
-
-
-# the names of EDM
-PLACES = {'input_blocks.1.0': 'enc.16x16_block0', 'input_blocks.2.0': 'enc.8x8_down',
-          'input_blocks.3.0': 'enc.8x8_block0', 'input_blocks.3.1': 'enc.8x8_block0',
-          'middle_block.0': 'dec.8x8_in0', 'middle_block.1': 'dec.8x8_in0',
-          'middle_block.2': 'dec.8x8_in1', 'output_blocks.0.0': 'dec.8x8_block0',
-          'output_blocks.0.1': 'dec.8x8_block0', 'output_blocks.1.0': 'dec.8x8_block1',
-          'output_blocks.1.1': 'dec.8x8_block1', 'output_blocks.1.2': 'dec.16x16_up',
-          'output_blocks.2.0': 'dec.16x16_block0', 'output_blocks.3.0': 'dec.16x16_block1'}
-PARTS = {'in_layers.0': 'norm0', 'in_layers.2': 'conv0', 'emb_layers.1': 'affine',
-         'out_layers.0': 'norm1', 'out_layers.3': 'conv1', 'skip_connection': 'skip',
-         'norm': 'norm2', 'qkv': 'qkv', 'proj_out': 'proj'}
-ENDS = {'time_embed.0': 'map_layer0', 'time_embed.2': 'map_layer1', 'label_emb': 'map_label',
-        'input_blocks.0.0': 'enc.16x16_conv', 'out.0': 'out_norm', 'out.2': 'out_conv'}
+        c_noise = dict(VEPrecond=(s / 2).log(), EDMPrecond=s.log() / 4,
+                       consistency_models=250 * s.log())[kind]
+    level = s[:, None, None, None]
+    if kind in ('VPPrecond', 'iDDPMPrecond'):
+        return s, 1, -level, (1 + level ** 2) ** -.5, c_noise, u
+    if kind == 'VEPrecond':
+        return s, 1, level, 1, c_noise, u
+    total = level ** 2 + .25
+    return s, .25 / total, .5 * level / total ** .5, total ** -.5, c_noise, u

@@ -7,17 +7,15 @@ are those of autograd.
 
 import math
 
-import numpy as np
 import torch
-from torch.nn.functional import batch_norm, conv2d, cross_entropy
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from classifier import build_classifier
 from diffusion import Diffusion, distillation_loss
+from losses import MemoryP2P
 from model import UNet
 from runtime import seeding
-
-HEAD = {'conv1': 'project_head.0.weight', 'scale': 'project_head.1.weight',
-        'shift': 'project_head.1.bias', 'conv2': 'project_head.3.weight'}
 
 
 def double(tensor):
@@ -39,20 +37,6 @@ def classifier(state, mean, std):
     # the network itself was built with 0.5, which changes nothing
     net.register_forward_pre_hook(lambda _, inputs: (((inputs[0] + 1) / 2 - mean) / std,))
     return net.eval().requires_grad_(False)
-
-
-class Grid(Diffusion):
-    """Every point of a base grid 0..N is a step of the model."""
-
-    def __init__(self, N, mean_type='xstart'):
-        super().__init__(N, mean_type=mean_type)
-
-    def sample(self, net, z, times, y):
-        """Clipped DDIM over `times`, from the last grid point to 0."""
-        for t, s in zip(times[:-1], times[1:]):
-            t, s = (torch.full((len(z),), u) for u in (t, s))
-            z = self.ddim_step(net, z, t, s, y=y)
-        return z.clamp(-1, 1)
 
 
 # Relations
@@ -81,16 +65,6 @@ def intra_loss(map_S, map_T, tau, group):
     return torch.cat(rows).mean()
 
 
-def head_of(weights, map_S, running):
-    """1x1 convolution, batch norm of this batch, ReLU, 1x1 convolution.
-
-    running: [mean, variance] over earlier batches, moved a tenth of the way to this one in place.
-    """
-    h = batch_norm(conv2d(map_S, weights['conv1']), *running, weights['scale'], weights['shift'],
-                   training=True)
-    return conv2d(h.clamp(min=0), weights['conv2'])
-
-
 def memory_loss(map_head, map_T, V, tau):
     """M_P2P: every pixel against the rows V of the queue."""
     rows = [kl(unit_rows(t) @ V.t() / tau, unit_rows(s) @ V.t() / tau)
@@ -100,22 +74,17 @@ def memory_loss(map_head, map_T, V, tau):
 
 def enqueued(queue, pointer, map_T, chosen, layout):
     """(queue, pointer) after the `chosen` pixels of the whole batch (B, C, H, W) have entered."""
-    B, C, H, W = map_T.shape
-    queue, length = queue.clone(), len(queue)
-    if layout == 'pixels':
-        pixels = torch.cat([unit_rows(image) for image in map_T])
-        for k, n in enumerate(chosen.tolist()):
-            queue[(pointer + k) % length] = pixels[n]
-        return queue, (pointer + len(chosen)) % length
-    # released: the map (B, C, H, W) in memory, read as if it were (C, B, H, W); the last rows are
-    # written at the end of the queue, and then the pointer is 0
-    unit = map_T / map_T.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    scrambled = unit.contiguous().view(-1).view(C, B * H * W)
-    wraps = pointer + len(chosen) >= length
-    first = length - len(chosen) if wraps else pointer
+    queue, length, end = queue.clone(), len(queue), pointer + len(chosen)
+    rows = torch.cat([unit_rows(image) for image in map_T])
+    at_end = layout == 'released' and end >= length     # its last rows are written, then pointer 0
+    if layout == 'released':    # the map (B, C, H, W) in memory, read as if it were (C, B, H, W)
+        maps = torch.stack([unit_rows(image).t() for image in map_T])
+        rows = maps.view(maps.shape[1], -1).t()
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    first = length - len(chosen) if at_end else pointer
     for k, n in enumerate(chosen.tolist()):
-        queue[first + k] = scrambled[:, n] / scrambled[:, n].norm()
-    return queue, 0 if wraps else pointer + len(chosen)
+        queue[(first + k) % length] = rows[n]
+    return queue, 0 if at_end else end % length
 
 
 # Optimisation
@@ -126,45 +95,42 @@ def rate(step, lr, warmup, total_steps, decay):
     return rate * (1 + math.cos(math.pi * (step - 1) / total_steps)) / 2 if decay else rate
 
 
-def optimised(named, grads, saved, step, lr, wd):
-    """({name: weight}, {name: (m, v)}) after a step of Adam; decay is L2, in the gradient.
+def moments(module, saved, wd):
+    """{parameter: (m, v)} after a step of Adam by their gradients; decay is L2, in the gradient.
 
     saved: state dict of the optimiser before it.
     """
-    weights, moments = {}, {}
-    for i, ((name, p), g) in enumerate(zip(named.items(), grads)):
-        old, p = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0)), p.detach()
-        g = g + wd * p
-        m = 0.9 * double(old['exp_avg']) + 0.1 * g
-        v = 0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2
-        up = m / (1 - 0.9 ** step) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
-        weights[name], moments[name] = p - lr * up, (m, v)
-    return weights, moments
+    found = {}
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for i, (name, p) in enumerate(trained):
+        old = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0))
+        g = p.grad + wd * p.detach()
+        found[name] = (0.9 * double(old['exp_avg']) + 0.1 * g,
+                       0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2)
+    return found
 
 
 # One step of a script
 
-def step_terms(flags, grid, net, part, head, features, queue, running):
+def step_terms(flags, grid, net, part, features, memory, queue):
     """{name: (weight, loss)} of one part of a batch, for whichever script the flags are of.
 
     Args:
         flags: all flags by name, and `script`.
         net, features: the network in training, the classifier.
         part: images, noise, times, labels; `x_target`, `e_target` of the teacher.
-        head, running: {name: weight} of the head, and [mean, variance] of its batch norm.
-        queue: (rows, C) of the contrast set.
+        memory, queue: `MemoryP2P`, whose head is trained, or None; the rows compared with.
     """
     x_0, eps, t = double(part['x_0']), double(part['eps']), part['t']
     x, e = grid.predict(net, grid.add_noise(x_0, eps, t), t, part['y'])
     if flags['script'] == 'train_base.py':
         kind = 'eps' if flags['mean_type'] == 'epsilon' else flags['loss_type']
         return dict(loss=(1, distillation_loss(x, e, x_0, eps, kind).mean()))
-    x_target, e_target = part['x_target'], part['e_target']
+    target = part['x_target'], part['e_target']
     if flags['script'] == 'PD.py':
-        return dict(loss=(1, distillation_loss(x, e, x_target, e_target,
-                                               flags['loss_type']).mean()))
+        return dict(loss=(1, distillation_loss(x, e, *target, flags['loss_type']).mean()))
     logits, f_S, map_S = features(x)
-    _, f_T, map_T = features(x_target)
+    _, f_T, map_T = features(part['x_target'])
     terms = {}
     if flags['feature']:
         terms['loss_feature'] = flags['feature_weight'], kl(f_T / flags['temperature'], f_S).mean()
@@ -174,19 +140,18 @@ def step_terms(flags, grid, net, part, head, features, queue, running):
             quarter if quarter and len(x) % quarter == 0 else len(x))
         terms['loss_intra'] = flags['intra_weight'], intra_loss(
             map_S, map_T, flags['intra_temperature'], group)
-    if head:
+    if memory:
         terms['loss_memory'] = flags['memory_weight'], memory_loss(
-            head_of(head, map_S, running), map_T, queue, flags['contrast_temperature'])
+            memory.project_head(map_S), map_T, queue, flags['contrast_temperature'])
     if flags['alpha']:
         log_p = logits.log_softmax(1)
         terms['entropy'] = flags['alpha'] * flags['beta'], -(log_p.exp() * log_p).sum(1).mean()
         p = log_p.exp().mean(0)
         terms['diversity'] = flags['alpha'] * (1 - flags['beta']), (p * p.log()).sum()
     if flags['logits']:
-        terms['loss_pd'] = (flags['logits_weight'],
-                            distillation_loss(x, e, x_target, e_target).mean())
+        terms['loss_pd'] = flags['logits_weight'], distillation_loss(x, e, *target, 'both').mean()
     if flags['gt']:
-        terms['loss_gt'] = flags['gt_weight'], distillation_loss(x, e, x_0, eps).mean()
+        terms['loss_gt'] = flags['gt_weight'], distillation_loss(x, e, x_0, eps, 'both').mean()
     return terms
 
 
@@ -201,13 +166,12 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
         teacher: its network, with outputs `teacher_type` and steps of `teacher_step` grid points.
         N: last point of the grid.
     Returns:
-        logged {name: value}; after: dict of net_model, moments, ema_model, queue, pointer, head,
+        logged {name: value}; after: dict of moments and, with a queue, of queue, pointer,
         head_moments, running (mean, var).
     """
     grid = Diffusion(N, mean_type=flags['mean_type'])
     net = unet(before['net_model'], N, flags['conditional'], flags['dropout']).train()
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    after, head, queue, running = {}, {}, None, None
+    after, memory, queue = {}, None, None
     for part in parts if teacher is not None else ():
         diffusion, t = grid.with_steps(N // teacher_step, teacher_type), part['t']
         with torch.no_grad():
@@ -215,76 +179,48 @@ def expected_step(flags, step, before, parts, chosen=None, contrast=None, teache
             part['x_target'] = diffusion.two_step_target(teacher, z, t, part['y'])
             part['e_target'] = grid.eps_of(z, part['x_target'], t)
     if chosen is not None:
-        memory = before['memory']
-        head = {name: double(memory[key]).requires_grad_() for name, key in HEAD.items()}
+        memory = MemoryP2P(before['memory']['queue'].shape[1], flags['queue_size'],
+                           flags['contrast_size'], layout=flags['queue_layout']).double()
+        memory.load_state_dict(before['memory'])
         map_T = torch.cat([features(part['x_target'])[2] for part in parts])
         after['queue'], after['pointer'] = enqueued(
-            double(memory['queue']), memory['_extra_state']['pointer'], map_T, chosen,
+            memory.queue, before['memory']['_extra_state']['pointer'], map_T, chosen,
             flags['queue_layout'])
         queue = after['queue'][contrast]
-        running = after['running'] = [double(memory[f'project_head.1.running_{what}']).clone()
-                                      for what in ('mean', 'var')]
     total, logged = 0., {}
     for number, part in enumerate(parts):
         torch.manual_seed(seeding.mix(flags['seed'], seeding.DROPOUT, step, 0, number))
-        terms = step_terms(flags, grid, net, part, head, features, queue, running)
+        terms = step_terms(flags, grid, net, part, features, memory, queue)
         loss = sum(weight * value for weight, value in terms.values())
         total = total + loss / len(parts)
         values = {name: value for name, (_, value) in terms.items()}
         for name, value in dict(values, loss=loss).items():
             logged[name] = logged.get(name, 0.) + value.item() / len(parts)
-    grads = torch.autograd.grad(total, [*named.values(), *head.values()])
-    of_net, of_head = grads[:len(named)], grads[len(named):]
-    logged['grad_norm'] = math.sqrt(sum((g ** 2).sum().item() for g in of_net))
+    total.backward()
     limit = flags['grad_clip'] or math.inf
-    of_net = [g * min(1., limit / logged['grad_norm']) for g in of_net]
+    logged['grad_norm'] = clip_grad_norm_(net.parameters(), limit).item()
     logged['lr'] = rate(step, flags['lr'], flags['warmup'], flags['total_steps'],
                         flags['script'] != 'train_base.py')
-    after['net_model'], after['moments'] = optimised(
-        named, of_net, before['optim'], step, logged['lr'], flags['wd'])
-    if head:
-        after['head'], after['head_moments'] = optimised(
-            head, of_head, before['optim_head'], step, flags['lr'], flags['wd'])
-    if 'ema_model' in before:
-        decay = flags['ema_decay']
-        after['ema_model'] = {name: decay * double(before['ema_model'][name]) + (1 - decay) * new
-                              for name, new in after['net_model'].items()}
+    after['moments'] = moments(net, before['optim'], flags['wd'])
+    if memory:
+        after['head_moments'] = moments(memory, before['optim_head'], flags['wd'])
+        norm = memory.project_head[1]
+        after['running'] = norm.running_mean, norm.running_var
     return logged, after
 
 
 # Training of a classifier
 
-def classifier_steps(state, batches, rates, wd, nesterov):
-    """The network after SGD on `batches` [(x, y)] at `rates`; and the losses.
+def classifier_trained(state, batches, rates, wd, nesterov):
+    """The network after SGD on `batches` [(x, y)] at `rates`.
 
     state: `name`, `model` (weights before), `mean`, `std`.
     """
     net = classifier(state, state['mean'], state['std']).requires_grad_(True).train()
     optim = torch.optim.SGD(net.parameters(), 1., 0.9, weight_decay=wd, nesterov=nesterov)
-    losses = []
     for (x, y), lr in zip(batches, rates):
         optim.param_groups[0]['lr'] = lr
         optim.zero_grad()
-        loss = cross_entropy(net(double(x))[0], y)
-        loss.backward()
+        cross_entropy(net(double(x))[0], y).backward()
         optim.step()
-        losses.append(loss.item())
-    return net, losses
-
-
-# Scores
-
-def frechet(features, mu, sigma):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the root from eigenvalues of S1 S2."""
-    features = features.numpy()
-    mu1, sigma1 = features.mean(0), np.cov(features.T)
-    eigenvalues = np.linalg.eigvals(sigma1 @ sigma).real.clip(min=0)
-    return ((mu1 - mu) ** 2).sum() + np.trace(sigma1) + np.trace(sigma) - 2 * np.sqrt(
-        eigenvalues).sum()
-
-
-def inception(probs, splits=10):
-    """exp of the mean KL(p(y|x) || p(y)), mean and deviation over parts of the images."""
-    scores = [math.exp((part * (part / part.mean(0)).log()).sum(1).mean().item())
-              for part in probs.tensor_split(splits)]
-    return float(np.mean(scores)), float(np.std(scores))
+    return net

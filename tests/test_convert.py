@@ -146,18 +146,19 @@ def test_songunet(tmp_path, convert_file, kind, arguments):
 def test_adm_in_the_preconditioning_of_edm(tmp_path, convert_file, kind):
     diffusers()
     s, c_skip, c_out, c_in, c_noise, u = by_hand.noise_levels(kind)
-    w = by_hand.adm_weights(outputs=6 if kind == 'iDDPMPrecond' else 3)
+    outputs = 6 if kind == 'iDDPMPrecond' else 3
+    w = by_hand.adm_weights(outputs=outputs, edm=True)
     if kind == 'consistency_models':
         order, groups, file = 'new', 32, tmp_path / 'edm_x.pt'
-        torch.save(w, file)
+        torch.save(by_hand.adm_weights(outputs=outputs), file)
         words = ['--img_size=16', '--num_head_channels=16', '--new_attention_order']
     else:
         order, groups, words = 'edm', None, []
-        file = write(tmp_path / 'x.pkl', by_hand.as_edm(w), kind, u=u, model_type='DhariwalUNet',
+        file = write(tmp_path / 'x.pkl', w, kind, u=u, model_type='DhariwalUNet',
                      channels_per_head=16)
     model = convert_file(file, tmp_path / 'out', *words)
     x, y = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 3, 1, 2])
-    out = by_hand.adm(w, order, 16, True, True, c_in * x, c_noise, y, groups)[:, :3]
+    out = by_hand.adm(w, order, 16, c_in * x, c_noise, y, groups)[:, :3]
     assert_denoises(model.network, c_skip * x + c_out * out, x, s, y)
     assert (model.arch['conditional'], model.arch['class_num']) == (True, 4)
     assert model.diffusion.mean_type == 'xstart'
@@ -168,14 +169,14 @@ def test_adm_in_the_preconditioning_of_edm(tmp_path, convert_file, kind):
 def test_guided_diffusion(tmp_path, convert_file, order, updown, scale_shift, outputs):
     """Its timesteps are our times less one; a learned variance is left out."""
     diffusers()
-    w = by_hand.adm_weights(updown=updown, scale_shift=scale_shift, outputs=outputs)
-    torch.save(w, tmp_path / 'ema_0.9999_100.pt')
+    shape = dict(updown=updown, scale_shift=scale_shift, outputs=outputs)
+    torch.save(by_hand.adm_weights(**shape), tmp_path / 'ema_0.9999_100.pt')
     words = ['--new_attention_order'] if order == 'new' else []
     model = convert_file(tmp_path / 'ema_0.9999_100.pt', tmp_path / 'out', '--img_size=16',
                          '--num_heads=4', '--beta_schedule=cosine', *words)
     x, t, y = torch.randn(3, 3, SIZE, SIZE), torch.tensor([0, 400, 999]), torch.tensor([3, 0, 1])
     with torch.no_grad():
-        wanted = by_hand.adm(w, order, 16, updown, scale_shift, x, t, y)[:, :3]
+        wanted = by_hand.adm(by_hand.adm_weights(edm=True, **shape), order, 16, x, t, y)[:, :3]
         assert (model.network(x, t + 1, y) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert (model.diffusion.mean_type, model.diffusion.T, model.img_size) == ('epsilon', 1000, 16)
 

@@ -3,14 +3,13 @@
 import copy
 from datetime import timedelta
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
 
 from classifier import build_classifier
-from classifier.frozen import load_frozen
-from classifier.frozen import ImageNetClassifier
+from classifier.frozen import ImageNetClassifier, load_frozen
 from model import GroupNorm, UNet
 from runtime import checkpoint, distributed, precision
 from runtime.cli import UserError
@@ -31,13 +30,6 @@ def small_unet(**how):
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.xavier_uniform_(module.weight)
     return net
-
-
-def assert_near(found, expected, rel):
-    """Largest difference relative to the largest value, tensor by tensor."""
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected):
-        assert 0 < other.abs().max() and (one - other).abs().max() <= rel * other.abs().max()
 
 
 # Precision
@@ -71,17 +63,17 @@ def test_layers_in_float32():
     """Under autocast, group norms and the tail keep all digits of their own."""
     norm, x = GroupNorm(64), randn(2, 64, 4, 4).bfloat16()
     net, seen = small_unet().to(memory_format=torch.channels_last), []
-    net.tail.register_forward_hook(lambda tail, inputs, out: seen.append((inputs[0], out)))
+    net.tail.register_forward_hook(lambda tail, inputs, out: seen.extend(inputs))
     with torch.no_grad():
         exact = net(randn(4, 3, 8, 8), torch.arange(4))
         with precision.autocast('bf16', CPU):
             assert torch.equal(norm(x), torch.nn.GroupNorm(32, 64)(x.float()))
             out = net(randn(4, 3, 8, 8), torch.arange(4))
-    h, _ = seen[1]
+    h = seen[1]
     assert h.dtype == out.dtype == torch.float32
     assert torch.equal(out, net.tail(h)) and not torch.equal(out, out.bfloat16().float())
-    assert not torch.equal(out, exact)      # three significant digits in every other product
-    assert_near([out], [exact], .03)
+    # three significant digits in every other product
+    assert 0 < (out - exact).abs().max() < .03 * exact.abs().max()
 
 
 @pytest.mark.parametrize('cpu, fast', [
@@ -121,7 +113,8 @@ def test_the_classifier_of_a_distillation_is_folded(name, left, tmp_path):
     folded = load_frozen(name, tmp_path / 'ckpt.pt', dataset, 'stored', CPU)
     network = frozen(ImageNetClassifier(name, network) if imagenet else network)
     x = randn(1, 3, 8, 8)
-    assert_near(folded(x), network(x), 1e-4)
+    for found, expected in zip(folded(x), network(x)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert len(batch_norms(folded)) == left
     assert not any(p.requires_grad for p in folded.parameters())
 
@@ -182,17 +175,14 @@ def test_set_up_gpu(tf32, conv, matmul, monkeypatch):
     assert backends.cudnn.benchmark
 
 
-@pytest.mark.parametrize('device, backend', [('cuda:1', 'nccl'), ('cpu', 'gloo')])
-def test_group_of_processes(device, backend, monkeypatch):
+@pytest.mark.parametrize('device, backend, hours, groups', [
+    ('cuda:1', 'nccl', .5, 1), ('cpu', 'gloo', 6, 0)])
+def test_group_of_processes(device, backend, hours, groups, monkeypatch):
     """NCCL has a shorter timeout than gloo, and a group of the hosts beside it."""
-    def init_process_group(backend, store, rank, world_size, timeout):
-        joined.extend([backend, rank, world_size, timeout])
-
-    joined, dist = [], Mock(rendezvous=lambda url: iter([(Mock(), 1, 2)]),
-                            init_process_group=init_process_group)
+    dist = Mock(rendezvous=lambda url: iter([(Mock(), 1, 2)]))
     for name, form in dict(dist=dist, _hosts=None, check_agreement=lambda: None).items():
         monkeypatch.setattr(distributed, name, form)
     distributed.join(torch.device(device), 2)
-    gpu = backend == 'nccl'
-    assert joined == [backend, 1, 2, timedelta(hours=.5 if gpu else 6)]
-    assert dist.new_group.call_count == gpu
+    dist.init_process_group.assert_called_once_with(
+        backend, store=ANY, rank=1, world_size=2, timeout=timedelta(hours=hours))
+    assert dist.new_group.call_count == groups

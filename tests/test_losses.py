@@ -20,21 +20,17 @@ def randn(*shape):
 # Feature loss, entropy, diversity
 
 def test_feature_kl():
-    """p_S = (1/2, 1/2); f_T / 0.5 = (log 3, 0), so p_T = (3/4, 1/4): the teacher's in front."""
-    feature_S = torch.tensor([[0., 0.], [1., 1.]])
+    """f_T / 0.5 = (log 3, 0), so p_T = (3/4, 1/4); the student is not divided: p_S = (1/3, 2/3)."""
     feature_T = torch.tensor([[math.log(3) / 2, 0.], [0., math.log(3) / 2]])
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    feature_S = torch.tensor([[0., math.log(2)], [math.log(2), 0.]])
+    expected = 0.75 * math.log(9 / 4) + 0.25 * math.log(3 / 8)
     assert feature_kl(feature_S, feature_T, 0.5).item() == pytest.approx(expected, rel=1e-5)
-    feature = randn(3, 5)       # only the teacher is divided
-    assert feature_kl(feature / 0.9, feature, 0.9).item() == pytest.approx(0, abs=1e-6)
-    assert feature_kl(feature, feature, 0.9).item() > 1e-4
 
 
 def test_entropy():
-    logits = torch.tensor([[math.log(3), 0., -100.], [0., 0., -100.]])
+    logits = torch.tensor([[math.log(3), 0., -200.], [0., 0., -200.]])     # the last one is 0
     expected = (-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + math.log(2)) / 2
     assert entropy(logits).item() == pytest.approx(expected, rel=1e-5)
-    assert entropy(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_diversity():
@@ -63,10 +59,9 @@ def test_intra_is_the_double_loop(group, chunk, tau):
         intra_sample_p2p(map_S, map_T, group=3)
 
 
-@pytest.mark.parametrize('chunk', [2 ** 22, 12])
-def test_memory_is_its_definition(chunk, monkeypatch):
-    """Gradients reach the student and the head alone."""
-    monkeypatch.setattr(losses, 'CHUNK_ENTRIES', chunk)
+def test_memory_is_its_definition(monkeypatch):
+    """Gradients reach the student and the head alone; in chunks of two pixels."""
+    monkeypatch.setattr(losses, 'CHUNK_ENTRIES', 12)
     memory = MemoryP2P(4, 12, 5, contrast_temperature=0.2)
     memory.choose_contrast(gen)
     map_S, map_T = randn(2, 4, 2, 2).requires_grad_(), randn(2, 4, 2, 2).requires_grad_()
@@ -110,22 +105,28 @@ def test_queue_of_several_steps(layout):
         assert memory.pointer == pointer
 
 
+def test_vectors_that_are_not_finite_are_left_out():
+    memory = MemoryP2P(4, queue_size=6, contrast_size=2, update_size=2)
+    before = memory.queue.clone()
+    memory.enqueue(torch.tensor([[math.nan, 0, 0, 0], [0, 2., 0, 0]]))
+    assert torch.equal(memory.queue[0], before[0]) and memory.queue[1].tolist() == [0, 1, 0, 0]
+    assert memory.pointer == 2
+
+
 def test_queue_is_random_unit_vectors_at_first():
-    queue = MemoryP2P(8, 50, 6, generator=torch.Generator().manual_seed(1)).queue
-    torch.testing.assert_close(queue.norm(dim=1), torch.ones(50))
-    assert torch.equal(queue, MemoryP2P(8, 50, 6, generator=torch.Generator().manual_seed(1)).queue)
-    assert queue.t().cov().diag().mean() < 0.2 and queue.mean().abs() < 0.1
+    first, second = (MemoryP2P(8, 50, 6, generator=torch.Generator().manual_seed(1)).queue
+                     for _ in range(2))
+    torch.testing.assert_close(first.norm(dim=1), torch.ones(50))
+    assert torch.equal(first, second)
+    assert first.t().cov().diag().mean() < 0.2 and first.mean().abs() < 0.1
 
 
 def test_contrast_rows():
-    """Drawn anew in every step; the released layout keeps evenly spaced ones."""
-    memory = MemoryP2P(3, 100, 10)
-    seen = set()
+    """Drawn anew in every step, of all rows, none twice."""
+    memory, seen = MemoryP2P(3, 100, 10), set()
     for seed in range(40):
         memory.choose_contrast(torch.Generator().manual_seed(seed))
-        assert len(set(memory.contrast.tolist())) == 10
-        seen |= set(memory.contrast.tolist())
+        rows = set(memory.contrast.tolist())
+        assert len(rows) == 10
+        seen |= rows
     assert len(seen) > 90       # (9/10)^40 of 100 rows are expected to be missed
-    released = MemoryP2P(3, 100, 10, layout='released')
-    released.choose_contrast(gen)
-    assert released.contrast.tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]

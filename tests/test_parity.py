@@ -122,7 +122,6 @@ def m_p2p(what):
     memory.queue.copy_(torch.nn.functional.normalize(arr(1007, 200, 64), dim=1))
     if what == 'contrast_rows':     # before any draw: the fixed rows of the published code
         return memory.contrast
-    memory.contrast.copy_(torch.from_numpy(REFERENCE['m_p2p/contrast_rows']))
     return value_or_grad(lambda S, T: memory(memory.project_head(S), T), what)
 
 
@@ -151,8 +150,7 @@ GROUPS = dict(
                                                torch.tensor([1, 7])),
     unet_full=lambda _: fill(NETWORKS['unet_cifar10'](), 1000)(IMAGES(), torch.tensor([1, 1024])),
     ddim=ddim, base_loss=base_loss, pd_loss=pd_loss, rdd=rdd, is_p2p=is_p2p, m_p2p=m_p2p,
-    classifier=classified, fid=frechet)
-GROUPS['is'] = inception
+    classifier=classified, fid=frechet, **{'is': inception})
 
 
 # Comparison

@@ -13,8 +13,10 @@ import torch
 from torch.nn.functional import pad
 
 import oracle
+from diffusion import Diffusion
 from helpers import assert_ran, command, fork_all
 from runtime import data
+from score.metrics import ActivationStats, frechet_distance
 from wiring import load, make_inputs, make_photos, near, photos, words
 
 TRAIN = dict(script='classifier/train.py', model='convnet_small', dataset='folder',
@@ -104,8 +106,8 @@ def test_training(folder, case):
     state_before = dict(model=record['initial'], name=flags['model'], mean=state['mean'],
                         std=state['std'])
     rate = rates(flags, steps, per_epoch)
-    net, _ = oracle.classifier_steps(state_before, record['inputs'], rate, flags['wd'],
-                                     flags['recipe'] == 'plain')
+    net = oracle.classifier_trained(state_before, record['inputs'], rate, flags['wd'],
+                                    flags['recipe'] == 'plain')
     for key, value in net.state_dict().items():
         if value.is_floating_point():
             moved = value - oracle.double(record['initial'][key])
@@ -180,27 +182,28 @@ def test_evaluation(folder, case):
     if conditional:     # those of the first of the steps of every batch
         assert torch.equal(torch.cat(record['labels'][::T // stride]), y)
         assert len(y) == number and len(set(y.tolist())) > 5
-    grid = oracle.Grid(T * time_scale, state['mean_type'])
+    grid = Diffusion(T * time_scale, mean_type=state['mean_type'])
     x_T = oracle.double(torch.cat(record['x_T']))
     assert x_T.shape == (number, 3, 8, 8)
     assert len(x_T.flatten(1).unique(dim=0)) == number      # no image twice
-    times = list(range(T * time_scale, -1, -stride * time_scale))
     net = oracle.unet(state[name], T * time_scale, conditional).requires_grad_(False)
-    x = grid.sample(net, x_T, times, y)
+    x = grid.sample(net, x_T, stride * time_scale, clip=True, y=y)
     pixels = saved['arr_0'].permute(0, 3, 1, 2)
     assert pixels.shape == x.shape and pixels.dtype == torch.uint8
     assert (pixels - (x + 1) * 127.5).abs().max() < 0.51
     stored = load(folder / 'classifier/ckpt.pt')
     features = oracle.classifier(stored, stored['mean'], stored['std'])
     logits, feature, _ = features(x if flags['fid_float'] else pixels.double() / 127.5 - 1)
+    stats = ActivationStats(number)
+    stats.update(feature, logits.softmax(1), torch.arange(number))
     with np.load(str(folder / flags['fid_cache'])) as reference:
-        fid = oracle.frechet(feature, reference['mu'], reference['sigma'])
-    mean, std = oracle.inception(logits.softmax(1))
+        fid = frechet_distance(*stats.mean_cov(), reference['mu'], reference['sigma'])
+    mean, std = stats.inception_score()
     assert result['fid'] == pytest.approx(fid, rel=1e-5, abs=1e-3)
     assert result['inception_score'] == pytest.approx(mean, rel=1e-4)
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
     protocol = dict(weights=name, seed=flags['seed'], num_images=number, stride=stride,
-                    nfe=len(times) - 1)
+                    nfe=T // stride)
     assert {key: result[key] for key in protocol} == protocol
     if case == 'eval-other':
         others = oracle.double(torch.cat(load(folder / 'eval-plain.record')['x_T']))
