@@ -1,7 +1,6 @@
-"""SongUNet, the U-Net of EDM's CIFAR-10, FFHQ and AFHQv2 models: DDPM++ and NCSN++.
+"""SongUNet of EDM (Karras et al. 2022, 2206.00364, Appendix F.1): DDPM++ and NCSN++ (2011.13456).
 
-Song et al. 2021 (2011.13456) in the form of Karras et al. 2022 (2206.00364, Appendix F.1), with the
-published names of parameters. Sums of two branches are scaled by sqrt(1/2) to keep their variance.
+Parameters have the published names. Sums of two branches are scaled by sqrt(1/2).
 """
 
 import math
@@ -13,41 +12,33 @@ from torch import nn
 
 from model import GroupNorm
 
-HALF = math.sqrt(.5)
-
 
 def group_norm(channels):
     return GroupNorm(channels, min(32, channels // 4), eps=1e-6)
 
 
 class Conv(nn.Conv2d):
-    """A convolution, by default without a change of size.
+    """A convolution; `resample`: 'up' or 'down', by 2, before it, or 'after': down, after it.
 
-    Args:
-        resample: 'up' or 'down', by 2, before the convolution; 'after': down, after it.
-        taps: the filter of `resample` along one axis, 2 or 4 numbers.
+    taps: the filter of `resample` along one axis, 2 or 4 numbers.
     """
 
     def __init__(self, in_ch, out_ch, kernel, resample=None, taps=(1, 1)):
-        margin = (len(taps) - 1) // 2
-        super().__init__(in_ch, out_ch, kernel,
-                         padding=kernel // 2 + (margin if resample == 'after' else 0))
-        self.resample, self.margin = resample, margin
+        super().__init__(in_ch, out_ch, kernel, padding=kernel // 2)
+        self.resample, self.margin = resample, (len(taps) - 1) // 2
         if resample:
             taps = torch.tensor(taps, dtype=torch.float32)
             self.register_buffer('resample_filter', taps.outer(taps)[None, None] / taps.sum() ** 2)
 
     def forward(self, x):
-        if self.resample == 'up':
-            x = self.each_channel(F.conv_transpose2d, 4, x, self.in_channels, self.margin)
-        elif self.resample == 'down':
-            x = self.each_channel(F.conv2d, 1, x, self.in_channels, self.margin)
-        x = super().forward(x)
         if self.resample == 'after':
-            x = self.each_channel(F.conv2d, 1, x, self.out_channels, 0)
-        return x
+            return self.filtered(super().forward(F.pad(x, 4 * [self.margin])), self.out_channels, 0)
+        if self.resample:
+            x = self.filtered(x, self.in_channels, self.margin)
+        return super().forward(x)
 
-    def each_channel(self, convolve, gain, x, channels, padding):
+    def filtered(self, x, channels, padding):
+        gain, convolve = (4, F.conv_transpose2d) if self.resample == 'up' else (1, F.conv2d)
         weight = (gain * self.resample_filter.to(x.dtype)).expand(channels, -1, -1, -1)
         return convolve(x, weight, stride=2, padding=padding, groups=channels)
 
@@ -65,7 +56,6 @@ class Block(nn.Module):
         self.conv1 = Conv(out_ch, out_ch, 3)
         same = in_ch == out_ch and not resample
         self.skip = nn.Identity() if same else Conv(in_ch, out_ch, 1, resample, taps)
-        self.attention = attention
         if attention:
             self.norm2 = group_norm(out_ch)
             self.qkv = Conv(out_ch, 3 * out_ch, 1)
@@ -75,16 +65,13 @@ class Block(nn.Module):
         """x (B, in_ch, H, W), emb (B, emb_ch) -> (B, out_ch, H, W), or half or twice that size."""
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
-        x = (self.skip(x) + h) * HALF
-        return (x + self.attend(x)) * HALF if self.attention else x
-
-    def attend(self, x):
-        """Self-attention over all pixels, one head."""
-        B, C, H, W = x.shape
+        x = (self.skip(x) + h) * math.sqrt(.5)
+        if not hasattr(self, 'qkv'):
+            return x
+        B, C, H, W = x.shape        # over all pixels, one head
         qkv = self.qkv(self.norm2(x)).view(B, 1, C, 3, H * W).transpose(2, 4)
-        q, k, v = qkv.unbind(3)         # (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(h.transpose(2, 3).reshape(B, C, H, W))
+        h = F.scaled_dot_product_attention(*qkv.unbind(3))      # q, k, v (B, 1, HW, C)
+        return (x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))) * math.sqrt(.5)
 
 
 class SongUNet(nn.Module):
@@ -95,54 +82,50 @@ class SongUNet(nn.Module):
                  embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
                  resample_filter=(1, 1), augment_dim=0):
         super().__init__()
-        self.noise_ch, emb_ch = (model_channels * n for n in (channel_mult_noise, channel_mult_emb))
-        self.map_noise = nn.Module()
+        noise_ch, emb_ch = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        self.map_noise, self.map_augment = nn.Module(), nn.Module()
         if embedding_type == 'fourier':
-            self.map_noise.register_buffer('freqs', torch.zeros(self.noise_ch // 2))
-        self.map_label = nn.Linear(label_dim, self.noise_ch) if label_dim else None
-        self.map_augment = nn.Module()
+            self.map_noise.register_buffer('freqs', torch.zeros(noise_ch // 2))
         if augment_dim:     # for training from scratch: not used here, and so not trained
-            self.map_augment.register_buffer('weight', torch.zeros(self.noise_ch, augment_dim))
-        self.map_layer0 = nn.Linear(self.noise_ch, emb_ch)
+            self.map_augment.register_buffer('weight', torch.zeros(noise_ch, augment_dim))
+        self.map_label = nn.Linear(label_dim, noise_ch) if label_dim else None
+        self.map_layer0 = nn.Linear(noise_ch, emb_ch)
         self.map_layer1 = nn.Linear(emb_ch, emb_ch)
 
         block = partial(Block, emb_ch=emb_ch, dropout=dropout, taps=resample_filter)
-        levels = [(img_resolution >> level, model_channels * mult)
-                  for level, mult in enumerate(channel_mult)]
-        now, aux, skips, self.enc = model_channels, 3, [], nn.ModuleDict()
-        for level, (size, width) in enumerate(levels):
-            at = f'{size}x{size}'
-            if level == 0:
-                self.enc[f'{at}_conv'] = Conv(3, now, 3)
-            else:
-                self.enc[f'{at}_down'] = block(now, now, resample='down')
-            if level and encoder_type == 'residual':
-                self.enc[f'{at}_aux_residual'] = Conv(aux, now, 3, 'after', resample_filter)
-                aux = now
-            skips.append(now)
+        sizes = [img_resolution >> level for level in range(len(channel_mult))]
+        levels = [(f'{size}x{size}', model_channels * mult, size in attn_resolutions)
+                  for size, mult in zip(sizes, channel_mult)]
+        ch, aux, skips = model_channels, 3, [model_channels]
+        self.enc = nn.ModuleDict({f'{levels[0][0]}_conv': Conv(3, ch, 3)})
+        for at, out, attn in levels:
+            if at != levels[0][0]:
+                self.enc[f'{at}_down'] = block(ch, ch, resample='down')
+                if encoder_type == 'residual':
+                    self.enc[f'{at}_aux_residual'] = Conv(aux, ch, 3, 'after', resample_filter)
+                aux = ch
+                skips.append(ch)
             for i in range(num_blocks):
-                self.enc[f'{at}_block{i}'] = block(now, width, size in attn_resolutions)
-                now = width
-                skips.append(now)
-        self.dec = nn.ModuleDict({f'{at}_in0': block(now, now, attention=True),
-                                  f'{at}_in1': block(now, now)})
-        for size, width in levels[::-1]:
-            at = f'{size}x{size}'
-            if size != levels[-1][0]:
-                self.dec[f'{at}_up'] = block(now, now, resample='up')
+                self.enc[f'{at}_block{i}'] = block(ch, out, attn)
+                ch = out
+                skips.append(ch)
+        self.dec = nn.ModuleDict({f'{at}_in0': block(ch, ch, attention=True),
+                                  f'{at}_in1': block(ch, ch)})
+        for at, out, attn in levels[::-1]:
+            if at != levels[-1][0]:
+                self.dec[f'{at}_up'] = block(ch, ch, resample='up')
             for i in range(num_blocks + 1):
-                attention = i == num_blocks and size in attn_resolutions
-                self.dec[f'{at}_block{i}'] = block(now + skips.pop(), width, attention)
-                now = width
-        self.dec[f'{at}_aux_norm'] = group_norm(now)
-        self.dec[f'{at}_aux_conv'] = Conv(now, 3, 3)
+                self.dec[f'{at}_block{i}'] = block(ch + skips.pop(), out, attn and i == num_blocks)
+                ch = out
+        self.dec[f'{at}_aux_norm'] = group_norm(ch)
+        self.dec[f'{at}_aux_conv'] = Conv(ch, 3, 3)
 
     def forward(self, x, noise, y=None):
         """x (B, 3, H, W), noise (B,) = c_noise, labels y (B,) or None for no label -> like x."""
         emb, skips, aux = self.embedding(noise, y), [], x
         for name, module in self.enc.items():
             if name.endswith('aux_residual'):
-                x = skips[-1] = aux = (x + module(aux)) * HALF
+                x = skips[-1] = aux = (x + module(aux)) * math.sqrt(.5)
             else:
                 x = module(x, emb) if isinstance(module, Block) else module(x)
                 skips.append(x)
@@ -153,16 +136,15 @@ class SongUNet(nn.Module):
 
     def embedding(self, noise, y):
         """Of noise level and label, (B, emb_ch)."""
-        freqs = getattr(self.map_noise, 'freqs', None)
-        if freqs is None:
-            k = torch.arange(self.noise_ch // 2, device=noise.device)
-            angle = noise[:, None] * 10000. ** (-k / (self.noise_ch // 2 - 1))
-        else:
-            angle = noise[:, None] * (2 * math.pi * freqs)
+        k = torch.arange(self.map_layer0.in_features // 2, device=noise.device)
+        freqs = 10000. ** (-k / (len(k) - 1))
+        if hasattr(self.map_noise, 'freqs'):
+            freqs = 2 * math.pi * self.map_noise.freqs
+        angle = noise[:, None] * freqs
         emb = torch.cat([angle.sin(), angle.cos()], dim=1)
-        if self.map_label is not None:
-            emb = emb + self.map_label.bias
+        label = self.map_label
+        if label is not None:
+            emb = emb + label.bias
             if y is not None:
-                gain = math.sqrt(self.map_label.in_features)
-                emb = emb + gain * F.embedding(y, self.map_label.weight.t())
+                emb = emb + math.sqrt(label.in_features) * F.embedding(y, label.weight.t())
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
