@@ -11,35 +11,31 @@ from torch import nn
 
 from diffusion import alpha_bar_table
 from formats import diffusers_read
-from formats.entries import brief
+from formats.entries import betas_of, brief
 from formats.songunet import SongUNet
 from runtime.cli import UserError
 
-
-def spread(s):
-    """Standard deviation of images, taken as 0.5, with noise of level s."""
-    return (s ** 2 + .25).sqrt()
-
-
-def vp_time(s):
-    return ((.01 + 39.8 * (s ** 2).log1p()).sqrt() - .1) / 19.9
-
-
-def nearest(s, u):
-    """Index of the level nearest to s (B, 1, 1, 1) among those that iDDPM was trained at."""
-    return (s - u).abs().argmin(3, keepdim=True).to(s.dtype)
-
-
-# (c_skip, c_out, c_in, c_noise) at the levels s and, for iDDPM, its buffer u; range of a sampler
+# c_noise (B,) at levels s (B,), u: those that iDDPM was trained at; range of a sampler
 PRECONDITIONING = dict(
-    EDMPrecond=(lambda s, u: (.25 / spread(s) ** 2, .5 * s / spread(s), 1 / spread(s),
-                              s.log() / 4), .002, 80.),
-    VPPrecond=(lambda s, u: (1, -s, 1 / (s ** 2 + 1).sqrt(), 999 * vp_time(s)), .001, 152.),
-    VEPrecond=(lambda s, u: (1, s, 1, (s / 2).log()), .02, 100.),
-    iDDPMPrecond=(lambda s, u: (1, -s, 1 / (s ** 2 + 1).sqrt(), 999 - nearest(s, u)), .0064, 80.),
-    consistency_models=(lambda s, u: (.25 / spread(s) ** 2, .5 * s / spread(s), 1 / spread(s),
-                                      250 * s.log()), .002, 80.))
+    EDMPrecond=(lambda s, u: s.log() / 4, .002, 80.),
+    VPPrecond=(lambda s, u: 999 * (((.01 + 39.8 * (s ** 2).log1p()).sqrt() - .1) / 19.9), .001,
+               152.),
+    VEPrecond=(lambda s, u: (s / 2).log(), .02, 100.),
+    iDDPMPrecond=(lambda s, u: 999 - (s[:, None] - u).abs().argmin(1).to(s.dtype), .0064, 80.),
+    consistency_models=(lambda s, u: 250 * s.log(), .002, 80.))
+# arguments of a SongUNet that EDM's options leave out
+DEFAULTS = dict(label_dim=0, num_blocks=4, attn_resolutions=[16])
 WORDS = dict(embedding_type=('positional', 'fourier'), encoder_type=('standard', 'residual'))
+
+
+def scalings(kind, s):
+    """c_skip, c_out, c_in of a preconditioning at levels s (B, 1, 1, 1)."""
+    if kind in ('EDMPrecond', 'consistency_models'):
+        spread = (s ** 2 + .25).sqrt()      # standard deviation of noisy images; of clean ones, 0.5
+        return .25 / spread ** 2, .5 * s / spread, 1 / spread
+    if kind == 'VEPrecond':
+        return 1, s, 1
+    return 1, -s, 1 / (s ** 2 + 1).sqrt()
 
 
 class EDMNetwork(nn.Module):
@@ -52,16 +48,17 @@ class EDMNetwork(nn.Module):
     def __init__(self, model, entries):
         super().__init__()
         self.model, self.song = model, entries['edm'].get('song')
-        kind = entries['edm']['preconditioning']
-        self.coefficients, *_ = PRECONDITIONING[kind]
-        self.register_buffer('u', torch.zeros(1001) if kind == 'iDDPMPrecond' else None)
+        self.kind = entries['edm']['preconditioning']
+        self.c_noise, *_ = PRECONDITIONING[self.kind]
+        self.register_buffer('u', torch.zeros(1001) if self.kind == 'iDDPMPrecond' else None)
         self.in_float32 = ('model',) if self.song is None else ()       # as of DiffusersUNet
-        # the labels of a UNet2DModel end with a row of zeros, for "no label"
-        conditional = model.conditional if self.song is None else self.song['label_dim'] > 0
-        classes = model.class_num - 1 if self.song is None else self.song['label_dim']
-        self.conditional, self.class_num = conditional, classes if conditional else 10
+        if self.song is not None:
+            classes = self.song['label_dim']
+        else:       # the labels of a UNet2DModel end with a row of zeros, for "no label"
+            classes = model.class_num - 1 if model.conditional else 0
+        self.conditional, self.class_num = classes > 0, classes or 10
         for norm in model.modules():
-            if isinstance(norm, nn.GroupNorm) and kind != 'consistency_models':
+            if isinstance(norm, nn.GroupNorm) and self.kind != 'consistency_models':
                 norm.num_groups = min(32, norm.num_channels // 4)   # a UNet2DModel has one number
         self.entries = {key: entries[key] for key in ('edm', 'unet_config') if key in entries}
         alpha_bar = alpha_bar_table(len(entries['schedule']['betas']), entries['schedule'])
@@ -80,11 +77,12 @@ class EDMNetwork(nn.Module):
 
         Without labels, a conditional network gets a vector of zeros, "no label" in EDM.
         """
-        s = sigma.to(x.dtype)[:, None, None, None]
-        c_skip, c_out, c_in, c_noise = self.coefficients(s, self.u)
+        s = sigma.to(x.dtype)
+        c_skip, c_out, c_in = scalings(self.kind, s[:, None, None, None])
+        c_noise = self.c_noise(s, self.u)
         if self.conditional and y is None and self.song is None:
             y = torch.full_like(sigma, self.class_num, dtype=torch.long)
-        return c_skip * x + c_out * self.model(c_in * x, c_noise.flatten(), y).to(x.dtype)
+        return c_skip * x + c_out * self.model(c_in * x, c_noise, y).to(x.dtype)
 
     def architecture(self, N):
         """The nearest to the arguments of our U-Net, for times 0..N."""
@@ -118,10 +116,13 @@ def build(entries, dropout=0., where='the checkpoint'):
     return EDMNetwork(model, entries)
 
 
-def schedule(preconditioning, N):
-    """N noise levels in the range of a preconditioning (Eq. 5, rho = 7), after the clean image."""
+def entries(preconditioning, N):
+    """Entries of the checkpoint of an `EDMNetwork`.
+
+    Its times are N noise levels in the range of a sampler (Eq. 5, rho = 7), after the clean image.
+    """
     _, sigma_min, sigma_max = PRECONDITIONING[preconditioning]
     low, high = sigma_min ** (1 / 7), sigma_max ** (1 / 7)
     sigma = torch.linspace(low, high, N, dtype=torch.float64) ** 7
-    alpha_bar = torch.cat([torch.ones(1), 1 / (1 + sigma ** 2)])
-    return dict(name='karras', betas=(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist())
+    return dict(edm=dict(preconditioning=preconditioning), mean_type='xstart',
+                schedule=dict(name='karras', betas=betas_of(1 / (1 + sigma ** 2))))

@@ -10,6 +10,9 @@ import pickletools
 
 import torch
 
+from formats import edm, guided_diffusion
+from formats.entries import brief
+from formats.load import choose_weights
 from runtime.cli import UserError
 
 DICTS = 'collections.OrderedDict', 'dnnlib.util.EasyDict'
@@ -17,6 +20,38 @@ RECORDS = ('torch_utils.persistence._reconstruct_persistent_obj', 'numpy.dtype',
            'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar',     # before, after 2.0
            'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2',
            'torch.storage._load_from_bytes', 'torch.nn.modules.container.ModuleDict')
+# arguments of the network that have one value here, and those without a meaning here
+FIXED = dict(img_channels=3, decoder_type='standard', sigma_data=.5, beta_d=19.9, beta_min=.1,
+             M=1000, epsilon_t=1e-5, C_1=.001, C_2=.008)
+UNUSED = ('use_fp16', 'dropout', 'label_dropout', 'sigma_min', 'sigma_max', 'model_type')
+
+
+def teacher(path, steps):
+    """(entries of the checkpoint of an `EDMNetwork`, its weights) of a snapshot.
+
+    Raises:
+        UserError: it is damaged, hostile, or of another network.
+    """
+    name, arguments, weights = read(path)
+    network = arguments.get('model_type')
+    if name not in edm.PRECONDITIONING or network not in ('SongUNet', 'DhariwalUNet'):
+        raise UserError(f'{path} is a {name} with a {network}, expected a class of EDM (not EDM2) '
+                        f'such as EDMPrecond with a SongUNet or DhariwalUNet; give another model')
+    for key, value in FIXED.items():
+        if arguments.get(key, value) != value:
+            raise UserError(f'{key} of {path} is {brief(arguments[key])}, expected {value}; give '
+                            f'another model')
+    _, weights = choose_weights(dict(net_model=weights), 'net', path)
+    size, entries = arguments['img_resolution'], edm.entries(name, steps)
+    if network == 'SongUNet':
+        entries['edm']['song'] = dict(edm.DEFAULTS, **{
+            key: value for key, value in arguments.items() if key not in (*FIXED, *UNUSED)})
+        return dict(entries, img_size=size), weights
+    inner = {key[len('model.'):]: value for key, value in weights.items() if key != 'u'}
+    config, unet = guided_diffusion.convert(
+        inner, size, 'edm', 0, arguments.get('channels_per_head', 64), path, name)
+    unet.update({key: weights[key] for key in ('u',) if key in weights})
+    return dict(entries, unet_config=config, img_size=size), unet
 
 
 class Record:

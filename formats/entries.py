@@ -64,6 +64,11 @@ def are_betas(value):
                 and alpha_bar[-1] >= 0)
 
 
+def betas_of(alpha_bar):
+    """[beta] of times 1..N behind a clean image, from their alpha_bar (N,)."""
+    return (1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])).tolist()
+
+
 def is_schedule(value):
     if isinstance(value, dict):
         return isinstance(value.get('name'), str) and are_betas(value.get('betas'))
