@@ -54,13 +54,9 @@ def loading(model, nfe, form, classes):
     text = (Path(__file__).parent / 'loading.txt').read_text(encoding='utf-8')
     sections = dict(section.split('\n', 1) for section in text.split('\n# ')[1:])
     title = form + (' with labels' if classes and form != 'safetensors' else '')
-    modules = [name for entry, name in (('edm', 'edm'), ('unet_config', 'diffusers_read'))
-               if entry in model.network.entries]
-    if form == 'safetensors' and modules:
-        title = 'safetensors of diffusers'
     found = sections[title]
     if form == 'diffusers':
         found += sections['trailing' if model.diffusion.clean_end else 'leading']
     return found.strip().format(
         nfe=nfe, size=model.img_size, T=model.diffusion.T, N=model.diffusion.N, classes=classes,
-        labels=f'torch.arange(8) % {classes}' if classes else 'None', module=''.join(modules[:1]))
+        labels=f'torch.arange(8) % {classes}' if classes else 'None')

@@ -11,6 +11,7 @@ import json
 import torch
 
 from formats.diffusers_read import PREDICTIONS, DiffusersUNet
+from formats.entries import betas_of
 from formats.load import TABLE
 from model import TimeEmbedding, UNet
 from runtime.cli import UserError
@@ -18,10 +19,13 @@ from runtime.cli import UserError
 ENDS = {'head': 'conv_in', 'tail.0': 'conv_norm_out', 'tail.2': 'conv_out',
         'time_embedding.timembedding.1': 'time_embedding.linear_1',
         'time_embedding.timembedding.3': 'time_embedding.linear_2'}
-RESNET = {'block1.0': 'norm1', 'block1.2': 'conv1', 'temb_proj.1': 'time_emb_proj',
-          'block2.0': 'norm2', 'block2.3': 'conv2', 'shortcut': 'conv_shortcut'}
-ATTENTION = {'attn.group_norm': 'group_norm', 'attn.proj_q': 'to_q', 'attn.proj_k': 'to_k',
-             'attn.proj_v': 'to_v', 'attn.proj': 'to_out.0'}
+# {layer of a block: its place and name there}
+LAYERS = {'block1.0': 'resnets.{i}.norm1', 'block1.2': 'resnets.{i}.conv1',
+          'temb_proj.1': 'resnets.{i}.time_emb_proj', 'block2.0': 'resnets.{i}.norm2',
+          'block2.3': 'resnets.{i}.conv2', 'shortcut': 'resnets.{i}.conv_shortcut',
+          'attn.group_norm': 'attentions.{i}.group_norm', 'attn.proj_q': 'attentions.{i}.to_q',
+          'attn.proj_k': 'attentions.{i}.to_k', 'attn.proj_v': 'attentions.{i}.to_v',
+          'attn.proj': 'attentions.{i}.to_out.0', 'main': '{side}samplers.0.conv'}
 
 
 def write(model, stride, folder):
@@ -69,10 +73,8 @@ def scheduler_config(diffusion, stride, file):
         return dict(common, trained_betas=diffusion.schedule['betas'], timestep_spacing='trailing',
                     set_alpha_to_one=True, steps_offset=0,
                     rescale_betas_zero_snr=bool(diffusion.alpha[-1] == 0))
-    alpha_bar = diffusion.alpha ** 2
-    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    return dict(common, trained_betas=betas.tolist(), timestep_spacing='leading',
-                set_alpha_to_one=False, steps_offset=N // nfe)
+    return dict(common, trained_betas=betas_of(diffusion.alpha ** 2),
+                timestep_spacing='leading', set_alpha_to_one=False, steps_offset=N // nfe)
 
 
 def convert(model):
@@ -137,8 +139,4 @@ def their_layer(layer, num_res_blocks):
     if side != 'middle':        # our list has a resampling layer after the blocks of a resolution
         level, number = divmod(number, num_res_blocks + (1 if side == 'down' else 2))
         place = f'{side}_blocks.{level}'
-    if rest == 'main':
-        return f'{place}.{side}samplers.0.conv'
-    if rest in ATTENTION:
-        return f'{place}.attentions.{number}.{ATTENTION[rest]}'
-    return f'{place}.resnets.{number}.{RESNET[rest]}'
+    return f'{place}.' + LAYERS[rest].format(side=side, i=number)

@@ -173,7 +173,7 @@ def kind_of_file(state):
     return f'a file with {some_of(state)}'
 
 
-def build(state, weights, dropout, where):
+def build(state, weights, dropout=0., where='the checkpoint'):
     """(network of a checkpoint, with its weights; its architecture).
 
     It is built without memory, so that a network of an absurd size costs nothing.
