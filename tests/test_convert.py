@@ -142,6 +142,14 @@ def test_songunet(tmp_path, convert_file, kind, arguments):
     assert_denoises(model.network, wanted, x, s, y)
 
 
+def test_arguments_that_a_snapshot_leaves_out(tmp_path, convert_file):
+    """EDM's own options state neither the four blocks nor attention at 16 pixels."""
+    given = dict(img_resolution=SIZE, label_dim=0, model_channels=16, channel_mult=[1])
+    file = write(tmp_path / 'x.pkl', SongUNet(**given).state_dict(), model_type='SongUNet', **given)
+    arch = convert_file(file, tmp_path / 'out').arch
+    assert (arch['num_res_blocks'], arch['attn'], arch['conditional']) == (4, [0], False)
+
+
 @pytest.mark.parametrize('kind', ['EDMPrecond', 'iDDPMPrecond', 'consistency_models'])
 def test_adm_in_the_preconditioning_of_edm(tmp_path, convert_file, kind):
     diffusers()
