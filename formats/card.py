@@ -10,7 +10,6 @@ METHODS = dict(base='trained as a diffusion model (`train_base.py`)',
                dmd='trained by distribution matching distillation (`train_dmd.py`)')
 PREDICTIONS = dict(xstart='the clean image', epsilon='the noise',
                    v='v, alpha times the noise minus sigma times the clean image')
-LIBRARIES = dict(diffusers='diffusers', onnx='onnx', safetensors='pytorch')
 TRAINING = dict(
     step='Steps: {}.', batch_size='Images per step: {}.', dataset='Data set: {}.',
     flags='\n<details><summary>All flags</summary>\n\n```\n{}\n```\n</details>\n',
@@ -39,9 +38,9 @@ def write(folder, model, stride, form, license, measured=''):
                                                              model.weights_name)]
     text = (Path(__file__).parent / 'card.txt').read_text(encoding='utf-8')
     (folder / 'README.md').write_text(text.format(
-        license=license, library=LIBRARIES[form], nfe=nfe, size=model.img_size, T=d.T, N=d.N,
+        license=license, library='pytorch' if form == 'safetensors' else form, nfe=nfe,
+        size=model.img_size, T=d.T, N=d.N, millions=parameters / 1e6, weights=model.weights_name,
         stride=f'; one DDIM step spans {stride} of them' if stride > 1 else '',
-        millions=parameters / 1e6, weights=model.weights_name,
         kind=f'class-conditional, {classes} classes' if classes else 'unconditional',
         schedule=d.schedule['name'] if d.clean_end else d.schedule,
         prediction=PREDICTIONS[d.mean_type], loading=loading(model, nfe, form, classes),

@@ -52,11 +52,10 @@ class EDMNetwork(nn.Module):
         self.c_noise, *_ = PRECONDITIONING[self.kind]
         self.register_buffer('u', torch.zeros(1001) if self.kind == 'iDDPMPrecond' else None)
         self.in_float32 = ('model',) if self.song is None else ()       # as of DiffusersUNet
-        if self.song is not None:
-            classes = self.song['label_dim']
-        else:       # the labels of a UNet2DModel end with a row of zeros, for "no label"
-            classes = model.class_num - 1 if model.conditional else 0
-        self.conditional, self.class_num = classes > 0, classes or 10
+        # the labels of a UNet2DModel end with a row of zeros, for "no label"
+        classes = model.class_num - 1 if self.song is None else self.song['label_dim']
+        self.conditional = model.conditional if self.song is None else classes > 0
+        self.class_num = classes if self.conditional else 10
         for norm in model.modules():
             if isinstance(norm, nn.GroupNorm) and self.kind != 'consistency_models':
                 norm.num_groups = min(32, norm.num_channels // 4)   # a UNet2DModel has one number
