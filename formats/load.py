@@ -202,20 +202,16 @@ def build(state, weights, dropout=0., where='the checkpoint'):
 
 def architecture(state_dict):
     """Arguments of the `UNet` that has these parameters, read off their names and shapes."""
-    ch = state_dict['head.weight'].shape[0]
-    ch_mult, attn, blocks, level = [], [], 0, 0
-    count = 1 + max(int(key.split('.')[1]) for key in state_dict if key.startswith('downblocks.'))
-    for i in range(min(count, len(state_dict))):
-        if f'downblocks.{i}.main.weight' in state_dict:
-            level += 1
-            continue
-        if level == len(ch_mult):
-            ch_mult.append(state_dict[f'downblocks.{i}.block1.2.weight'].shape[0] // ch)
-            if f'downblocks.{i}.attn.proj.weight' in state_dict:
-                attn.append(level)
-        if level == 0:
-            blocks += 1
+    ch = len(state_dict['head.weight'])
+    count = len({key.split('.')[1] for key in state_dict if key.startswith('downblocks.')})
+    # a layer named main follows the blocks of each resolution but the last
+    ends = [i for i in range(count) if f'downblocks.{i}.main.weight' in state_dict]
+    blocks = min(ends, default=count)
+    firsts = [f'downblocks.{i}' for i in range(0, count, blocks + 1)]
     y_weight = state_dict.get('y_embedding.weight')
-    return dict(T=state_dict[TABLE].shape[0] - 1, ch=ch, ch_mult=ch_mult, attn=attn,
-                num_res_blocks=blocks, conditional=y_weight is not None,
+    return dict(T=len(state_dict[TABLE]) - 1, ch=ch, num_res_blocks=blocks,
+                ch_mult=[len(state_dict[f'{block}.block1.2.weight']) // ch for block in firsts],
+                attn=[level for level, block in enumerate(firsts)
+                      if f'{block}.attn.proj.weight' in state_dict],
+                conditional=y_weight is not None,
                 class_num=10 if y_weight is None else y_weight.shape[1])
