@@ -57,19 +57,22 @@ def betas_of(alpha_bar):
     return (1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])).tolist()
 
 
-def is_schedule(value):
-    """Whether 1 > alpha_bar > 0 at every time; alpha_bar of the last may be 0 (zero SNR)."""
-    if not isinstance(value, dict):
-        return value in ('cosine', 'linear')
-    name, values = value.get('name'), value.get('betas')
-    if not isinstance(name, str) or not isinstance(values, list):
+def are_betas(value):
+    """Numbers with 1 > alpha_bar > 0 at every time; alpha_bar of the last may be 0 (zero SNR)."""
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_TIMES:
         return False
-    if not 0 < len(values) <= MOST_TIMES or not {type(beta) for beta in values} <= {int, float}:
+    if not {type(beta) for beta in value} <= {int, float}:
         return False
-    betas = torch.tensor(values, dtype=torch.float32)
+    betas = torch.tensor(value, dtype=torch.float32)
     alpha_bar = torch.cumprod(1 - betas, 0)
     return bool((betas >= 0).all() and alpha_bar[0] < 1 and (alpha_bar[:-1] > 0).all()
                 and alpha_bar[-1] >= 0)
+
+
+def is_schedule(value):
+    if isinstance(value, dict):
+        return isinstance(value.get('name'), str) and are_betas(value.get('betas'))
+    return value in ('cosine', 'linear')
 
 
 MOST_TIMES = 10 ** 6
