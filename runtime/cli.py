@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import io
 import os
 import re
 import sys
@@ -30,6 +29,11 @@ class UserError(Exception):
         self.code = code
 
 
+def first_line(error):
+    """The first line of an exception's message that is not empty, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 def anchored(path):
     """A relative `path` taken from the repository root, whatever the working directory is."""
     return ROOT / Path(path).expanduser()
@@ -49,9 +53,7 @@ def run(main, words=False):
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):    # paths that its encoding lacks, such as ASCII
-            stream.reconfigure(errors='backslashreplace')
+        getattr(sys, name).reconfigure(errors='backslashreplace')   # where its encoding is ASCII
     if any(word in HELP for word in sys.argv[1:]):
         print(usage())
         sys.exit(0)
@@ -83,8 +85,8 @@ def run(main, words=False):
         fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
              f'); repair that and run the same command again', 1)
     except (MemoryError, RuntimeError) as error:
-        text = str(error) or 'out of memory'        # MemoryError has no text
-        if 'out of memory' in text or "can't allocate memory" in text:
+        text = str(error)
+        if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
             fail(OUT_OF_MEMORY, 1)
         # of gloo, only the text tells that a connection was closed
         lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text

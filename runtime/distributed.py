@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime import flags
-from runtime.cli import UserError, print0
+from runtime.cli import UserError, first_line, print0
 
 
 def init(gpu_id=None, tf32='conv'):
@@ -94,10 +94,10 @@ def join(device, processes):
                                 timeout=timeout)
         _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split('\n')[0]
-        raise UserError(f'the {processes} processes could not meet at {address}: {reason}; use a '
-                        f'free --master_port and an address that all machines reach; where a host '
-                        f'takes its own name for 127.0.0.1, set GLOO_SOCKET_IFNAME', code=1)
+        raise UserError(f'the {processes} processes could not meet at {address}: '
+                        f'{first_line(error)}; use a free --master_port and an address that all '
+                        f'machines reach; where a host takes its own name for 127.0.0.1, set '
+                        f'GLOO_SOCKET_IFNAME', code=1)
     finally:
         waiting.cancel()
     check_agreement()
@@ -105,12 +105,10 @@ def join(device, processes):
 
 def check_agreement():
     """Refuse processes that run another script or other flags than the first one."""
-    texts = [None] * world_size()
-    mine = f'{Path(sys.argv[0]).name}\n{flags.resolved(apart=OWN_FLAGS)}'
-    dist.all_gather_object(texts, mine, group=_hosts)
-    for text in texts:
-        if text != texts[0]:
-            different = sorted(set(text.split('\n')) ^ set(texts[0].split('\n')))
+    first, *others = gather_objects([Path(sys.argv[0]).name, *flags.resolved(OWN_FLAGS).split('\n')])
+    for other in others:
+        if other != first:
+            different = sorted(set(other) ^ set(first))
             raise UserError(f'the processes were started with different scripts or flags '
                             f'({", ".join(different[:4])}); give all of them the same command')
 
@@ -190,15 +188,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def largest(number):
-    """The largest of an integer over all processes, without touching a GPU."""
-    if not dist.is_initialized():
-        return number
-    value = torch.tensor(number)
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
-    return int(value)
-
-
 def mean_with_grad(tensor):
     """Mean over the processes, through which gradients flow back to every process."""
     if not dist.is_initialized():
@@ -207,13 +196,18 @@ def mean_with_grad(tensor):
     return all_reduce(tensor) / world_size()
 
 
-def broadcast_object(value):
-    """The first process's `value` (any picklable object) on every process."""
+def gather_objects(value):
+    """The `value` (any picklable object) of every process, in order, on all; not by the GPUs."""
     if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_hosts)
-    return box[0]
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value, group=_hosts)
+    return found
+
+
+def broadcast_object(value):
+    """The first process's `value` on every process."""
+    return gather_objects(value)[0]
 
 
 def gather_main(tensor):

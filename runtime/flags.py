@@ -27,32 +27,26 @@ def require(**names):
             raise UserError(f'--{name} is missing: {meaning}')
 
 
-# Flags of the released code and of old launchers that are ignored: (default, reason)
+# Flags of the released code and of old launchers that are ignored, and the reason
 IGNORED = dict(
-    num_gpus=('1', 'the launcher decides how many processes run'),
-    distributed=(False, 'the launcher decides how many processes run'),
-    local_rank=('0', 'the environment that the launcher sets counts'),
-    var_type=('fixedlarge', 'DDIM sampling is deterministic and has no variance'))
+    num_gpus='the launcher decides how many processes run',
+    distributed='the launcher decides how many processes run',
+    local_rank='the environment that the launcher sets counts',
+    var_type='DDIM sampling is deterministic and has no variance')
 
 
 def define_ignored(*names):
     """Define these of the `IGNORED` flags, so that old command lines can be parsed."""
     for name in names:
-        default, reason = IGNORED[name]
-        define = flags.DEFINE_bool if default is False else flags.DEFINE_string
-        define(name, default, f'ignored: {reason}')
+        define = flags.DEFINE_bool if name == 'distributed' else flags.DEFINE_string
+        define(name, None, f'ignored: {IGNORED[name]}')
 
 
 def without_effect(**reasons):
-    """One line for every flag that the user set and that changes nothing, with the reason.
-
-    Args:
-        reasons: name=reason of flags that this script ignores, beside `IGNORED`.
-    """
-    reasons = {**{name: reason for name, (_, reason) in IGNORED.items()}, **reasons}
-    del reasons['local_rank']       # not set by the user
-    return [f'note: --{name} has no effect: {reason}.'
-            for name, reason in reasons.items() if name in FLAGS and given(name)]
+    """Name the flags that the user set and that change nothing: `IGNORED`, and name=reason."""
+    for name, reason in dict(IGNORED, **reasons).items():
+        if name in FLAGS and given(name) and name != 'local_rank':      # not set by the user
+            print0(f'note: --{name} has no effect: {reason}.')
 
 
 def folder_flag():
@@ -61,11 +55,7 @@ def folder_flag():
 
 
 def resolved(apart=()):
-    """The resolved configuration as the text of a flagfile, one flag per line.
-
-    Args:
-        apart: names of flags to leave out.
-    """
+    """The resolved configuration, without the flags `apart`, as the text of a flagfile."""
     lines = [flag.serialize() for flag in own_flags() if flag.name not in ('local_rank', *apart)]
     return '\n'.join(line for line in lines if line)
 
@@ -77,17 +67,15 @@ def adopt(**values):
             setattr(FLAGS, name, value)
 
 
-# What happens to a resumed run whose flag has another value than before; others: a note.
-# Free: paths, intervals, and flags whose effect other checks cover.
-ON_RESUME = dict(
-    dict.fromkeys(('dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch',
-                   'recipe', 'normalize05'), 'refuse'),
-    **dict.fromkeys(('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root',
-                     'result_path', 'num_workers', 'gpu_id', 'num_gpus', 'distributed',
-                     'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
-                     'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
-                     'num_res_blocks', 'conditional', 'class_num', 'var_type', 'T', 'time_scale'),
-                    'free'))
+# Flags that a resumed run cannot change, and those that it may change without a note: paths,
+# intervals, and flags whose effect other checks cover.
+FIXED = {'dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch', 'recipe',
+         'normalize05'}
+FREE = {'logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'result_path',
+        'num_workers', 'gpu_id', 'num_gpus', 'distributed', 'sample_size', 'sample_step',
+        'save_step', 'log_step', 'keep', 'until', 'max_bad_steps', 'max_steps', 'skip_bad_images',
+        'ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num', 'var_type', 'T',
+        'time_scale'}
 
 
 def parsed(text):
@@ -103,18 +91,18 @@ def parsed(text):
 
 
 def compare_with(text, logdir):
-    """Compare the resolved flags of a run to resume with those of now, see `ON_RESUME`.
+    """Compare the resolved flags of a run to resume with those of now.
 
     Raises:
-        UserError: a flag has changed that must not.
+        UserError: a flag of `FIXED` has changed.
     """
     before, now = parsed(text), parsed(resolved())
-    changed = [name for name in now if name in before and now[name] != before[name]
-               and ON_RESUME.get(name) != 'free']
+    changed = [name for name in now if now[name] != before.get(name, now[name])]
     for name in changed:
-        if ON_RESUME.get(name) == 'refuse':
+        if name in FIXED:
             raise UserError(f'--{name} is {now[name]} and the run in {logdir} was started with '
                             f'{before[name]}; give the same, or choose another {folder_flag()}')
+    changed = [name for name in changed if name not in FREE]
     if changed:
         print0('note: resuming with other flags than before: ' + ', '.join(
             f'--{name}={now[name]} (was {before[name]})' for name in changed))
@@ -138,8 +126,7 @@ def announce(device, start, title, images):
     words = ' '.join(resolved().split('\n'))
     print0(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
                          subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
-    for line in without_effect():
-        print0(line)
+    without_effect()
     print0(f'{"resuming" if start else "starting"} at step {start}; {title}, {images:,} images')
 
 

@@ -106,7 +106,7 @@ class Stop:
             self.received = self.received or signal.SIGTERM     # study.py or demo.py was killed
         if distributed.on_gpus() and step % GPU_STEPS and not last:
             return 0
-        return distributed.largest(self.received)
+        return max(distributed.gather_objects(self.received))
 
 
 stop = Stop()       # one for the process, as signal handlers are

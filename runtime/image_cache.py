@@ -1,10 +1,11 @@
 """Arrays of images that are made once, kept in npy files, and mapped into memory."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 VERSION = 2     # count up when the same files become other pixels
-UNFINISHED = f'*.{"[0-9a-f]" * 16}.{"[0-9a-f]" * 16}.npy.????????.tmp'
+DAY = 86400     # seconds; no array takes as long to make
 
 
 def kept(root, split, img_size, paths, fill, beside=False):
@@ -60,28 +61,22 @@ def kept(root, split, img_size, paths, fill, beside=False):
 def _open(folder, name, key, fill):
     """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder.glob(UNFINISHED))        # of processes that were killed
+    for left in folder.glob(f'{name}.*.tmp'):       # by processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left)
     file = folder / f'{name}.{key}.npy'
     try:
         records = np.load(file, mmap_mode='r')
     except (OSError, EOFError, ValueError):
-        _remove(folder.glob(f'{name}.*.npy'))       # of files that have changed
-        with replacing(file) as temporary, open(temporary, 'rb+') as stream:
-            with contextlib.suppress(OSError):      # a file system without locks
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
+            old.unlink(missing_ok=True)
+        with replacing(file) as temporary:
             fill(temporary)
         records = np.load(file, mmap_mode='r')
     with warnings.catch_warnings():     # torch warns of memory that is read-only
         warnings.simplefilter('ignore', UserWarning)
         return torch.from_numpy(records['pixels']), torch.tensor(records['label'])
-
-
-def _remove(paths):
-    """Remove files, but not those that a process is writing."""
-    for path in paths:
-        with contextlib.suppress(OSError), open(path, 'rb+') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def new_array(file, length, img_size):

@@ -1,7 +1,5 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, exact to resume."""
 
-import concurrent.futures
-
 import numpy as np
 import torch
 
@@ -24,23 +22,6 @@ def generator(device, *key):
     return torch.Generator(device=device).manual_seed(mix(*key))
 
 
-def noise_ahead(seed, batches, shape, device):
-    """(indices, x_T on `device`) of every batch of `noise_of_images`.
-
-    A thread draws the next batch while this one is used: on the CPU, so that the numbers are those
-    of every machine, and without keeping a GPU waiting.
-    """
-    def draw(indices):
-        return noise_of_images(seed, indices, shape, 'cpu')
-
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        futures = (thread.submit(draw, indices) for indices in batches)
-        ahead = next(futures, None)
-        for indices in batches:
-            x_T, ahead = ahead.result(), next(futures, None)
-            yield indices, to_device(x_T, device)
-
-
 def to_device(tensor, device):
     """`tensor` on `device`; from pinned memory, so that the host does not wait for a GPU."""
     if torch.device(device).type == 'cuda':
@@ -51,7 +32,7 @@ def to_device(tensor, device):
 def noise_of_images(seed, indices, shape, device):
     """x_T (B, *shape) whose image i depends on (seed, indices[i]) only.
 
-    Samples then do not depend on the batch size or on the number of processes.
+    Samples then do not depend on the batch size, the number of processes or the machine.
     """
     rows = [torch.randn(shape, generator=generator('cpu', seed, SAMPLES, int(i))) for i in indices]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)

@@ -58,8 +58,7 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    for line in without_effect(amp='features are computed in float32'):
-        distributed.print0(line)
+    without_effect(amp='features are computed in float32')
     img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size
     if FLAGS.check:
