@@ -109,7 +109,7 @@ def train(device, folder, accuracy):
             words = 'no test split'
             if test_set:
                 words = f'test {100 * accuracy:.2f} %'
-                run.report(test_accuracy=accuracy)
+                run.reported.update(test_accuracy=accuracy)
             distributed.print0(f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}')
 
 

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from runtime import distributed, flags
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.files import replacing
 
 WRAPPERS = ('module.', '_orig_mod.', 'ema_model.')      # prefixes that wrapped networks leave
@@ -31,8 +32,7 @@ def save(path, state):
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
-        known = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(known, 'strerror', None) or str(error).split('\n')[0]
+        reason = getattr(error, 'strerror', None) or first_line(error.__context__ or error)
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
 
@@ -88,7 +88,6 @@ def save_run(logdir, keep, **state):
     save(numbered, state)
     with replacing(newest) as temporary:
         try:
-            temporary.unlink()
             os.link(numbered, temporary)
         except OSError:         # a file system without hard links
             shutil.copyfile(numbered, temporary)
@@ -111,18 +110,15 @@ def read_newest(logdir):
     Raises:
         UserError: there are checkpoints, and none can be read.
     """
-    newest, files, problem = Path(logdir) / 'ckpt.pt', history(logdir), None
-    if newest.exists():
-        files.insert(0, newest)
-    for file in files:
+    files, problem = [Path(logdir) / 'ckpt.pt', *history(logdir)], None
+    for file in filter(Path.exists, files):
         try:
             state = read(file)
+            if problem:
+                distributed.print0(f'note: {problem}; going on from {file} instead.')
+            return state
         except UserError as error:
             problem = problem or error
-            continue
-        if problem:
-            distributed.print0(f'note: {problem}; going on from {file} instead.')
-        return state
     if problem:
         raise problem
     return None
@@ -134,19 +130,11 @@ def not_finite(state):
     """Names of the entries of `state` (nested dicts) that hold NaN or inf."""
     found = []
     for name, value in state.items():
-        tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
+        leaves, _ = tree_flatten(value)
+        tensors = [v for v in leaves if torch.is_tensor(v) and v.is_floating_point() and v.numel()]
         if tensors and not torch.stack([v.isfinite().all() for v in tensors]).all():
             found.append(name)
     return found
-
-
-def _tensors(value):
-    """The tensors in nested dicts and lists."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 # Resuming
@@ -162,11 +150,13 @@ def read_run(logdir, key, fixed, inputs):
     Raises:
         UserError: the checkpoint is none to go on from, or that of another run.
     """
+    def refuse(found):
+        raise UserError(f'{logdir} holds {found}, or choose another {flags.folder_flag()}')
+
     state = read_newest(logdir)
-    step, remedy = state.get('step', 0) if state else 0, f'choose another {flags.folder_flag()}'
+    step = state.get('step', 0) if state else 0
     if type(step) is not int or step < 0:
-        raise UserError(f'{logdir} holds a checkpoint whose step is {step!r}, expected a whole '
-                        f'number; restore a copy, or {remedy}')
+        refuse(f'a checkpoint whose step is {step!r}, expected a whole number; restore a copy')
     if distributed.broadcast_object(step) != step:
         raise UserError(f'process {distributed.rank()} finds step {step} in {logdir}, the first '
                         f'one another; all machines must see the same folder', code=1)
@@ -174,23 +164,22 @@ def read_run(logdir, key, fixed, inputs):
         return None
     lacking = [name for name in (key, 'optim', 'step', 'flags') if name not in state]
     if lacking:
-        raise UserError(f'{logdir} holds a checkpoint without {", ".join(lacking)}, so it cannot '
-                        f'be continued and would be overwritten; {remedy}')
+        refuse(f'a checkpoint without {", ".join(lacking)}, so it cannot be continued and would be '
+               f'overwritten; move it away')
     if not isinstance(state[key], dict) or not_finite({key: state[key]}):
-        raise UserError(f'{logdir} holds a checkpoint whose weights are missing or not finite; '
-                        f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or {remedy}')
+        refuse('a checkpoint whose weights are missing or not finite; replace its ckpt.pt by an '
+               'earlier ckpt_STEP.pt')
     flags.compare_with(state['flags'], logdir)
     for name, value in fixed.items():
         if state.get(name) != value:
-            raise UserError(f'{logdir} holds a run with {name} {str(state.get(name))[:60]}, and '
-                            f'this one has {str(value)[:60]}; {remedy}')
-    before = state.get('inputs') or {}
+            refuse(f'a run with {name} {str(state.get(name))[:60]}, and this one has '
+                   f'{str(value)[:60]}; give the same')
+    before = dict(inputs, **(state.get('inputs') or {}))
     for name in inputs:
-        if before.get(name, inputs[name]) == inputs[name]:
-            continue
-        if name != 'data':
-            raise UserError(f'{logdir} holds a run with another {name}, whose weights '
-                            f'differ from those given now; give the same, or {remedy}')
+        if name != 'data' and before[name] != inputs[name]:
+            refuse(f'a run with another {name}, whose weights differ from those given now; give '
+                   f'the same')
+    if before['data'] != inputs['data']:
         distributed.print0('note: resuming with other images than before (names, sizes or times '
                            'of change differ).')
     return state
@@ -228,10 +217,10 @@ def restore(state, parts, logdir):
                 for key, found, expected in differences(state[name], part.state_dict()):
                     raise ValueError(f'{key} is {found}, expected {expected}')
                 part.load_state_dict(state[name])
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
-            reason = str(error).split('\n')[0]
-            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run ({reason})'
-                            f'; give its flags, or choose another {flags.folder_flag()}')
+        except Exception as error:      # the content of the file decides what is raised
+            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run '
+                            f'({first_line(error)}); give its flags, or choose another '
+                            f'{flags.folder_flag()}')
 
 
 def moments(optim, saved):
@@ -241,13 +230,10 @@ def moments(optim, saved):
     Raises:
         ValueError: a moment that does not fit its parameter.
     """
-    params = [p for group in optim.param_groups for p in group['params']]
-    if not set(saved['state']) <= set(range(len(params))):
-        raise ValueError(f'moments of {len(saved["state"])} parameters, expected {len(params)}')
-    state = {}
+    params, state = [p for group in optim.param_groups for p in group['params']], {}
     for i, values in saved['state'].items():
-        if set(values) != MOMENTS[type(optim)]:
-            raise ValueError(f'parameter {i} has the moments {some_of(values)}')
+        if i not in range(len(params)) or set(values) != MOMENTS[type(optim)]:
+            raise ValueError(f'parameter {i} of {len(params)} has the moments {some_of(values)}')
         state[i] = {}
         for name, value in values.items():
             like = torch.zeros(()) if name == 'step' else params[i].detach()

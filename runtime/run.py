@@ -101,21 +101,24 @@ class Run:
         self.method, self.dataset, self.logdir = method, dataset, str(logdir)
         self.total_steps, self.title, self.key = total_steps, title or method, key
         self.augment, self.ema_decay, self.use = augment, ema_decay, use
+        self.also_saved, self.entries = also_saved or {}, entries or {}
+        self.fixed = dict(fixed or {}, method=method)
+        self.inputs = dict(inputs or {}, data=dataset.fingerprint)
         self.device = next(net.parameters()).device
         self.amp = amp or choose(FLAGS.amp, self.device)
         averaged = ema_decay or use == 'ema_model'
         self.ema = frozen(copy.deepcopy(net)) if averaged else None
         self.net = Trainable(net, optimizer)
         self.head = Trainable(head, adam) if head else None
-        self.also_saved, self.fixed, self.entries = also_saved or {}, fixed or {}, entries or {}
-        self.inputs = dict(inputs or {}, data=dataset.fingerprint)
         networks = [self.net.ddp] + ([self.ema] if use == 'ema_model' else [])
         compile_networks(FLAGS.compile, self.device, *networks)
         self.dropout = any(isinstance(m, nn.Dropout) and m.p for m in net.modules())
-        self.meter, self.lr, self.reported = Meter(), 0., {}
-        self.start = self.step = self._resume()
-
-    # Checkpoint
+        self.meter, self.lr = Meter(), 0.
+        self.reported = {}      # numbers of the script for the next line of the log
+        state = checkpoint.read_run(self.logdir, key, self.fixed, self.inputs)
+        if state:
+            checkpoint.restore(state, self.saved(), self.logdir)
+        self.start = self.step = state['step'] if state else 0
 
     def saved(self):
         """{key of the checkpoint: object with a state dict}, for saving and for resuming."""
@@ -126,15 +129,6 @@ class Run:
             found['optim_head'] = self.head.optim
         return found
 
-    def _resume(self):
-        """Load what an earlier start left in the folder; returns the step to go on from."""
-        fixed = dict(self.fixed, method=self.method)
-        state = checkpoint.read_run(self.logdir, self.key, fixed, self.inputs)
-        if state is None:
-            return 0
-        checkpoint.restore(state, self.saved(), self.logdir)
-        return state['step']
-
     def _save(self):
         states = {key: value.state_dict() for key, value in self.saved().items()}
         lost = checkpoint.not_finite(states)
@@ -144,11 +138,9 @@ class Run:
                             f'is one; lower the learning rate, and run again to go on from there',
                             code=1)
         checkpoint.save_run(
-            self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, method=self.method,
-            step=self.step, inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
+            self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, step=self.step,
+            inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
             batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
-
-    # The loop
 
     def __iter__(self):
         """Yield the steps that are not done; after each, do what is due.
@@ -157,8 +149,7 @@ class Run:
         """
         if self.start >= self.total_steps:
             return distributed.print0(f'{self.logdir} is finished: step {self.start}.')
-        folder, stopped = Folder(self.logdir, resolved()), 0
-        with contextlib.closing(folder), stop:
+        with contextlib.closing(Folder(self.logdir, resolved())), stop:
             distributed.print0(self.dataset.summary)
             announce(self.device, self.start, self.title, len(self.dataset))
             self.log = Log(self.logdir, self.title, self.start, self.total_steps,
@@ -171,15 +162,7 @@ class Run:
                 for self.step in range(self.start + 1, self.total_steps + 1):
                     self._forwards, self._backwards, self._updated = 0, 0, False
                     yield self.step
-                    stopped = self._end_step()
-                    if stopped:
-                        break
-            if stopped:
-                distributed.print0(f'{signal.Signals(stopped).name}: stopped after step '
-                                   f'{self.step}, saved in {self.logdir}; run the same command '
-                                   f'again to go on.')
-                distributed.cleanup()
-                leave(128 + stopped)
+                    self._end_step()
         distributed.print0(self.log.summary(self.step, self.logdir))
 
     def parts(self):
@@ -245,7 +228,7 @@ class Run:
         self.lr, self._updated = lr, True
 
     def _end_step(self):
-        """What is due after a step, in order; returns the signal that ends the run, or 0."""
+        """What is due after a step, in order; after a signal, the end of the script."""
         if not self._updated:
             raise RuntimeError(f'step {self.step} ended without run.update()')
         step, last = self.step, self.total_steps
@@ -257,9 +240,12 @@ class Run:
         stopping = stop.asked(step, step == last)
         if due(step, FLAGS.save_step, last) or stopping:
             self._save()
-        return stopping
-
-    # For the script
+        if stopping:
+            self.log.close()
+            distributed.print0(f'{signal.Signals(stopping).name}: stopped after step {step}, saved '
+                               f'in {self.logdir}; run the same command again to go on.')
+            distributed.cleanup()
+            leave(128 + stopping)
 
     def autocast(self):
         """The precision of --amp, for networks that are not trained."""
@@ -272,10 +258,6 @@ class Run:
         """
         prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)
         prepare(self.amp, FLAGS.compile, self.device, *others)
-
-    def report(self, **scalars):
-        """Numbers for the next line of the log; alike on all processes."""
-        self.reported.update(scalars)
 
     def generator(self, *key):
         """Random numbers as a function of (seed, *key)."""
