@@ -52,24 +52,22 @@ class Meter:
         applied = torch.stack(self.applied).tolist()
         for finite in applied:
             self.streak = 0 if finite else self.streak + 1
-        names = sorted(self.values)
-        rows = [torch.stack(self.values[name]) for name in names]
-        finite = [row.isfinite() for row in rows]
-        sums = [row.where(ok, row.new_zeros(())).sum() for row, ok in zip(rows, finite)]
-        counts = [ok.sum().float() for ok in finite]
-        found = distributed.all_reduce_sum(torch.stack(sums + counts)).tolist()
-        sums, counts = found[:len(names)], found[len(names):]
+        rows = {name: torch.stack(values) for name, values in sorted(self.values.items())}
+        sums = [row.nan_to_num(0., 0., 0.).sum() for row in rows.values()]
+        counts = [row.isfinite().float().sum() for row in rows.values()]
+        found = torch.stack([torch.stack(sums), torch.stack(counts)])
+        sums, counts = distributed.all_reduce_sum(found).tolist()
         learnt_nothing = start == 0 and self.streak >= step == total_steps
         if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
-            broken = [name for name, row, count in zip(names, rows, counts)
-                      if count < len(row) * distributed.world_size()]
+            broken = [name for name, count in zip(rows, counts)
+                      if count < len(rows[name]) * distributed.world_size()]
             raise UserError(
                 f'at step {step} the last {self.streak} steps in a row had a value that is not '
                 f'finite ({", ".join(broken)}) and were not applied; lower the learning rate or '
                 f'--grad_clip, or raise --max_bad_steps, and run again: a checkpoint that was '
                 f'saved is a good one', code=1)
         self.values, self.applied = {}, []
-        means = {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+        means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=applied.count(False))
 
 
@@ -107,8 +105,8 @@ class Log:
 
     def __init__(self, logdir, desc, step, total_steps, images_per_step, flags_text):
         self.bar = progress(total_steps, desc, step)
-        self.images_per_step, self.start = images_per_step, (time.perf_counter(), step)
-        self.since = self.start
+        self.images_per_step = images_per_step
+        self.start = self.since = (time.perf_counter(), step)
         self.file = self.board = None
         if distributed.is_main():
             from tensorboardX import SummaryWriter
@@ -142,12 +140,12 @@ class Log:
                                  refresh=False)
 
     def grid(self, step, path, images):
-        """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard."""
-        side = max(1, round(len(images) ** 0.5))
+        """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard; NaN is drawn grey."""
         if self.file:
             with self._full_disk_ends_the_log(step):
-                picture = pictures.save_grid(images, path, nrow=side,
-                                             scale=max(1, 64 // images.shape[-1]))
+                pixels = pictures.to_uint8(images.nan_to_num(0.)).cpu()
+                rows, _ = pictures.rows_by_class(pixels, None, 0)
+                picture = pictures.save_labelled(path, f'step {step}', rows)
                 self.board.add_image('samples', picture, step, dataformats='HWC')
 
     @contextlib.contextmanager
