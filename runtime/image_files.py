@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from runtime import distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.image_cache import kept, new_array
 from runtime.loader import in_workers
 from runtime.log import progress
@@ -128,8 +128,9 @@ def _split_folder(root, split):
 
 def _named(root, split):
     """The folder in `root` with a name of the split, in any case; None without one."""
+    folders = [Path(path) for path in _listing(root)[0]]
     for names in SPLITS[split]:
-        found = [path for path in map(Path, _listing(root)[0]) if path.name.lower() in names]
+        found = [folder for folder in folders if folder.name.lower() in names]
         if len(found) > 1:
             raise UserError(f'{root} has the folders {found[0].name} and {found[1].name}; keep one')
         if found:
@@ -194,8 +195,7 @@ def decode_all(paths, img_size, num_workers, file=None):
                 if file:
                     records['pixels'][i] = pixels
             except Exception as error:
-                reason = str(error).split('\n')[0] or type(error).__name__
-                problems.append((paths[i], f'cannot be read as an image ({reason})'))
+                problems.append((paths[i], f'cannot be read as an image ({first_line(error)})'))
         return problems
 
     parts = [range(len(paths))[first:first + PART] for first in range(0, len(paths), PART)]

@@ -1,8 +1,4 @@
-"""The official batch files of the downsampled ImageNet, rewritten once as one array.
-
-train_data_batch_1 to 10 and val_data, pickled or npz, hold planes of red, green and blue and labels
-from 1.
-"""
+"""The official batch files of the downsampled ImageNet, pickled or npz, rewritten as one array."""
 
 import pickle
 import re
@@ -10,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.image_cache import kept, new_array
 
 NAMES = dict(train=r'train_data_batch_(\d+)(\.npz)?', test=r'val_data()(\.npz)?')
@@ -38,8 +34,7 @@ def read_batches(root, split, img_size):
                             f'class folders would order the classes differently')
         return None
 
-    def fill(file):
-        """One batch in memory at a time; all are checked before the array is made."""
+    def fill(file):     # one batch in memory at a time; all are checked before the array is made
         sizes = [len(_read_batch(path, img_size)[1]) for path in files.values()]
         array = new_array(file, sum(sizes), img_size)
         for path, part in zip(files.values(), np.split(array, np.cumsum(sizes))):
@@ -77,8 +72,8 @@ def _read_batch(path, img_size):
             raise ValueError(f'data {pixels.dtype} {pixels.shape}, {len(labels)} labels from '
                              f'{labels.min()} to {labels.max()}')
     except Exception as error:      # a damaged pickle or zip file may raise anything
-        reason = str(error).split('\n')[0] or type(error).__name__
-        raise UserError(f'{path} with {path.stat().st_size} bytes is no whole batch ({reason}), '
-                        f'expected data, uint8 (n, {3 * img_size ** 2}), and labels 1..1000 of '
-                        f'downsampled ImageNet (--img_size {img_size}); fetch it again')
+        raise UserError(f'{path} with {path.stat().st_size} bytes is no whole batch '
+                        f'({first_line(error)}), expected data, uint8 (n, {3 * img_size ** 2}), '
+                        f'and labels 1..1000 of downsampled ImageNet (--img_size {img_size}); '
+                        f'fetch it again')
     return pixels, labels - 1       # the official files count from 1

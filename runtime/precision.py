@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 
 TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 FINE = 64       # steps of a student from which on bfloat16 adds too much to the error in eps
@@ -42,8 +42,7 @@ def prepare(amp, compile, device, *networks, graphs=False):
     """Make frozen networks fast, in place: weights in the precision `amp`; `compile_networks`.
 
     Autocast would convert the weights of convolutions and linear layers at every call, to the same
-    values: a third of what a GPU has to start in a step. What a network computes `in_float32` is
-    left alone.
+    values. What a network computes `in_float32` is left alone.
     """
     for network in networks if amp == 'bf16' else ():
         apart = getattr(network, 'in_float32', ())
@@ -76,6 +75,5 @@ def compile_networks(enabled, device, *networks, graphs=False):
         for network in networks:
             network.compile(dynamic=False, **mode)
     except Exception as error:      # what it raises depends on what is missing, and on the version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f'--compile does not work here, with torch {torch.__version__} ({reason}); '
-                        f'leave it out', code=1)
+        raise UserError(f'--compile does not work here, with torch {torch.__version__} '
+                        f'({first_line(error)}); leave it out', code=1)

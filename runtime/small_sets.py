@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.torchvision_cpu import torchvision
 
 
@@ -65,7 +65,7 @@ def _torchvision_set(name, root, split, files, folder):
             return getattr(torchvision().datasets, name)(root, train=split == 'train',
                                                          download=distributed.is_main())
     except Exception as error:      # also whatever damaged files raise
-        reason = (str(error).split('\n')[0] or type(error).__name__).rstrip(':')
+        reason = first_line(error).rstrip(':')
     there = [path for path in files + [folder] if (Path(root) / path).exists()]
     problem = f'in --data_root {root} is incomplete or damaged: {there[0]}' if there else (
         f'is not in --data_root {root}')
