@@ -23,11 +23,7 @@ MOMENTS = {torch.optim.Adam: {'step', 'exp_avg', 'exp_avg_sq'},
 # Files
 
 def save(path, state):
-    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename.
-
-    Raises:
-        UserError: it cannot be written (code 1); what was there before is untouched.
-    """
+    """Write `state` (tensors, numbers, strings, lists, dicts); UserError (code 1) if that fails."""
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)
@@ -45,10 +41,9 @@ def find(path):
 
 
 def read(path):
-    """A checkpoint, on the CPU. Executes nothing from the file (`weights_only`).
+    """A checkpoint, on the CPU; nothing in it is run.
 
-    Raises:
-        UserError: the file is missing, truncated, of another kind, or holds code.
+    UserError: the file is missing, truncated, of another kind, or holds code.
     """
     path = find(path)
     if not path.is_file():
@@ -105,10 +100,9 @@ def history(logdir):
 
 
 def read_newest(logdir):
-    """The newest readable checkpoint of a run, or None; names those it passes over.
+    """The newest readable checkpoint of a run, or None without any; UserError if none is readable.
 
-    Raises:
-        UserError: there are checkpoints, and none can be read.
+    Names those that it passes over.
     """
     files, problem = [Path(logdir) / 'ckpt.pt', *history(logdir)], None
     for file in filter(Path.exists, files):
@@ -124,8 +118,6 @@ def read_newest(logdir):
     return None
 
 
-# Values that are not finite
-
 def not_finite(state):
     """Names of the entries of `state` (nested dicts) that hold NaN or inf."""
     found = []
@@ -140,15 +132,12 @@ def not_finite(state):
 # Resuming
 
 def read_run(logdir, key, fixed, inputs):
-    """The state that a run left in its folder, or None for a fresh start.
+    """The state that a run left in its folder, or None; UserError if it is none to go on from.
 
     Args:
-        logdir: the folder.
-        key: key of the weights.
+        key: of the weights.
         fixed: {key: value} of the checkpoint that must be the same now.
         inputs: {name: digest} of what the run builds on; `data` may change with a note.
-    Raises:
-        UserError: the checkpoint is none to go on from, or that of another run.
     """
     def refuse(found):
         raise UserError(f'{logdir} holds {found}, or choose another {flags.folder_flag()}')
@@ -196,12 +185,9 @@ def digest(state_dict):
 
 
 def restore(state, parts, logdir):
-    """Load the parts of a resumed run, {key: module or optimiser}.
+    """Load the parts of a resumed run, {key: module or optimiser}, of optimisers the moments alone.
 
-    An optimiser takes its moments from the file; its rate, weight decay and implementation stay
-    those it was made with.
-    Raises:
-        UserError: the file lacks a part, has one that is not used now, or has it in other shapes.
+    UserError: the file lacks a part, has one that is not used now, or has it in other shapes.
     """
     unused = [name for name in STATES if name in state and name not in parts]
     lacking = [name for name in parts if name not in state]
@@ -224,13 +210,12 @@ def restore(state, parts, logdir):
 
 
 def moments(optim, saved):
-    """The state dict `saved` of an optimiser, checked, with the hyperparameters of `optim`.
+    """The state dict `saved` with the hyperparameters of `optim`; ValueError if it does not fit.
 
     Fused kernels trust the layout of moments: another one would let them write beyond their end.
-    Raises:
-        ValueError: a moment that does not fit its parameter.
     """
-    params, state = [p for group in optim.param_groups for p in group['params']], {}
+    params = [p for group in optim.param_groups for p in group['params']]
+    state = {}
     for i, values in saved['state'].items():
         if i not in range(len(params)) or set(values) != MOMENTS[type(optim)]:
             raise ValueError(f'parameter {i} of {len(params)} has the moments {some_of(values)}')

@@ -31,7 +31,6 @@ class Meter:
         self.values, self.applied, self.streak = {}, [], 0
 
     def add(self, **terms):
-        """Add a value to each term."""
         for name, value in terms.items():
             self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
 
@@ -42,12 +41,9 @@ class Meter:
     def means(self, step, start, total_steps):
         """{name: float} over all processes and finite values, and bad_steps; then empty.
 
+        UserError (code 1): --max_bad_steps in a row, or all of 1 .. total_steps, were not applied.
         Args:
-            step: the step of the log line.
-            start: the step this process began after.
-            total_steps: the last step.
-        Raises:
-            UserError: --max_bad_steps in a row, or all steps of a run, were not applied (code 1).
+            step: of the log line. start: the step that this process began after.
         """
         applied = torch.stack(self.applied).tolist()
         for finite in applied:
@@ -128,34 +124,22 @@ class Log:
         scalars['memory_mb'] = memory_mb()
         self.since = (now, step)
         if self.file:
-            with self._full_disk_ends_the_log(step):
-                finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
-                self.file.write(json.dumps(dict(step=step, **finite)) + '\n')
-                self.file.flush()
-                for name, value in finite.items():
-                    if value is not None:
-                        self.board.add_scalar(f'train/{name}', value, step)     # one section
-                self.board.flush()      # so that a kill takes no line that metrics.jsonl has
+            finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+            self.file.write(json.dumps(dict(step=step, **finite)) + '\n')
+            self.file.flush()
+            for name, value in finite.items():
+                if value is not None:
+                    self.board.add_scalar(f'train/{name}', value, step)     # one section
+            self.board.flush()      # so that a kill takes no line that metrics.jsonl has
         self.bar.set_postfix_str(f'loss {scalars["loss"]:.4g}, {scalars["images_per_s"]:.0f} img/s',
                                  refresh=False)
 
     def grid(self, step, path, images):
         """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard; NaN is drawn grey."""
-        if self.file:
-            with self._full_disk_ends_the_log(step):
-                pixels = pictures.to_uint8(images.nan_to_num(0.)).cpu()
-                rows, _ = pictures.rows_by_class(pixels, None, 0)
-                picture = pictures.save_labelled(path, f'step {step}', rows)
-                self.board.add_image('samples', picture, step, dataformats='HWC')
-
-    @contextlib.contextmanager
-    def _full_disk_ends_the_log(self, step):
-        try:
-            yield
-        except OSError as error:
-            distributed.print0(f'note: the log in {self.file.name} ends at step {step} '
-                               f'({error.strerror}); the training goes on.')
-            self.close()
+        pixels = pictures.to_uint8(images.nan_to_num(0.)).cpu()
+        rows, _ = pictures.rows_by_class(pixels, None, 0)
+        picture = pictures.save_labelled(path, f'step {step}', rows)
+        self.board.add_image('samples', picture, step, dataformats='HWC')
 
     def summary(self, step, folder):
         """The last line of a run: steps of this start up to `step`, time, speed, folder."""
@@ -168,9 +152,9 @@ class Log:
 
     def close(self):
         self.bar.close()
-        for file in filter(None, (self.file, self.board)):
-            with contextlib.suppress(OSError):
-                file.close()
+        if self.file:
+            self.file.close()
+            self.board.close()
         self.file = self.board = None
 
 
