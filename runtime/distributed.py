@@ -7,7 +7,6 @@ environment that a launcher sets counts, not its flags.
 import contextlib
 import os
 import sys
-import threading
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +24,8 @@ def init(gpu_id=None, tf32='conv'):
 
     Args:
         gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
-        tf32: see `set_up_gpu`.
+        tf32: what GPUs since Ampere round to 10 bits after the point, the inputs of nothing:
+            'none', of convolutions: 'conv' (torch's default), of matrix products as well: 'all'.
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
@@ -64,12 +64,7 @@ def launcher_number(name, default):
 
 
 def set_up_gpu(tf32):
-    """Set how GPUs since Ampere compute float32, and let cuDNN try its convolutions.
-
-    Args:
-        tf32: what rounds its inputs to TF32 (10 bits after the point): 'none', 'conv' for
-            convolutions (torch's default), 'all' for matrix products as well.
-    """
+    """Set how GPUs compute float32, see `init`, and let cuDNN try its convolutions."""
     torch.backends.cudnn.allow_tf32 = tf32 != 'none'
     torch.backends.cuda.matmul.allow_tf32 = tf32 == 'all'
     torch.backends.cudnn.benchmark = True
@@ -80,10 +75,7 @@ def join(device, processes):
     global _hosts
     backend, timeout = ('nccl', TIMEOUT_NCCL) if device.type == 'cuda' else ('gloo', TIMEOUT)
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-    waiting = threading.Timer(15, print, [f'waiting for all of {processes} processes at {address}'],
-                              dict(flush=True))
-    waiting.daemon = True
-    waiting.start()
+    print0(f'waiting for all of {processes} processes at {address}')
     try:
         store, number, processes = next(dist.rendezvous('env://'))
         store.set_timeout(TIMEOUT)
@@ -98,19 +90,17 @@ def join(device, processes):
                         f'{first_line(error)}; use a free --master_port and an address that all '
                         f'machines reach; where a host takes its own name for 127.0.0.1, set '
                         f'GLOO_SOCKET_IFNAME', code=1)
-    finally:
-        waiting.cancel()
     check_agreement()
 
 
 def check_agreement():
     """Refuse processes that run another script or other flags than the first one."""
-    first, *others = gather_objects([Path(sys.argv[0]).name, *flags.resolved(OWN_FLAGS).split('\n')])
-    for other in others:
-        if other != first:
-            different = sorted(set(other) ^ set(first))
+    mine = [Path(sys.argv[0]).name, *flags.resolved(apart=OWN_FLAGS).split('\n')]
+    for other in gather_objects(mine):
+        if other != mine:
+            different = ', '.join(sorted(set(mine) ^ set(other))[:4])
             raise UserError(f'the processes were started with different scripts or flags '
-                            f'({", ".join(different[:4])}); give all of them the same command')
+                            f'({different}); give all of them the same command')
 
 
 # Timeouts. gloo: the first process may spend hours converting a data set. NCCL: short, so that a
