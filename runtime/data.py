@@ -59,14 +59,12 @@ class Images:
 
 
 def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=False):
-    """A split of data set `name` (one of DATASETS), whose files are in the folder `root`.
+    """The training or test split of data set `name`, whose files are in the folder `root`.
 
+    UserError: unknown name, files that are missing or unusable, no test split.
     Args:
-        train: training split, else test split.
         num_workers: 0: this process decodes image files; else all cores do, once.
         skip_bad_images: print the image files that cannot be read, and leave them out.
-    Raises:
-        UserError: unknown name, files that are missing or unusable, no test split.
     """
     split = 'train' if train else 'test'
     if name not in DATASETS:
@@ -125,13 +123,11 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, num_worker
 
     Args:
         batch_size: images per step over all processes; a multiple of processes x accum.
-        start_step: steps already done.
-        accum: parts per step.
+        start_step: steps already done. accum: parts per step.
         num_workers: processes that augment, or read a set too large for the device.
         augment: function from an image, uint8 (3, H, W), and its position in the stream of all
             images to a changed image; without it, half of the images are mirrored if `flip` is set.
-    Yields:
-        x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
+    Yields x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
     """
     shares = _shares(len(dataset), batch_size, seed, start_step, accum)
     loaded = _loaded(dataset, shares, device, num_workers, augment)

@@ -1,12 +1,5 @@
-"""A training run: everything around the mathematics of a step.
+"""A training run: everything around the mathematics of a step. CONTRIBUTING.md shows a loop.
 
-    run = Run('base', net, dataset, logdir, total_steps)
-    for step in run:                                # the steps that are not done yet
-        for part in run.parts():                    # x_0, y, rows of this process
-            with run.training(part):
-                prediction = run.net(part.x_0)
-            run.backward(loss=(1., loss))           # name=(weight, value), ...
-        run.update(lr)
 The script owns the loop and the losses. The run owns the weights, their average, the optimisers,
 checkpoint, log and signals. What it does after a step stands in `_end_step`.
 """
@@ -53,9 +46,7 @@ def due(step, every, last=None):
 
 
 class Trainable:
-    """A network in training and its optimiser; called through DDP, which averages gradients over
-    the processes in the next backward, if `average_gradients`.
-    """
+    """A network in training, its optimiser, and DDP, which averages if `average_gradients`."""
 
     def __init__(self, module, optimizer, lr=None):
         self.module, self.ddp = module, distributed.wrap_ddp(module)
@@ -74,12 +65,9 @@ class Run:
 
     Args:
         method: name of the training, such as 'pd'; a checkpoint of another one is refused.
-        net: the network to train, on its device.
-        dataset: its `Images`.
-        logdir: the folder.
-        total_steps: number of optimiser steps.
+        net: the network to train, on its device. dataset: its `Images`.
         title: words for the progress bar and the first lines.
-        key: key of the weights in the checkpoint.
+        key: of the weights in the checkpoint.
         optimizer: function (parameters, lr, wd) -> optimiser of the network.
         ema_decay: decay of the averaged weights; 0: none.
         use: weights that users take, 'net_model' or 'ema_model'.
@@ -87,12 +75,8 @@ class Run:
         also_saved: {key: module or optimiser} that is saved and restored as well.
         fixed: {key: plain value} of the checkpoint that must be the same on resuming, as T.
         entries: further entries of the checkpoint, of plain types; may change during the run.
-        inputs: {name: digest} of what the run builds on, such as its teacher; on resuming, another
-            one is refused.
-        augment: see `data.batches`.
-        amp: precision, if not that of --amp.
-    Raises:
-        UserError: the folder holds another run.
+        inputs: {name: digest} of what must be the same on resuming, such as the teacher.
+        augment: see `data.batches`. amp: precision, if not that of --amp.
     """
 
     def __init__(self, method, net, dataset, logdir, total_steps, *, title='', key='net_model',
@@ -134,9 +118,8 @@ class Run:
         lost = checkpoint.not_finite(states)
         if lost:
             raise UserError(f'NaN or inf in {", ".join(lost)} at step {self.step}: nothing was '
-                            f'saved, {self.logdir} still holds the previous checkpoint, if there '
-                            f'is one; lower the learning rate, and run again to go on from there',
-                            code=1)
+                            f'saved, an earlier checkpoint in {self.logdir} stays; lower the '
+                            f'learning rate and run again', code=1)
         checkpoint.save_run(
             self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, step=self.step,
             inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
@@ -145,7 +128,7 @@ class Run:
     def __iter__(self):
         """Yield the steps that are not done; after each, do what is due.
 
-        Log and folder are closed however the loop ends, also by an exception or a `break`.
+        However the loop ends, also by an exception or a `break`, log and folder are closed.
         """
         if self.start >= self.total_steps:
             return distributed.print0(f'{self.logdir} is finished: step {self.start}.')
@@ -168,12 +151,8 @@ class Run:
     def parts(self):
         """Yield the parts of this process's share of a batch, --grad_accum of them.
 
-        A row of the total batch is a function of (seed, step, row) alone. A part has
-            x_0: (B, 3, H, W) in [-1, 1].
-            y: (B,) labels.
-            rows: slice of the total batch.
-            number: 0 .. grad_accum - 1.
-        and scripts may attach what they compute.
+        A part has x_0 (B, 3, H, W) in [-1, 1], labels y (B,), rows, the slice of the total batch
+        that it is, and number, from 0. Scripts may attach what they compute.
         """
         for number in range(FLAGS.grad_accum):
             x_0, y = next(self.batches)
@@ -182,10 +161,7 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, part):
-        """Where the network in training is called on `part`: dropout's random numbers, autocast.
-
-        Gradients are averaged over the processes in the backward of the last part only.
-        """
+        """Where the network in training is called on `part`: dropout's random numbers, autocast."""
         self._forwards += 1
         for trainable in filter(None, (self.net, self.head)):
             trainable.average_gradients = part.number + 1 == FLAGS.grad_accum
@@ -206,10 +182,9 @@ class Run:
         self.meter.add(loss=loss)
 
     def update(self, lr, finite=True):
-        """Clip, step, average. If any gradient is not finite, no optimiser moves.
+        """Clip, step, average; no optimiser moves unless all gradients are finite, and `finite`.
 
-        Args:
-            finite: whether all else that was trained in this step was finite (a bool tensor).
+        `finite` (a bool tensor): whether all else that was trained in this step was.
         """
         if self._updated or not self._forwards == self._backwards == FLAGS.grad_accum:
             raise RuntimeError(f'run.update() was called after {self._forwards} calls of '
@@ -252,11 +227,8 @@ class Run:
         return autocast(self.amp, self.device)
 
     def prepare(self, teacher, *others):
-        """Make networks that are not trained fast, by --amp and --compile.
-
-        The teacher is called without gradients, and so can be one CUDA graph.
-        """
-        prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)
+        """Make networks that are not trained fast, by --amp and --compile."""
+        prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)     # has no gradients
         prepare(self.amp, FLAGS.compile, self.device, *others)
 
     def generator(self, *key):
