@@ -13,8 +13,6 @@ from absl import flags
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
-OUT_OF_MEMORY = ('there is not enough memory for this network and batch; lower --batch_size, or '
-                 'raise --grad_accum in a training')
 HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
 ALIASES = 'local-rank', 'gpu-id', 'temp', 'batchsize', 'init_lr'     # other spellings of a flag
 # in flagfiles of the released code, which does not read the first either; and of absl's logging
@@ -46,9 +44,9 @@ def find(path):
 
 
 def run(main, words=False):
-    """Parse the command line and call `main()`; a mistake becomes one sentence and an exit code.
+    """Parse the command line and call `main()`, or with `words` `main(what is no flag)`.
 
-    With `words`, what is no flag is passed on, as `main(words)`.
+    A mistake becomes one sentence and an exit code.
     """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
@@ -87,7 +85,8 @@ def run(main, words=False):
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
-            fail(OUT_OF_MEMORY, 1)
+            fail('there is not enough memory for this network and batch; lower --batch_size, or '
+                 'raise --grad_accum in a training', 1)
         # of gloo, only the text tells that a connection was closed
         lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text
         if not (several_processes() and lost):
@@ -108,10 +107,8 @@ def check_values():
 def without_foreign_flags(argv):
     """`argv` with its flagfiles read, less the flags from a file that this script does not have.
 
-    So the flagfile of one script may be given to another, also that of a script of the released
-    code, of RCFD or of absl itself. Flags that are left out are printed.
-    Raises:
-        UserError: a line that is no flag, or a flag that is nearly one of this script.
+    So the flagfile of another script may be given, also of the released code. What is left out is
+    printed; a line that is no flag, or nearly a flag of this script, is refused.
     """
     if any(word in ('--flagfile=', '-flagfile=') for word in argv):
         raise UserError('--flagfile is empty; give a file, such as ./config/DIGITS_BASE.txt')
@@ -151,37 +148,26 @@ def several_processes():
 
 
 def print0(*words):
-    """Print on the first process only.
-
-    Where the reader of the output has gone, it is discarded, so that no training is lost.
-    """
+    """Print on the first process only."""
     try:
         if launcher_rank() == 0:
             print(*words, flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:     # the reader of the output has gone: no training is lost for that
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(sentence, code):
-    """Print one sentence and exit.
-
-    With several processes, the others wait for the first one: if all found the same mistake, the
-    launcher ends them before they repeat it.
-    """
+    """Print one sentence and exit."""
     rank = launcher_rank()
     if rank:
-        time.sleep(3)
+        time.sleep(3)       # if the first one found the same, the launcher ends the others now
     name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
     print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
     leave(code)
 
 
 def leave(code):
-    """Exit; one of several processes without the clean-up of the interpreter.
-
-    The clean-up would wait for the other processes, and threads of the process group can make it
-    abort.
-    """
+    """Exit; one of several processes without the clean-up, which would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if several_processes() else sys.exit(code)

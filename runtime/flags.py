@@ -1,7 +1,4 @@
-"""Flags that several scripts share, and checks of their values.
-
-`define_*_flags` are called at the top of a script, with the defaults of that script.
-"""
+"""Flags that several scripts share, with the defaults of each, and checks of their values."""
 
 import sys
 import textwrap
@@ -56,8 +53,8 @@ def folder_flag():
 
 def resolved(apart=()):
     """The resolved configuration, without the flags `apart`, as the text of a flagfile."""
-    lines = [flag.serialize() for flag in own_flags() if flag.name not in ('local_rank', *apart)]
-    return '\n'.join(line for line in lines if line)
+    lines = [flag.serialize() for flag in own_flags() if flag.name not in (*IGNORED, *apart)]
+    return '\n'.join(filter(None, lines))
 
 
 def adopt(**values):
@@ -72,10 +69,9 @@ def adopt(**values):
 FIXED = {'dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch', 'recipe',
          'normalize05'}
 FREE = {'logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'result_path',
-        'num_workers', 'gpu_id', 'num_gpus', 'distributed', 'sample_size', 'sample_step',
-        'save_step', 'log_step', 'keep', 'until', 'max_bad_steps', 'max_steps', 'skip_bad_images',
-        'ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num', 'var_type', 'T',
-        'time_scale'}
+        'num_workers', 'gpu_id', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep',
+        'until', 'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
+        'num_res_blocks', 'conditional', 'class_num', 'T', 'time_scale'}
 
 
 def parsed(text):
@@ -91,11 +87,7 @@ def parsed(text):
 
 
 def compare_with(text, logdir):
-    """Compare the resolved flags of a run to resume with those of now.
-
-    Raises:
-        UserError: a flag of `FIXED` has changed.
-    """
+    """Compare the resolved flags of a run with those of now; UserError if a `FIXED` one differs."""
     before, now = parsed(text), parsed(resolved())
     changed = [name for name in now if now[name] != before.get(name, now[name])]
     for name in changed:
