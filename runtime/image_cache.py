@@ -23,11 +23,8 @@ DAY = 86400     # seconds; no array takes as long to make
 def kept(root, split, img_size, paths, fill, beside=False):
     """The images that `fill` makes of files, from an array that is kept until a file changes.
 
-    The first process of a machine makes the array, the others wait for it.
-
     Args:
         root, split, img_size: what the array holds; it takes the place of an older one.
-        paths: the files.
         fill: function that makes a `new_array` in the file that it is given.
         beside: keep it in `root` if possible.
     Returns:

@@ -14,8 +14,8 @@ FINE = 64       # steps of a student from which on bfloat16 adds too much to the
 def choose(amp, device, steps=0):
     """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps.
 
-    Distilling compares two networks that nearly agree, and rounding in x_pred enters the error in
-    eps times alpha / sigma, which is large on fine grids: above `FINE` steps, float32.
+    Rounding in x_pred enters the error in eps times alpha / sigma, which is large on fine grids:
+    above `FINE` steps, float32.
     """
     if amp != 'auto':
         return amp
@@ -48,22 +48,18 @@ def prepare(amp, compile, device, *networks, graphs=False):
         apart = getattr(network, 'in_float32', ())
         for name, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)) and name.split('.')[0] not in apart:
-                for p in module.parameters(recurse=False):
-                    if p.requires_grad:
-                        raise ValueError(f'{name} is trained; its weights stay in float32')
-                    p.data = p.data.bfloat16()
+                if any(p.requires_grad for p in module.parameters()):
+                    raise ValueError(f'{name} is trained; its weights stay in float32')
+                module.bfloat16()
     compile_networks(compile, device, *networks, graphs=graphs)
 
 
 def compile_networks(enabled, device, *networks, graphs=False):
-    """If `enabled`, torch.compile `networks` in place: their parameters keep their names.
+    """If `enabled`, torch.compile `networks` in place, for fixed shapes; UserError if that fails.
 
-    Shapes are fixed, so that a grid of another size does not slow down training.
     Args:
         graphs: on a GPU, replay each call as one CUDA graph. For networks without gradients whose
             output is used up before the next call, which overwrites it.
-    Raises:
-        UserError: this machine cannot compile; found out with a single number (code 1).
     """
     if not enabled:
         return
@@ -71,7 +67,7 @@ def compile_networks(enabled, device, *networks, graphs=False):
         if TORCH < (2, 2):      # several graphs per network
             raise RuntimeError('it needs torch 2.2')
         mode = dict(mode='reduce-overhead') if graphs and device.type == 'cuda' else {}
-        torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))
+        torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))      # a test
         for network in networks:
             network.compile(dynamic=False, **mode)
     except Exception as error:      # what it raises depends on what is missing, and on the version

@@ -11,8 +11,7 @@ import torch
 def mix(*key):
     """A 63-bit seed from a tuple of non-negative integers, well mixed by numpy's SeedSequence.
 
-    Zeros at the end do not count: (1,) and (1, 0) give the same seed, so that the keys of one
-    purpose must have one length.
+    Zeros at the end do not count: the keys of one purpose must have one length.
     """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -30,9 +29,6 @@ def to_device(tensor, device):
 
 
 def noise_of_images(seed, indices, shape, device):
-    """x_T (B, *shape) whose image i depends on (seed, indices[i]) only.
-
-    Samples then do not depend on the batch size, the number of processes or the machine.
-    """
+    """x_T (B, *shape) whose image i depends on (seed, indices[i]) only, on any machine."""
     rows = [torch.randn(shape, generator=generator('cpu', seed, SAMPLES, int(i))) for i in indices]
     return to_device(torch.stack(rows), device)
