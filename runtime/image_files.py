@@ -74,12 +74,10 @@ def _ending(path):
 # Which files there are
 
 def find_images(root, split):
-    """The image files of split 'train' or 'test' in the folder `root`.
+    """Paths, labels, class names and a `Counter` of what was left out, for a split of `root`.
 
     Each folder of a split is a class, and holds any tree of files; a split without folders is one
     class, "all". Classes are in alphabetical order; the test split has those of the training split.
-
-    Returns paths, labels, names of the classes, and a `Counter` of what was left out and why.
     """
     folder = _split_folder(root, split)
     tops, loose, left_out = _listing(folder)
@@ -99,12 +97,11 @@ def find_images(root, split):
     classes, train = list(found), _named(root, 'train') if split == 'test' else None
     if train:
         classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
-    for name in found:
+    paths, labels = [], []
+    for name, images in found.items():
         if name not in classes:
             raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
                             f'add images to train on')
-    paths, labels = [], []
-    for name, images in found.items():
         paths += images
         labels += [classes.index(name)] * len(images)
     return paths, labels, classes, left_out
@@ -113,8 +110,7 @@ def find_images(root, split):
 def _split_folder(root, split):
     """The folder in `root` with a name of the split; for training, else `root` itself."""
     if not os.path.isdir(root):
-        raise UserError(f'--data_root {root} holds no {split} images: expected a folder with class '
-                        f'folders, and there is no such folder')
+        raise UserError(f'--data_root {root} holds no {split} images: there is no such folder')
     found = _named(root, split)
     if split == 'test' and not found:
         raise UserError(f'--data_root {root} holds no test images: expected {root}/test/<class>/')
