@@ -47,9 +47,7 @@ def read(path):
     """
     path = find(path)
     if not path.is_file():
-        kind = 'is no regular file' if path.exists() else 'does not exist'
-        raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
-                        f'run')
+        raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:

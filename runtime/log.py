@@ -60,8 +60,7 @@ class Meter:
             raise UserError(
                 f'at step {step} the last {self.streak} steps in a row had a value that is not '
                 f'finite ({", ".join(broken)}) and were not applied; lower the learning rate or '
-                f'--grad_clip, or raise --max_bad_steps, and run again: a checkpoint that was '
-                f'saved is a good one', code=1)
+                f'--grad_clip, or raise --max_bad_steps, and run again', code=1)
         self.values, self.applied = {}, []
         means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=applied.count(False))
@@ -71,13 +70,12 @@ class _PlainLines:
     """Standard error for a log file: the output of tqdm without control characters."""
 
     def write(self, text):
-        text = text.replace('\r', '').strip()
         with contextlib.suppress(BrokenPipeError):
-            sys.stderr.write(text + '\n' if text else '')
+            if text.strip():
+                print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.flush()
+        """`write` has done so."""
 
 
 def progress(total=None, desc='', initial=0, unit='step'):
@@ -107,11 +105,10 @@ class Log:
         if distributed.is_main():
             from tensorboardX import SummaryWriter
             path = Path(logdir) / 'metrics.jsonl'
-            lines = path.read_text(errors='replace').splitlines(True) if path.exists() else []
-            whole = [re.fullmatch(r'{"step": (\d+)\b.*}\n', line) for line in lines]
+            text = path.read_text(errors='replace') if path.exists() else ''
+            lines = re.findall(r'^({"step": (\d+)\b.*}\n)', text, re.MULTILINE)
             with replacing(path) as temporary:      # no step twice, no line that was cut
-                temporary.write_text(''.join(line.group() for line in whole
-                                             if line and int(line.group(1)) <= step))
+                temporary.write_text(''.join(line for line, n in lines if int(n) <= step))
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
             self.board.add_text('flags', textwrap.indent(flags_text, '    '), step)

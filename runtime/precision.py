@@ -31,10 +31,8 @@ def has_fast_bf16(device):
     """Whether the hardware multiplies in bfloat16: tensor cores; AMX or AVX512-BF16 of a CPU."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
-    try:
-        found = Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return False
+    file = Path('/proc/cpuinfo')
+    found = file.read_text() if file.exists() else ''
     return 'amx_bf16' in found or 'avx512_bf16' in found
 
 

@@ -106,12 +106,9 @@ class Run:
 
     def saved(self):
         """{key of the checkpoint: object with a state dict}, for saving and for resuming."""
-        found = {self.key: self.net.module, 'optim': self.net.optim, **self.also_saved}
-        if self.ema:
-            found['ema_model'] = self.ema
-        if self.head:
-            found['optim_head'] = self.head.optim
-        return found
+        found = {self.key: self.net.module, 'optim': self.net.optim, **self.also_saved,
+                 'ema_model': self.ema, 'optim_head': self.head and self.head.optim}
+        return {key: value for key, value in found.items() if value is not None}
 
     def _save(self):
         states = {key: value.state_dict() for key, value in self.saved().items()}
