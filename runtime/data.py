@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from runtime import distributed, image_files, imagenet_batches, seeding, small_sets
+from runtime import distributed, image_files, published_sets, seeding
 from runtime.cli import UserError
 from runtime.loader import in_workers
 
@@ -71,12 +71,12 @@ def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=Fal
         raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     found = None
     if name == 'imagenet64':
-        found = imagenet_batches.read_batches(root, split, img_size)
+        found = published_sets.read_batches(root, split, img_size)
     if name in ('folder', 'imagenet64'):
         found = found or image_files.read_folder(root, split, img_size, num_workers,
                                                  skip_bad_images)
         return Images(name, split, img_size, **found)
-    images, labels = getattr(small_sets, name)(root, split)
+    images, labels = getattr(published_sets, name)(root, split)
     # writing and shoes have a direction
     return Images(name, split, img_size, labels, 10, _resized(images, img_size, name),
                   flip=name == 'cifar10',

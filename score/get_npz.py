@@ -20,8 +20,8 @@ from absl import flags      # noqa: E402
 from runtime import cli, data, distributed, image_files     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
 from runtime.flags import define_device_flags, without_effect       # noqa: E402
-from runtime.imagenet_batches import find_batches       # noqa: E402
 from runtime.log import progress    # noqa: E402
+from runtime.published_sets import find_batches       # noqa: E402
 from score.metrics import ActivationStats, frechet_distance     # noqa: E402
 from score.networks import define_feature_flags, load_feature_network     # noqa: E402
 from score.reference import (Statistics, check_reference, load_statistics,      # noqa: E402
