@@ -1,8 +1,4 @@
-"""Processes: all calls of `torch.distributed`, with NCCL on GPUs and gloo on CPUs.
-
-Works under torchrun, under `python -m torch.distributed.launch` and without any launcher; the
-environment that a launcher sets counts, not its flags.
-"""
+"""Processes: all calls of `torch.distributed`, with NCCL on GPUs, gloo on CPUs, or no launcher."""
 
 import contextlib
 import os
@@ -228,10 +224,7 @@ def sync_batch_norm(module):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on CPUs as well (torch's wants GPUs).
-
-    The all-reduce of mean and variance is differentiable: the gradient is that of one big batch.
-    """
+    """Batch norm over the batches of all processes, with its gradient; torch's wants GPUs."""
 
     def forward(self, x):
         if not self.training:

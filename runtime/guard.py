@@ -12,7 +12,7 @@ from runtime import distributed, flags
 from runtime.cli import UserError
 from runtime.files import replacing
 
-GPU_STEPS = 10      # between two looks at the signals of other processes, where steps are fast
+GPU_STEPS = 10      # between two looks at the signals of other processes, which take long there
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -22,9 +22,7 @@ class Folder:
     def __init__(self, path, flagfile):
         """Create the folder, lock it and write `flagfile` (text) to flagfile.txt in it.
 
-        The first process does this for all.
-        Raises:
-            UserError: it cannot be written to, holds files of something else, or is in use.
+        UserError: it cannot be written to, holds files of something else, or is in use.
         """
         self.path, self.file, problem = Path(path), None, None
         if distributed.is_main():
@@ -99,8 +97,7 @@ class Stop:
     def asked(self, step=0, last=True):
         """The signal on which all processes end after `step`, or 0.
 
-        All processes compare what they received: after every step on CPUs, after every tenth and
-        the last on GPUs, where the comparison would take longer than a step.
+        They compare what they received: after every step on CPUs, every tenth and the last on GPUs.
         """
         if os.environ.get('RDD_PARENT') not in (None, str(os.getppid())):
             self.received = self.received or signal.SIGTERM     # study.py or demo.py was killed

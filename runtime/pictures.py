@@ -21,10 +21,7 @@ def to_uint8(x):
 
 
 def check_place(path, flag, suffixes=('.npz',)):
-    """Refuse a place where the images of `flag` cannot be written, before hours of sampling.
-
-    It may be a new or empty folder, or a file with one of `suffixes` that is new or holds samples.
-    """
+    """Refuse a place where the images of `flag` cannot be written, before hours of sampling."""
     path = Path(path)
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
@@ -59,17 +56,16 @@ def holds_samples(path):
 def save_images(path, images, y=None):
     """Write images uint8 (N, 3, H, W) and labels (N,) or None, on the CPU, whole or not at all.
 
-    path: NAME.npz: arr_0 uint8 (N, H, W, 3) and arr_1, the labels, as the evaluator of
-        guided-diffusion reads them; else a new or empty folder: 000000.png, 000001.png, .. and
-        labels.txt, as pytorch-fid reads it.
+    As guided-diffusion reads them, NAME.npz with arr_0 uint8 (N, H, W, 3) and arr_1, the labels; or
+    as pytorch-fid does, a new or empty folder of 000000.png, 000001.png, .. and labels.txt.
     """
     path = Path(path).resolve()
     pixels = images.permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.npz':
         labels = [] if y is None else [y.numpy()]
-        with files.replacing(path) as temporary, open(temporary, 'wb') as file:
-            np.savez(file, pixels, *labels)
+        with files.replacing(path) as temporary:
+            np.savez(temporary, pixels, *labels)
         return
     with files.replacing_folder(path) as folder:
         for i, image in enumerate(pixels):
