@@ -57,9 +57,8 @@ def read(path):
             if file.read(len(LFS)) == LFS:
                 raise UserError(f'{path} is a pointer of Git LFS, not the file itself; fetch it '
                                 f'with: git lfs pull')
-        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds more than '
-                        f'tensors, numbers and text, which could run code (a snapshot of EDM: see '
-                        f'convert.py)')
+        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds objects that '
+                        f'could run code (a snapshot of EDM: see convert.py)')
     except Exception:       # the bytes of a file of another kind decide what is raised
         raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
     if not isinstance(state, dict):

@@ -84,8 +84,7 @@ def join(device, processes):
     except (RuntimeError, ValueError) as error:
         raise UserError(f'the {processes} processes could not meet at {address}: '
                         f'{first_line(error)}; use a free --master_port and an address that all '
-                        f'machines reach; where a host takes its own name for 127.0.0.1, set '
-                        f'GLOO_SOCKET_IFNAME', code=1)
+                        f'machines reach, or set GLOO_SOCKET_IFNAME', code=1)
     check_agreement()
 
 

@@ -154,7 +154,6 @@ def define_network_flags(dropout=0.):
 
 
 def define_teacher_steps():
-    """For models from elsewhere."""
     flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model is taken to have, as '
                          '128 of 1000; 0: all', 0)
 
@@ -166,8 +165,7 @@ def define_data_flags():
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', 1, 1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', 0)
-    flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read, and leave '
-                      'them out')
+    flags.DEFINE_bool('skip_bad_images', False, 'name and leave out images that cannot be read')
 
 
 def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, seed=0):
@@ -175,8 +173,7 @@ def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, 
     flags.DEFINE_float('lr', lr, 'learning rate', 0.)
     flags.DEFINE_float('wd', wd, 'weight decay', 0.)
     flags.DEFINE_float('grad_clip', grad_clip, 'largest norm of the gradient; 0: any', 0.)
-    flags.DEFINE_integer('grad_accum', 1, 'parts in which each process works through its share of '
-                         'the batch, one after another', 1)
+    flags.DEFINE_integer('grad_accum', 1, 'parts of its batch that a process works on in turn', 1)
     flags.DEFINE_integer('save_step', save_step, 'steps between checkpoints; 0: at the end, or '
                          'in classifier/train.py after each epoch', 0)
     flags.DEFINE_integer('keep', keep, 'earlier checkpoints to keep, as ckpt_STEP.pt', 0)

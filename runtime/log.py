@@ -57,10 +57,9 @@ class Meter:
         if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
             broken = [name for name, count in zip(rows, counts)
                       if count < len(rows[name]) * distributed.world_size()]
-            raise UserError(
-                f'at step {step} the last {self.streak} steps in a row had a value that is not '
-                f'finite ({", ".join(broken)}) and were not applied; lower the learning rate or '
-                f'--grad_clip, or raise --max_bad_steps, and run again', code=1)
+            raise UserError(f'the last {self.streak} steps in a row, up to {step}, had values that '
+                            f'are not finite ({", ".join(broken)}) and were not applied; lower the '
+                            f'learning rate or --grad_clip, or raise --max_bad_steps', code=1)
         self.values, self.applied = {}, []
         means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=applied.count(False))
