@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def run(main, words=False):
             setattr(sys, name, open(os.devnull, 'w'))
         getattr(sys, name).reconfigure(errors='backslashreplace')   # where its encoding is ASCII
     if any(word in HELP for word in sys.argv[1:]):
-        print(usage())
+        print(sys.modules['__main__'].__doc__.strip(), FLAGS.get_help(), sep='\n\n')
         sys.exit(0)
     try:
         ' '.join(sys.argv).encode()
@@ -178,14 +177,3 @@ def own_flags():
     modules = FLAGS.flags_by_module_dict()
     return [flag for name in modules if not name.startswith('absl') for flag in modules[name]
             if flag.name not in ALIASES]
-
-
-def usage():
-    """Docstring of the script, then every flag with its meaning and default."""
-    lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
-    for flag in own_flags():
-        default = flag.default_as_str if flag.default is not None else 'none'
-        text = f'{" ".join(flag.help.split())} (default: {default})'
-        lines.append(f'  --{flag.name}')
-        lines += textwrap.wrap(text, 92, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
-    return '\n'.join(lines + ['  --flagfile', '      A file with one flag per line.'])

@@ -353,8 +353,8 @@ def helps():
 
 @pytest.mark.parametrize('script', list(DEFAULTS))
 def test_defaults(helps, script):
-    blocks = {block.split()[0]: ' '.join(block.split())
+    blocks = {block.split(':')[0].replace('[no]', ''): ' '.join(block.split())
               for block in helps[script].split('\n  --')[1:]}
     for name, value in DEFAULTS[script].items():
-        found = blocks[name].split('(default: ')[1].rstrip(')').strip("'")
+        found = blocks[name].split('(default: ')[1].split(')')[0].strip("'")
         assert found == str(value) or isinstance(value, float) and float(found) == value, name
