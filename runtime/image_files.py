@@ -80,20 +80,7 @@ def find_images(root, split):
     class, "all". Classes are in alphabetical order; the test split has those of the training split.
     """
     folder = _split_folder(root, split)
-    tops, loose, left_out = _listing(folder)
-    found = {} if tops else dict(all=loose)
-    if tops and loose:
-        left_out['beside the class folders'] = len(loose)
-    visited = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
-    known = {os.path.realpath(top) for top in tops}
-    for top in tops:
-        found[os.path.basename(top)] = _tree(top, visited, known, left_out)
-    empty = [name for name, paths in found.items() if not paths]
-    if empty:
-        what = f'the class folders {", ".join(empty[:5])} are empty' if tops else (
-            _listed(left_out) or 'it is empty')
-        raise UserError(f'{folder} holds no images that can be used ({what}): expected '
-                        f'{folder}/<class>/*.jpg (or png, ...)')
+    found, left_out = _classes(folder)
     classes, train = list(found), _named(root, 'train') if split == 'test' else None
     if train:
         classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
@@ -102,9 +89,36 @@ def find_images(root, split):
         if name not in classes:
             raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
                             f'add images to train on')
-        paths += images
+        paths += sorted(images, key=os.path.split)
         labels += [classes.index(name)] * len(images)
     return paths, labels, classes, left_out
+
+
+def _classes(folder):
+    """{class: image files} of the folder of a split, each real folder once; what was left out."""
+    tops, loose, left_out = _listing(folder)
+    found = {os.path.basename(top): [] for top in tops} or dict(all=loose)
+    if tops and loose:
+        left_out['beside the class folders'] = len(loose)
+    visited = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
+    waiting = list(zip(found, tops))    # class folders come before what is in them, links as well
+    for name, path in waiting:
+        real = os.path.realpath(path)
+        if real in visited:
+            left_out['links to folders that are read anyway'] += 1
+            continue
+        visited.add(real)
+        folders, images, others = _listing(path)
+        waiting += [(name, inner) for inner in folders]
+        found[name] += images
+        left_out.update(others)
+    empty = [name for name, images in found.items() if not images]
+    if empty:
+        what = f'the class folders {", ".join(empty[:5])} are empty' if tops else (
+            _listed(left_out) or 'it is empty')
+        raise UserError(f'{folder} holds no images that can be used ({what}): expected '
+                        f'{folder}/<class>/*.jpg (or png, ...)')
+    return found, left_out
 
 
 def _split_folder(root, split):
@@ -132,23 +146,6 @@ def _named(root, split):
         if found:
             return found[0]
     return None
-
-
-def _tree(top, visited, tops, left_out):
-    """Image files of the class folder `top`, sorted; each real folder once, by `visited`."""
-    images, waiting = [], [top]
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(folder)
-        if real in visited or folder != top and real in tops:
-            left_out['links to folders that are read anyway'] += 1
-            continue
-        visited.add(real)
-        folders, files, others = _listing(folder)
-        waiting += folders
-        images += files
-        left_out.update(others)
-    return sorted(images, key=os.path.split)
 
 
 def _listing(folder):
