@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ class Images:
     images: torch.Tensor            # (N, 3, H, W) uint8, may be read-only
     flip: bool = True               # whether a mirrored image is still a valid one
     summary: str = ''               # one line: what was read, and what was left out
-    key: Optional[str] = None       # of the files of a memory-mapped array: see `image_cache.kept`
+    key: str = ''               # of the files of a memory-mapped array: see `image_cache.kept`
 
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
@@ -129,43 +128,35 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, num_worker
             images to a changed image; without it, half of the images are mirrored if `flip` is set.
     Yields x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
     """
-    shares = _shares(len(dataset), batch_size, seed, start_step, accum)
-    loaded = _loaded(dataset, shares, device, num_workers, augment)
-    for number, (images, labels) in enumerate(loaded, start_step * accum):
-        step, micro = divmod(number, accum)
+    parts = ((step, distributed.rows(batch_size, micro, accum))
+             for step in itertools.count(start_step) for micro in range(accum))
+    loaded = _loaded(dataset, parts, batch_size, seed, device, num_workers, augment)
+    for (step, rows), images, labels in loaded:
         x_0 = images.float().div_(127.5).sub_(1)
         if dataset.flip and not augment:
             rng = seeding.generator(device, seed, seeding.FLIP, step)
-            mirrored = torch.rand(batch_size, generator=rng, device=device) < 0.5
-            mirrored = mirrored[distributed.rows(batch_size, micro, accum)]
+            mirrored = torch.rand(batch_size, generator=rng, device=device)[rows] < 0.5
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
         yield x_0, labels
 
 
-def _shares(length, batch_size, seed, start_step, accum):
-    """(position in the stream of its first image, list of indices) of this process's parts."""
-    for step in itertools.count(start_step):
-        indices = indices_of_step(length, batch_size, seed, step)
-        for micro in range(accum):
-            rows = distributed.rows(batch_size, micro, accum)
-            yield step * batch_size + rows.start, indices[rows].tolist()
-
-
-def _loaded(dataset, shares, device, num_workers, augment):
-    """Images and labels of every share, on `device`."""
-    if not augment and dataset.images.numel() <= ON_DEVICE:
-        images, labels = dataset.images.to(device), dataset.labels.to(device)
-        for _, chosen in shares:
-            chosen = seeding.to_device(torch.tensor(chosen), device)
-            yield images[chosen], labels[chosen]
-        return
-
-    def read(share):
-        position, chosen = share
+def _loaded(dataset, parts, batch_size, seed, device, num_workers, augment):
+    """(step, rows), images and labels of every part, on `device`."""
+    def read(part):
+        step, rows = part
+        chosen = indices_of_step(len(dataset), batch_size, seed, step)[rows]
         images = dataset.images[chosen]
         if augment:
-            images = torch.stack([augment(image, i) for i, image in enumerate(images, position)])
-        return images.numpy(), dataset.labels[chosen].numpy()       # not through shared memory
+            first = step * batch_size + rows.start
+            images = torch.stack([augment(image, i) for i, image in enumerate(images, first)])
+        return part, images.numpy(), dataset.labels[chosen].numpy()     # not by shared memory
 
-    for arrays in in_workers(read, shares, num_workers):
-        yield [seeding.to_device(torch.from_numpy(array), device) for array in arrays]
+    if augment or dataset.images.numel() > ON_DEVICE:
+        for part, *arrays in in_workers(read, parts, num_workers):
+            yield (part, *(seeding.to_device(torch.from_numpy(array), device) for array in arrays))
+        return
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    for step, rows in parts:
+        chosen = indices_of_step(len(dataset), batch_size, seed, step)[rows]
+        chosen = seeding.to_device(chosen, device)
+        yield (step, rows), images[chosen], labels[chosen]

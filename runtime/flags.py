@@ -32,13 +32,6 @@ IGNORED = dict(
     var_type='DDIM sampling is deterministic and has no variance')
 
 
-def define_ignored(*names):
-    """Define these of the `IGNORED` flags, so that old command lines can be parsed."""
-    for name in names:
-        define = flags.DEFINE_bool if name == 'distributed' else flags.DEFINE_string
-        define(name, None, f'ignored: {IGNORED[name]}')
-
-
 def without_effect(**reasons):
     """Name the flags that the user set and that change nothing: `IGNORED`, and name=reason."""
     for name, reason in dict(IGNORED, **reasons).items():
@@ -126,7 +119,9 @@ def define_device_flags():
     """Which devices; and the flags that launchers and old command lines carry."""
     flags.DEFINE_string('gpu_id', None, 'GPUs to use, as in 0,1,2,3; none: all that are visible')
     flags.DEFINE_alias('gpu-id', 'gpu_id')
-    define_ignored('num_gpus', 'distributed', 'local_rank')
+    for name, reason in IGNORED.items():
+        define = flags.DEFINE_bool if name == 'distributed' else flags.DEFINE_string
+        define(name, None, f'ignored: {reason}')
     flags.DEFINE_alias('local-rank', 'local_rank')
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16', 'auto'], 'networks in float32 or bfloat16; '
                       'auto: bfloat16 where the hardware has units for it (GPUs since Ampere, CPUs '
@@ -150,7 +145,6 @@ def define_network_flags(dropout=0.):
     flags.DEFINE_integer('class_num', 10, 'number of classes', 1, 100000)
     flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts: x_0, eps or '
                       'v = alpha eps - sigma x_0; students: as their teacher, but v after eps')
-    define_ignored('var_type')
 
 
 def define_teacher_steps():

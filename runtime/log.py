@@ -28,15 +28,12 @@ class Meter:
     """
 
     def __init__(self):
-        self.values, self.applied, self.streak = {}, [], 0
+        self.values, self.streak = {}, 0
+        self.applied = []       # whether each step was (bool tensors, alike on all processes)
 
     def add(self, **terms):
         for name, value in terms.items():
             self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
-
-    def end_step(self, finite):
-        """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
-        self.applied.append(finite)
 
     def means(self, step, start, total_steps):
         """{name: float} over all processes and finite values, and bad_steps; then empty.

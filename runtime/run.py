@@ -196,7 +196,7 @@ class Run:
         if self.ema:
             ema_update(self.ema, self.net.module, self.ema_decay)
         self.meter.add(grad_norm=norm)
-        self.meter.end_step(finite)
+        self.meter.applied.append(finite)
         self.lr, self._updated = lr, True
 
     def _end_step(self):
