@@ -88,7 +88,7 @@ def run(main, words=False):
                  'raise --grad_accum in a training', 1)
         # of gloo, only the text tells that a connection was closed
         lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text
-        if not (several_processes() and lost):
+        if os.environ.get('WORLD_SIZE', '1') == '1' or not lost:
             raise
         fail(f'another process has ended, see its own message '
              f'({text.split("] ")[-1].split(". ")[0]})', 1)
@@ -135,21 +135,10 @@ def without_foreign_flags(argv):
     return kept
 
 
-def launcher_rank():
-    """The rank that a launcher has put into the environment; 0 without one."""
-    value = os.environ.get('RANK', '0')
-    return int(value) if value.isdigit() else 0
-
-
-def several_processes():
-    """Whether a launcher has started more than one process."""
-    return os.environ.get('WORLD_SIZE', '1') != '1'
-
-
 def print0(*words):
     """Print on the first process only."""
     try:
-        if launcher_rank() == 0:
+        if os.environ.get('RANK', '0') == '0':
             print(*words, flush=True)
     except BrokenPipeError:     # the reader of the output has gone: no training is lost for that
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,10 +146,10 @@ def print0(*words):
 
 def fail(sentence, code):
     """Print one sentence and exit."""
-    rank = launcher_rank()
-    if rank:
+    rank, name = os.environ.get('RANK', '0'), Path(sys.argv[0]).name
+    if rank != '0':
         time.sleep(3)       # if the first one found the same, the launcher ends the others now
-    name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
+        name += f' (process {rank})'
     print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
     leave(code)
 
@@ -169,7 +158,7 @@ def leave(code):
     """Exit; one of several processes without the clean-up, which would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if several_processes() else sys.exit(code)
+    sys.exit(code) if os.environ.get('WORLD_SIZE', '1') == '1' else os._exit(code)
 
 
 def own_flags():

@@ -34,7 +34,7 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
         bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else None
         bad = distributed.broadcast_object(bad)
         for path, reason in bad.items():
-            distributed.print0(printable(f'note: left out: {path} {reason}.'))
+            distributed.print0(f'note: left out: {path} {reason}.')
         if len(bad) == len(paths):
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
         labels = [label for path, label in zip(paths, labels) if path not in bad]
@@ -53,18 +53,12 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
                f'{counts.max()} each), {_listed(map(_ending, paths))}')
     if left_out:
         summary += f'; left out: {_listed(left_out)}'
-    return dict(images=images, labels=labels, num_classes=len(classes), key=key,
-                summary=printable(summary))
+    return dict(images=images, labels=labels, num_classes=len(classes), key=key, summary=summary)
 
 
 def _listed(found):
     counts = collections.Counter(found).most_common()
     return ', '.join(f'{count} {what}' for what, count in counts)
-
-
-def printable(text):
-    """`text` with \\xe9 for a byte of a name that is not UTF-8."""
-    return os.fsencode(text).decode(errors='backslashreplace')
 
 
 def _ending(path):

@@ -99,7 +99,7 @@ def check(name, root, img_size):
         paths = image_files.find_images(root, FLAGS.split)[0]
     problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
     for path, reason in problems:
-        print(image_files.printable(f'{path} {reason}'))
+        print(f'{path} {reason}')
     if problems:
         raise UserError(f'{len(problems)} of {len(paths)} files cannot be used, see above; replace '
                         f'them, or give --skip_bad_images', code=1)
