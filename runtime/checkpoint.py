@@ -41,10 +41,7 @@ def find(path):
 
 
 def read(path):
-    """A checkpoint, on the CPU; nothing in it is run.
-
-    UserError: the file is missing, truncated, of another kind, or holds code.
-    """
+    """A checkpoint, on the CPU; UserError if it is missing, damaged, no checkpoint or holds code."""
     path = find(path)
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
@@ -97,10 +94,7 @@ def history(logdir):
 
 
 def read_newest(logdir):
-    """The newest readable checkpoint of a run, or None without any; UserError if none is readable.
-
-    Names those that it passes over.
-    """
+    """The newest readable checkpoint of a run, None without any; UserError if none is readable."""
     files, problem = [Path(logdir) / 'ckpt.pt', *history(logdir)], None
     for file in filter(Path.exists, files):
         try:

@@ -43,10 +43,7 @@ def find(path):
 
 
 def run(main, words=False):
-    """Parse the command line and call `main()`, or with `words` `main(what is no flag)`.
-
-    A mistake becomes one sentence and an exit code.
-    """
+    """Call `main()`, with `words` `main(what is no flag)`; a mistake becomes one sentence."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))

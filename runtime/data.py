@@ -1,7 +1,4 @@
-"""Data sets as arrays of uint8 pixels, and which of their images make a training step.
-
-Which images make step k, and which of them are mirrored, is a function of (seed, k) alone.
-"""
+"""Data sets as arrays of uint8 pixels; the images of step k are a function of (seed, k) alone."""
 
 import dataclasses
 import functools

@@ -152,10 +152,7 @@ def main_first(of_machine=False):
 
 
 def rows(total, micro=0, accum=1):
-    """This process's rows of a total batch, as a slice; part `micro` of `accum`.
-
-    Row i is the same image, time and noise for any number of processes and parts.
-    """
+    """This process's rows of part `micro` of `accum` of a total batch, as a slice."""
     length = share(total, accum)
     start = (micro * world_size() + rank()) * length
     return slice(start, start + length)

@@ -170,10 +170,7 @@ def _formats():
 # How they are read
 
 def decode_all(paths, img_size, num_workers, file=None):
-    """Decode files, into the array in `file` if given, by all cores unless `num_workers` is 0.
-
-    Yields (path, reason) of every file that cannot be read.
-    """
+    """Decode files, into the array in `file` if given; yields (path, reason) of bad ones."""
     def decode_part(part):
         records, problems = np.load(file, mmap_mode='r+') if file else None, []
         for i in part:

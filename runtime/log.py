@@ -22,10 +22,7 @@ FLAGS = flags.FLAGS
 
 
 class Meter:
-    """Means of named scalars between two log lines, and a count of steps that are not finite.
-
-    Values stay on the device; `means` alone waits for it.
-    """
+    """Means of named scalars between two log lines; only `means` waits for the device."""
 
     def __init__(self):
         self.values, self.streak = {}, 0

@@ -8,15 +8,11 @@ from torch import nn
 from runtime.cli import UserError, first_line
 
 TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
-FINE = 64       # steps of a student from which on bfloat16 adds too much to the error in eps
+FINE = 64       # steps above which alpha / sigma times the rounding is too much of an error in eps
 
 
 def choose(amp, device, steps=0):
-    """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps.
-
-    Rounding in x_pred enters the error in eps times alpha / sigma, which is large on fine grids:
-    above `FINE` steps, float32.
-    """
+    """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps."""
     if amp != 'auto':
         return amp
     return 'bf16' if has_fast_bf16(device) and steps <= FINE else 'none'
