@@ -41,7 +41,7 @@ def find(path):
 
 
 def read(path):
-    """A checkpoint, on the CPU; UserError if it is missing, damaged, no checkpoint or holds code."""
+    """A checkpoint, on the CPU; UserError if it is missing, damaged, of another kind or code."""
     path = find(path)
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')

@@ -12,7 +12,6 @@ from absl import flags
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
-HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
 ALIASES = 'local-rank', 'gpu-id', 'temp', 'batchsize', 'init_lr'     # other spellings of a flag
 # in flagfiles of the released code, which does not read the first either; and of absl's logging
 UNREAD = re.compile(r'--queue_size=0?\.\d+|--log_dir=.*')
@@ -48,7 +47,7 @@ def run(main, words=False):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))
         getattr(sys, name).reconfigure(errors='backslashreplace')   # where its encoding is ASCII
-    if any(word in HELP for word in sys.argv[1:]):
+    if {'--help', '-h', '-help', '--helpshort', '--helpfull'}.intersection(sys.argv):
         print(sys.modules['__main__'].__doc__.strip(), FLAGS.get_help(), sep='\n\n')
         sys.exit(0)
     try:

@@ -20,10 +20,7 @@ class Folder:
     """The folder of a run, held by this process until `close`, or until the process ends."""
 
     def __init__(self, path, flagfile):
-        """Create the folder, lock it and write `flagfile` (text) to flagfile.txt in it.
-
-        UserError: it cannot be written to, holds files of something else, or is in use.
-        """
+        """Create and lock it, write flagfile.txt; UserError if that fails or it is not a run's."""
         self.path, self.file, problem = Path(path), None, None
         if distributed.is_main():
             try:
@@ -36,7 +33,7 @@ class Folder:
             raise UserError(f'{flags.folder_flag()} {path} {problem}; choose another')
 
     def _take(self, flagfile):
-        """Do so, or return what is in the way, in words. The system frees the lock of the dead."""
+        """Do so, or return what is in the way. The system frees the lock of a dead process."""
         self.path.mkdir(parents=True, exist_ok=True)
         ours = (self.path / '.lock').exists() or (self.path / 'ckpt.pt').exists()
         for name in ('ckpt.pt', 'metrics.jsonl', 'flagfile.txt', '.lock'):

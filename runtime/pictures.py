@@ -91,10 +91,7 @@ def rows_by_class(images, y, class_num):
 
 
 def save_labelled(path, title, rows, row_labels=None):
-    """Write one PNG of rows of uint8 images (n, 3, H, W), a title above and words beside them.
-
-    Returns the picture, uint8 (height, width, 3).
-    """
+    """Write one PNG, also returned (H, W, 3), of rows of uint8 images (n, 3, H, W) with words."""
     font, columns = ImageFont.load_default(12), max(len(row) for row in rows)
     size = rows[0].shape[-1] * max(1, TILE // rows[0].shape[-1])
     left = MARGIN if not row_labels else 12 + round(max(font.getlength(w) for w in row_labels))

@@ -179,10 +179,7 @@ class Run:
         self.meter.add(loss=loss)
 
     def update(self, lr, finite=True):
-        """Clip, step, average; no optimiser moves unless all gradients are finite, and `finite`.
-
-        `finite` (a bool tensor): whether all else that was trained in this step was.
-        """
+        """Clip, step, average; only if all gradients are finite, and `finite` (a bool tensor)."""
         if self._updated or not self._forwards == self._backwards == FLAGS.grad_accum:
             raise RuntimeError(f'run.update() was called after {self._forwards} calls of '
                                f'run.training() and {self._backwards} of run.backward(), expected '

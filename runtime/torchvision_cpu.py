@@ -1,8 +1,7 @@
 """Makes torchvision importable with a CPU-only torch.
 
-With a torch without CUDA, the library of the default torchvision package does not load, and the
-import fails with "operator torchvision::nms does not exist". Nothing here uses these operators, so
-their schemas are enough.
+There, the library of the default torchvision package does not load, and its import fails with
+"operator torchvision::nms does not exist". Nothing here uses it: its schema is enough.
 """
 
 import functools
