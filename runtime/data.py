@@ -29,7 +29,7 @@ class Images:
     images: torch.Tensor            # (N, 3, H, W) uint8, may be read-only
     flip: bool = True               # whether a mirrored image is still a valid one
     summary: str = ''               # one line: what was read, and what was left out
-    key: str = ''               # of the files of a memory-mapped array: see `image_cache.kept`
+    key: str = ''                   # of the files of a memory-mapped array: see `image_cache.kept`
 
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
