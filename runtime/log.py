@@ -51,7 +51,7 @@ class Meter:
         if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
             broken = [name for name, count in zip(rows, counts)
                       if count < len(rows[name]) * distributed.world_size()]
-            raise UserError(f'the last {self.streak} steps in a row, up to {step}, had values that '
+            raise UserError(f'the last {self.streak} steps in a row up to {step} had values that '
                             f'are not finite ({", ".join(broken)}) and were not applied; lower the '
                             f'learning rate or --grad_clip, or raise --max_bad_steps', code=1)
         self.values, self.applied = {}, []
