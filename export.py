@@ -14,10 +14,10 @@ from pathlib import Path
 from absl import flags
 
 from formats import card, diffusers_write, onnx_graph
-from formats.diffusers_read import check_packages, first_line
+from formats.diffusers_read import check_packages
 from formats.load import load_model
 from runtime import cli
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.files import check_new_folder, replacing_folder
 from runtime.flags import MEAN_TYPES, define_teacher_steps, require
 

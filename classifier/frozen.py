@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from classifier.networks import NETWORKS, build_classifier
 from runtime import checkpoint, cli, distributed, flags
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.torchvision_cpu import torchvision
 
 PREFIX = 'imagenet_'        # of the names of torchvision's networks
@@ -38,9 +38,7 @@ def load_frozen(name, path, dataset, normalisation, device):
         UserError: no such classifier, or one with other classes.
     """
     if name.startswith(PREFIX):
-        for line in flags.without_effect(
-                classifier_normalisation='these weights expect that of ImageNet'):
-            distributed.print0(line)
+        flags.without_effect(classifier_normalisation='these weights expect that of ImageNet')
         network = load_imagenet(name, path)
     else:
         path = path or f'classifier/result/{dataset.name}/{name}'
@@ -181,9 +179,9 @@ def load_imagenet(name, path=None):
             with distributed.main_first():      # the first process fetches them
                 network = build(weights='DEFAULT')
         except (OSError, RuntimeError) as error:
-            reason = str(error).split('\n')[0]
-            raise UserError(f'the weights of {name} could not be fetched ({reason}); get them on '
-                            f'another machine and give the file as --classifier_path', code=1)
+            raise UserError(f'the weights of {name} could not be fetched ({first_line(error)}); '
+                            f'get them on another machine and give the file as '
+                            f'--classifier_path', code=1)
     else:
         file = checkpoint.find(cli.find(path))
         state = checkpoint.read(file)

@@ -24,13 +24,13 @@ from classifier.augment import Augment, measured_normalisation, random_crop     
 from classifier.networks import NETWORKS, build_classifier      # noqa: E402
 from runtime import checkpoint, cli, data, distributed, seeding     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
-from runtime.flags import (ON_RESUME, define_data_flags, define_device_flags,       # noqa: E402
+from runtime.flags import (FIXED, define_data_flags, define_device_flags,       # noqa: E402
                            define_run_flags)
 from runtime.optim import learning_rate, sgd     # noqa: E402
 from runtime.run import Run, due, training_data      # noqa: E402
 
 FLAGS = flags.FLAGS
-ON_RESUME.update(lr='refuse', wd='refuse', amp='refuse')
+FIXED.update(('lr', 'wd', 'amp'))
 # of the released code; this std is the mean of the standard deviations of single images
 CIFAR10 = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 
@@ -109,7 +109,7 @@ def train(device, folder, accuracy):
             words = 'no test split'
             if test_set:
                 words = f'test {100 * accuracy:.2f} %'
-                run.report(test_accuracy=accuracy)
+                run.reported.update(test_accuracy=accuracy)
             distributed.print0(f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}')
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from formats.entries import ENTRIES, TIMES, Model, are_betas, check, schedule_of
 from runtime import checkpoint, distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.torchvision_cpu import torchvision
 
 RGB = (int, lambda value: value == 3, '3, for RGB images')
@@ -308,8 +308,3 @@ def check_packages(names):
                             f'requirements-export.txt', code=1)
     # what diffusers would warn of is checked here, and refused in one sentence
     logging.getLogger('diffusers').setLevel(logging.CRITICAL)
-
-
-def first_line(error):
-    """The first line of an exception's message that is not empty, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from runtime import distributed, flags
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.files import replacing
 
 WRAPPERS = ('module.', '_orig_mod.', 'ema_model.')      # prefixes that wrapped networks leave
@@ -22,17 +23,12 @@ MOMENTS = {torch.optim.Adam: {'step', 'exp_avg', 'exp_avg_sq'},
 # Files
 
 def save(path, state):
-    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary file, then rename.
-
-    Raises:
-        UserError: it cannot be written (code 1); what was there before is untouched.
-    """
+    """Write `state` (tensors, numbers, strings, lists, dicts); UserError (code 1) if that fails."""
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError on a full disk
-        known = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(known, 'strerror', None) or str(error).split('\n')[0]
+        reason = getattr(error, 'strerror', None) or first_line(error.__context__ or error)
         raise UserError(f'{path} could not be written ({reason}); what it held before is '
                         f'untouched; make room and run the same command again', code=1)
 
@@ -45,16 +41,10 @@ def find(path):
 
 
 def read(path):
-    """A checkpoint, on the CPU. Executes nothing from the file (`weights_only`).
-
-    Raises:
-        UserError: the file is missing, truncated, of another kind, or holds code.
-    """
+    """A checkpoint, on the CPU; UserError if it is missing, damaged, of another kind or code."""
     path = find(path)
     if not path.is_file():
-        kind = 'is no regular file' if path.exists() else 'does not exist'
-        raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
-                        f'run')
+        raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:
@@ -64,9 +54,8 @@ def read(path):
             if file.read(len(LFS)) == LFS:
                 raise UserError(f'{path} is a pointer of Git LFS, not the file itself; fetch it '
                                 f'with: git lfs pull')
-        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds more than '
-                        f'tensors, numbers and text, which could run code (a snapshot of EDM: see '
-                        f'convert.py)')
+        raise UserError(f'{path} is refused as a checkpoint: it is damaged, or holds objects that '
+                        f'could run code (a snapshot of EDM: see convert.py)')
     except Exception:       # the bytes of a file of another kind decide what is raised
         raise UserError(f'{path} is truncated or not a checkpoint; make it again or restore a copy')
     if not isinstance(state, dict):
@@ -88,7 +77,6 @@ def save_run(logdir, keep, **state):
     save(numbered, state)
     with replacing(newest) as temporary:
         try:
-            temporary.unlink()
             os.link(numbered, temporary)
         except OSError:         # a file system without hard links
             shutil.copyfile(numbered, temporary)
@@ -106,67 +94,49 @@ def history(logdir):
 
 
 def read_newest(logdir):
-    """The newest readable checkpoint of a run, or None; names those it passes over.
-
-    Raises:
-        UserError: there are checkpoints, and none can be read.
-    """
-    newest, files, problem = Path(logdir) / 'ckpt.pt', history(logdir), None
-    if newest.exists():
-        files.insert(0, newest)
-    for file in files:
+    """The newest readable checkpoint of a run, None without any; UserError if none is readable."""
+    files, problem = [Path(logdir) / 'ckpt.pt', *history(logdir)], None
+    for file in filter(Path.exists, files):
         try:
             state = read(file)
+            if problem:
+                distributed.print0(f'note: {problem}; going on from {file} instead.')
+            return state
         except UserError as error:
             problem = problem or error
-            continue
-        if problem:
-            distributed.print0(f'note: {problem}; going on from {file} instead.')
-        return state
     if problem:
         raise problem
     return None
 
 
-# Values that are not finite
-
 def not_finite(state):
     """Names of the entries of `state` (nested dicts) that hold NaN or inf."""
     found = []
     for name, value in state.items():
-        tensors = [v for v in _tensors(value) if v.is_floating_point() and v.numel()]
+        leaves, _ = tree_flatten(value)
+        tensors = [v for v in leaves if torch.is_tensor(v) and v.is_floating_point() and v.numel()]
         if tensors and not torch.stack([v.isfinite().all() for v in tensors]).all():
             found.append(name)
     return found
 
 
-def _tensors(value):
-    """The tensors in nested dicts and lists."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
 # Resuming
 
 def read_run(logdir, key, fixed, inputs):
-    """The state that a run left in its folder, or None for a fresh start.
+    """The state that a run left in its folder, or None; UserError if it is none to go on from.
 
     Args:
-        logdir: the folder.
-        key: key of the weights.
+        key: of the weights.
         fixed: {key: value} of the checkpoint that must be the same now.
         inputs: {name: digest} of what the run builds on; `data` may change with a note.
-    Raises:
-        UserError: the checkpoint is none to go on from, or that of another run.
     """
+    def refuse(found):
+        raise UserError(f'{logdir} holds {found}, or choose another {flags.folder_flag()}')
+
     state = read_newest(logdir)
-    step, remedy = state.get('step', 0) if state else 0, f'choose another {flags.folder_flag()}'
+    step = state.get('step', 0) if state else 0
     if type(step) is not int or step < 0:
-        raise UserError(f'{logdir} holds a checkpoint whose step is {step!r}, expected a whole '
-                        f'number; restore a copy, or {remedy}')
+        refuse(f'a checkpoint whose step is {step!r}, expected a whole number; restore a copy')
     if distributed.broadcast_object(step) != step:
         raise UserError(f'process {distributed.rank()} finds step {step} in {logdir}, the first '
                         f'one another; all machines must see the same folder', code=1)
@@ -174,23 +144,22 @@ def read_run(logdir, key, fixed, inputs):
         return None
     lacking = [name for name in (key, 'optim', 'step', 'flags') if name not in state]
     if lacking:
-        raise UserError(f'{logdir} holds a checkpoint without {", ".join(lacking)}, so it cannot '
-                        f'be continued and would be overwritten; {remedy}')
+        refuse(f'a checkpoint without {", ".join(lacking)}, so it cannot be continued and would be '
+               f'overwritten; move it away')
     if not isinstance(state[key], dict) or not_finite({key: state[key]}):
-        raise UserError(f'{logdir} holds a checkpoint whose weights are missing or not finite; '
-                        f'replace its ckpt.pt by an earlier ckpt_STEP.pt, or {remedy}')
+        refuse('a checkpoint whose weights are missing or not finite; replace its ckpt.pt by an '
+               'earlier ckpt_STEP.pt')
     flags.compare_with(state['flags'], logdir)
     for name, value in fixed.items():
         if state.get(name) != value:
-            raise UserError(f'{logdir} holds a run with {name} {str(state.get(name))[:60]}, and '
-                            f'this one has {str(value)[:60]}; {remedy}')
-    before = state.get('inputs') or {}
+            refuse(f'a run with {name} {str(state.get(name))[:60]}, and this one has '
+                   f'{str(value)[:60]}; give the same')
+    before = dict(inputs, **(state.get('inputs') or {}))
     for name in inputs:
-        if before.get(name, inputs[name]) == inputs[name]:
-            continue
-        if name != 'data':
-            raise UserError(f'{logdir} holds a run with another {name}, whose weights '
-                            f'differ from those given now; give the same, or {remedy}')
+        if name != 'data' and before[name] != inputs[name]:
+            refuse(f'a run with another {name}, whose weights differ from those given now; give '
+                   f'the same')
+    if before['data'] != inputs['data']:
         distributed.print0('note: resuming with other images than before (names, sizes or times '
                            'of change differ).')
     return state
@@ -207,12 +176,9 @@ def digest(state_dict):
 
 
 def restore(state, parts, logdir):
-    """Load the parts of a resumed run, {key: module or optimiser}.
+    """Load the parts of a resumed run, {key: module or optimiser}, of optimisers the moments alone.
 
-    An optimiser takes its moments from the file; its rate, weight decay and implementation stay
-    those it was made with.
-    Raises:
-        UserError: the file lacks a part, has one that is not used now, or has it in other shapes.
+    UserError: the file lacks a part, has one that is not used now, or has it in other shapes.
     """
     unused = [name for name in STATES if name in state and name not in parts]
     lacking = [name for name in parts if name not in state]
@@ -228,26 +194,22 @@ def restore(state, parts, logdir):
                 for key, found, expected in differences(state[name], part.state_dict()):
                     raise ValueError(f'{key} is {found}, expected {expected}')
                 part.load_state_dict(state[name])
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
-            reason = str(error).split('\n')[0]
-            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run ({reason})'
-                            f'; give its flags, or choose another {flags.folder_flag()}')
+        except Exception as error:      # the content of the file decides what is raised
+            raise UserError(f'{name} of the checkpoint in {logdir} does not fit this run '
+                            f'({first_line(error)}); give its flags, or choose another '
+                            f'{flags.folder_flag()}')
 
 
 def moments(optim, saved):
-    """The state dict `saved` of an optimiser, checked, with the hyperparameters of `optim`.
+    """The state dict `saved` with the hyperparameters of `optim`; ValueError if it does not fit.
 
     Fused kernels trust the layout of moments: another one would let them write beyond their end.
-    Raises:
-        ValueError: a moment that does not fit its parameter.
     """
     params = [p for group in optim.param_groups for p in group['params']]
-    if not set(saved['state']) <= set(range(len(params))):
-        raise ValueError(f'moments of {len(saved["state"])} parameters, expected {len(params)}')
     state = {}
     for i, values in saved['state'].items():
-        if set(values) != MOMENTS[type(optim)]:
-            raise ValueError(f'parameter {i} has the moments {some_of(values)}')
+        if i not in range(len(params)) or set(values) != MOMENTS[type(optim)]:
+            raise ValueError(f'parameter {i} of {len(params)} has the moments {some_of(values)}')
         state[i] = {}
         for name, value in values.items():
             like = torch.zeros(()) if name == 'step' else params[i].detach()

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import io
 import os
 import re
 import sys
@@ -14,9 +13,6 @@ from absl import flags
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
-OUT_OF_MEMORY = ('there is not enough memory for this network and batch; lower --batch_size, or '
-                 'raise --grad_accum in a training')
-HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
 ALIASES = 'local-rank', 'gpu-id', 'temp', 'batchsize', 'init_lr'     # other spellings of a flag
 # in flagfiles of the released code, which does not read the first either; and of absl's logging
 UNREAD = re.compile(r'--queue_size=0?\.\d+|--log_dir=.*')
@@ -28,6 +24,11 @@ class UserError(Exception):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+def first_line(error):
+    """The first line of an exception's message that is not empty, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def anchored(path):
@@ -42,17 +43,12 @@ def find(path):
 
 
 def run(main, words=False):
-    """Parse the command line and call `main()`; a mistake becomes one sentence and an exit code.
-
-    With `words`, what is no flag is passed on, as `main(words)`.
-    """
+    """Call `main()`, with `words` `main(what is no flag)`; a mistake becomes one sentence."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):    # paths that its encoding lacks, such as ASCII
-            stream.reconfigure(errors='backslashreplace')
-    if any(word in HELP for word in sys.argv[1:]):
+        getattr(sys, name).reconfigure(errors='backslashreplace')   # where its encoding is ASCII
+    if {'--help', '-h', '-help', '--helpshort', '--helpfull'}.intersection(sys.argv):
         print(usage())
         sys.exit(0)
     try:
@@ -83,12 +79,13 @@ def run(main, words=False):
         fail(f'{error.filename or "a file"} could not be read or written ({error.strerror or error}'
              f'); repair that and run the same command again', 1)
     except (MemoryError, RuntimeError) as error:
-        text = str(error) or 'out of memory'        # MemoryError has no text
-        if 'out of memory' in text or "can't allocate memory" in text:
-            fail(OUT_OF_MEMORY, 1)
+        text = str(error)
+        if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
+            fail('there is not enough memory for this network and batch; lower --batch_size, or '
+                 'raise --grad_accum in a training', 1)
         # of gloo, only the text tells that a connection was closed
         lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text
-        if not (several_processes() and lost):
+        if os.environ.get('WORLD_SIZE', '1') == '1' or not lost:
             raise
         fail(f'another process has ended, see its own message '
              f'({text.split("] ")[-1].split(". ")[0]})', 1)
@@ -106,10 +103,8 @@ def check_values():
 def without_foreign_flags(argv):
     """`argv` with its flagfiles read, less the flags from a file that this script does not have.
 
-    So the flagfile of one script may be given to another, also that of a script of the released
-    code, of RCFD or of absl itself. Flags that are left out are printed.
-    Raises:
-        UserError: a line that is no flag, or a flag that is nearly one of this script.
+    So the flagfile of another script may be given, also of the released code. What is left out is
+    printed; a line that is no flag, or nearly a flag of this script, is refused.
     """
     if any(word in ('--flagfile=', '-flagfile=') for word in argv):
         raise UserError('--flagfile is empty; give a file, such as ./config/DIGITS_BASE.txt')
@@ -137,52 +132,30 @@ def without_foreign_flags(argv):
     return kept
 
 
-def launcher_rank():
-    """The rank that a launcher has put into the environment; 0 without one."""
-    value = os.environ.get('RANK', '0')
-    return int(value) if value.isdigit() else 0
-
-
-def several_processes():
-    """Whether a launcher has started more than one process."""
-    return os.environ.get('WORLD_SIZE', '1') != '1'
-
-
 def print0(*words):
-    """Print on the first process only.
-
-    Where the reader of the output has gone, it is discarded, so that no training is lost.
-    """
+    """Print on the first process only."""
     try:
-        if launcher_rank() == 0:
+        if os.environ.get('RANK', '0') == '0':
             print(*words, flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:     # the reader of the output has gone: no training is lost for that
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(sentence, code):
-    """Print one sentence and exit.
-
-    With several processes, the others wait for the first one: if all found the same mistake, the
-    launcher ends them before they repeat it.
-    """
-    rank = launcher_rank()
-    if rank:
-        time.sleep(3)
-    name = Path(sys.argv[0]).name + (f' (process {rank})' if rank else '')
+    """Print one sentence and exit."""
+    rank, name = os.environ.get('RANK', '0'), Path(sys.argv[0]).name
+    if rank != '0':
+        time.sleep(3)       # if the first one found the same, the launcher ends the others now
+        name += f' (process {rank})'
     print(f'{name}: error: {sentence}', file=sys.stderr, flush=True)
     leave(code)
 
 
 def leave(code):
-    """Exit; one of several processes without the clean-up of the interpreter.
-
-    The clean-up would wait for the other processes, and threads of the process group can make it
-    abort.
-    """
+    """Exit; one of several processes without the clean-up, which would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if several_processes() else sys.exit(code)
+    sys.exit(code) if os.environ.get('WORLD_SIZE', '1') == '1' else os._exit(code)
 
 
 def own_flags():

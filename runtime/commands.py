@@ -10,11 +10,10 @@ from runtime.cli import ROOT, UserError
 
 
 class Commands:
-    """Python commands of this project. When the block is left by an exception, SIGTERM included,
-    those that run get SIGTERM, and no other one starts:
+    """Python commands of this project, run by threads inside `with Commands() as commands:`.
 
-        with ThreadPoolExecutor() as pool, Commands() as commands:
-            pool.submit(commands.run, ['PD.py', '--help'])
+    When the block is left by an exception, SIGTERM included, those that run get SIGTERM, and no
+    other one starts.
     """
 
     def __init__(self):

@@ -1,18 +1,14 @@
-"""Data sets as arrays of uint8 pixels, and which of their images make a training step.
-
-Which images make step k, and which of them are mirrored, is a function of (seed, k) alone.
-"""
+"""Data sets as arrays of uint8 pixels; the images of step k are a function of (seed, k) alone."""
 
 import dataclasses
 import functools
 import hashlib
 import itertools
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
-from runtime import distributed, image_files, imagenet_batches, seeding, small_sets
+from runtime import distributed, image_files, published_sets, seeding
 from runtime.cli import UserError
 from runtime.loader import in_workers
 
@@ -33,7 +29,7 @@ class Images:
     images: torch.Tensor            # (N, 3, H, W) uint8, may be read-only
     flip: bool = True               # whether a mirrored image is still a valid one
     summary: str = ''               # one line: what was read, and what was left out
-    key: Optional[str] = None       # of the files of a memory-mapped array: see `image_cache.kept`
+    key: str = ''                   # of the files of a memory-mapped array: see `image_cache.kept`
 
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
@@ -59,26 +55,24 @@ class Images:
 
 
 def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=False):
-    """A split of data set `name` (one of DATASETS), whose files are in the folder `root`.
+    """The training or test split of data set `name`, whose files are in the folder `root`.
 
+    UserError: unknown name, files that are missing or unusable, no test split.
     Args:
-        train: training split, else test split.
         num_workers: 0: this process decodes image files; else all cores do, once.
         skip_bad_images: print the image files that cannot be read, and leave them out.
-    Raises:
-        UserError: unknown name, files that are missing or unusable, no test split.
     """
     split = 'train' if train else 'test'
     if name not in DATASETS:
         raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     found = None
     if name == 'imagenet64':
-        found = imagenet_batches.read_batches(root, split, img_size)
+        found = published_sets.read_batches(root, split, img_size)
     if name in ('folder', 'imagenet64'):
         found = found or image_files.read_folder(root, split, img_size, num_workers,
                                                  skip_bad_images)
         return Images(name, split, img_size, **found)
-    images, labels = getattr(small_sets, name)(root, split)
+    images, labels = getattr(published_sets, name)(root, split)
     # writing and shoes have a direction
     return Images(name, split, img_size, labels, 10, _resized(images, img_size, name),
                   flip=name == 'cifar10',
@@ -125,51 +119,41 @@ def batches(dataset, batch_size, seed, device, start_step=0, accum=1, num_worker
 
     Args:
         batch_size: images per step over all processes; a multiple of processes x accum.
-        start_step: steps already done.
-        accum: parts per step.
+        start_step: steps already done. accum: parts per step.
         num_workers: processes that augment, or read a set too large for the device.
         augment: function from an image, uint8 (3, H, W), and its position in the stream of all
             images to a changed image; without it, half of the images are mirrored if `flip` is set.
-    Yields:
-        x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
+    Yields x_0 float32 (batch_size / processes / accum, 3, H, W) in [-1, 1] and y (same length,).
     """
-    shares = _shares(len(dataset), batch_size, seed, start_step, accum)
-    loaded = _loaded(dataset, shares, device, num_workers, augment)
-    for number, (images, labels) in enumerate(loaded, start_step * accum):
-        step, micro = divmod(number, accum)
+    parts = ((step, distributed.rows(batch_size, micro, accum))
+             for step in itertools.count(start_step) for micro in range(accum))
+    loaded = _loaded(dataset, parts, batch_size, seed, device, num_workers, augment)
+    for (step, rows), images, labels in loaded:
         x_0 = images.float().div_(127.5).sub_(1)
         if dataset.flip and not augment:
             rng = seeding.generator(device, seed, seeding.FLIP, step)
-            mirrored = torch.rand(batch_size, generator=rng, device=device) < 0.5
-            mirrored = mirrored[distributed.rows(batch_size, micro, accum)]
+            mirrored = torch.rand(batch_size, generator=rng, device=device)[rows] < 0.5
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
         yield x_0, labels
 
 
-def _shares(length, batch_size, seed, start_step, accum):
-    """(position in the stream of its first image, list of indices) of this process's parts."""
-    for step in itertools.count(start_step):
-        indices = indices_of_step(length, batch_size, seed, step)
-        for micro in range(accum):
-            rows = distributed.rows(batch_size, micro, accum)
-            yield step * batch_size + rows.start, indices[rows].tolist()
-
-
-def _loaded(dataset, shares, device, num_workers, augment):
-    """Images and labels of every share, on `device`."""
-    if not augment and dataset.images.numel() <= ON_DEVICE:
-        images, labels = dataset.images.to(device), dataset.labels.to(device)
-        for _, chosen in shares:
-            chosen = seeding.to_device(torch.tensor(chosen), device)
-            yield images[chosen], labels[chosen]
-        return
-
-    def read(share):
-        position, chosen = share
+def _loaded(dataset, parts, batch_size, seed, device, num_workers, augment):
+    """(step, rows), images and labels of every part, on `device`."""
+    def read(part):
+        step, rows = part
+        chosen = indices_of_step(len(dataset), batch_size, seed, step)[rows]
         images = dataset.images[chosen]
         if augment:
-            images = torch.stack([augment(image, i) for i, image in enumerate(images, position)])
-        return images.numpy(), dataset.labels[chosen].numpy()       # not through shared memory
+            first = step * batch_size + rows.start
+            images = torch.stack([augment(image, i) for i, image in enumerate(images, first)])
+        return part, images.numpy(), dataset.labels[chosen].numpy()     # not by shared memory
 
-    for arrays in in_workers(read, shares, num_workers):
-        yield [seeding.to_device(torch.from_numpy(array), device) for array in arrays]
+    if augment or dataset.images.numel() > ON_DEVICE:
+        for part, *arrays in in_workers(read, parts, num_workers):
+            yield (part, *(seeding.to_device(torch.from_numpy(array), device) for array in arrays))
+        return
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    for step, rows in parts:
+        chosen = indices_of_step(len(dataset), batch_size, seed, step)[rows]
+        chosen = seeding.to_device(chosen, device)
+        yield (step, rows), images[chosen], labels[chosen]

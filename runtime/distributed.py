@@ -1,13 +1,8 @@
-"""Processes: all calls of `torch.distributed`, with NCCL on GPUs and gloo on CPUs.
-
-Works under torchrun, under `python -m torch.distributed.launch` and without any launcher; the
-environment that a launcher sets counts, not its flags.
-"""
+"""Processes: all calls of `torch.distributed`, with NCCL on GPUs, gloo on CPUs, or no launcher."""
 
 import contextlib
 import os
 import sys
-import threading
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime import flags
-from runtime.cli import UserError, print0
+from runtime.cli import UserError, first_line, print0
 
 
 def init(gpu_id=None, tf32='conv'):
@@ -25,7 +20,8 @@ def init(gpu_id=None, tf32='conv'):
 
     Args:
         gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
-        tf32: see `set_up_gpu`.
+        tf32: what GPUs since Ampere round to 10 bits after the point, the inputs of nothing:
+            'none', of convolutions: 'conv' (torch's default), of matrix products as well: 'all'.
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
@@ -64,12 +60,7 @@ def launcher_number(name, default):
 
 
 def set_up_gpu(tf32):
-    """Set how GPUs since Ampere compute float32, and let cuDNN try its convolutions.
-
-    Args:
-        tf32: what rounds its inputs to TF32 (10 bits after the point): 'none', 'conv' for
-            convolutions (torch's default), 'all' for matrix products as well.
-    """
+    """Set how GPUs compute float32, see `init`, and let cuDNN try its convolutions."""
     torch.backends.cudnn.allow_tf32 = tf32 != 'none'
     torch.backends.cuda.matmul.allow_tf32 = tf32 == 'all'
     torch.backends.cudnn.benchmark = True
@@ -80,10 +71,7 @@ def join(device, processes):
     global _hosts
     backend, timeout = ('nccl', TIMEOUT_NCCL) if device.type == 'cuda' else ('gloo', TIMEOUT)
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-    waiting = threading.Timer(15, print, [f'waiting for all of {processes} processes at {address}'],
-                              dict(flush=True))
-    waiting.daemon = True
-    waiting.start()
+    print0(f'waiting for all of {processes} processes at {address}')
     try:
         store, number, processes = next(dist.rendezvous('env://'))
         store.set_timeout(TIMEOUT)
@@ -94,25 +82,20 @@ def join(device, processes):
                                 timeout=timeout)
         _hosts = None if backend == 'gloo' else dist.new_group(backend='gloo', timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split('\n')[0]
-        raise UserError(f'the {processes} processes could not meet at {address}: {reason}; use a '
-                        f'free --master_port and an address that all machines reach; where a host '
-                        f'takes its own name for 127.0.0.1, set GLOO_SOCKET_IFNAME', code=1)
-    finally:
-        waiting.cancel()
+        raise UserError(f'the {processes} processes could not meet at {address}: '
+                        f'{first_line(error)}; use a free --master_port and an address that all '
+                        f'machines reach, or set GLOO_SOCKET_IFNAME', code=1)
     check_agreement()
 
 
 def check_agreement():
     """Refuse processes that run another script or other flags than the first one."""
-    texts = [None] * world_size()
-    mine = f'{Path(sys.argv[0]).name}\n{flags.resolved(apart=OWN_FLAGS)}'
-    dist.all_gather_object(texts, mine, group=_hosts)
-    for text in texts:
-        if text != texts[0]:
-            different = sorted(set(text.split('\n')) ^ set(texts[0].split('\n')))
+    mine = [Path(sys.argv[0]).name, *flags.resolved(apart=OWN_FLAGS).split('\n')]
+    for other in gather_objects(mine):
+        if other != mine:
+            different = ', '.join(sorted(set(mine) ^ set(other))[:4])
             raise UserError(f'the processes were started with different scripts or flags '
-                            f'({", ".join(different[:4])}); give all of them the same command')
+                            f'({different}); give all of them the same command')
 
 
 # Timeouts. gloo: the first process may spend hours converting a data set. NCCL: short, so that a
@@ -169,10 +152,7 @@ def main_first(of_machine=False):
 
 
 def rows(total, micro=0, accum=1):
-    """This process's rows of a total batch, as a slice; part `micro` of `accum`.
-
-    Row i is the same image, time and noise for any number of processes and parts.
-    """
+    """This process's rows of part `micro` of `accum` of a total batch, as a slice."""
     length = share(total, accum)
     start = (micro * world_size() + rank()) * length
     return slice(start, start + length)
@@ -207,13 +187,18 @@ def mean_with_grad(tensor):
     return all_reduce(tensor) / world_size()
 
 
-def broadcast_object(value):
-    """The first process's `value` (any picklable object) on every process."""
+def gather_objects(value):
+    """The `value` (any picklable object) of every process, in order, on all; not by the GPUs."""
     if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_hosts)
-    return box[0]
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value, group=_hosts)
+    return found
+
+
+def broadcast_object(value):
+    """The first process's `value` on every process."""
+    return gather_objects(value)[0]
 
 
 def gather_main(tensor):
@@ -244,10 +229,7 @@ def sync_batch_norm(module):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on CPUs as well (torch's wants GPUs).
-
-    The all-reduce of mean and variance is differentiable: the gradient is that of one big batch.
-    """
+    """Batch norm over the batches of all processes, with its gradient; torch's wants GPUs."""
 
     def forward(self, x):
         if not self.training:

@@ -1,7 +1,4 @@
-"""Flags that several scripts share, and checks of their values.
-
-`define_*_flags` are called at the top of a script, with the defaults of that script.
-"""
+"""Flags that several scripts share, with the defaults of each, and checks of their values."""
 
 import sys
 import textwrap
@@ -27,32 +24,19 @@ def require(**names):
             raise UserError(f'--{name} is missing: {meaning}')
 
 
-# Flags of the released code and of old launchers that are ignored: (default, reason)
+# Flags of the released code and of old launchers that are ignored, and the reason
 IGNORED = dict(
-    num_gpus=('1', 'the launcher decides how many processes run'),
-    distributed=(False, 'the launcher decides how many processes run'),
-    local_rank=('0', 'the environment that the launcher sets counts'),
-    var_type=('fixedlarge', 'DDIM sampling is deterministic and has no variance'))
-
-
-def define_ignored(*names):
-    """Define these of the `IGNORED` flags, so that old command lines can be parsed."""
-    for name in names:
-        default, reason = IGNORED[name]
-        define = flags.DEFINE_bool if default is False else flags.DEFINE_string
-        define(name, default, f'ignored: {reason}')
+    num_gpus='the launcher decides how many processes run',
+    distributed='the launcher decides how many processes run',
+    local_rank='the environment that the launcher sets counts',
+    var_type='DDIM sampling is deterministic and has no variance')
 
 
 def without_effect(**reasons):
-    """One line for every flag that the user set and that changes nothing, with the reason.
-
-    Args:
-        reasons: name=reason of flags that this script ignores, beside `IGNORED`.
-    """
-    reasons = {**{name: reason for name, (_, reason) in IGNORED.items()}, **reasons}
-    del reasons['local_rank']       # not set by the user
-    return [f'note: --{name} has no effect: {reason}.'
-            for name, reason in reasons.items() if name in FLAGS and given(name)]
+    """Name the flags that the user set and that change nothing: `IGNORED`, and name=reason."""
+    for name, reason in dict(IGNORED, **reasons).items():
+        if name in FLAGS and given(name) and name != 'local_rank':      # not set by the user
+            print0(f'note: --{name} has no effect: {reason}.')
 
 
 def folder_flag():
@@ -61,13 +45,9 @@ def folder_flag():
 
 
 def resolved(apart=()):
-    """The resolved configuration as the text of a flagfile, one flag per line.
-
-    Args:
-        apart: names of flags to leave out.
-    """
-    lines = [flag.serialize() for flag in own_flags() if flag.name not in ('local_rank', *apart)]
-    return '\n'.join(line for line in lines if line)
+    """The resolved configuration, without the flags `apart`, as the text of a flagfile."""
+    lines = [flag.serialize() for flag in own_flags() if flag.name not in (*IGNORED, *apart)]
+    return '\n'.join(filter(None, lines))
 
 
 def adopt(**values):
@@ -77,17 +57,14 @@ def adopt(**values):
             setattr(FLAGS, name, value)
 
 
-# What happens to a resumed run whose flag has another value than before; others: a note.
-# Free: paths, intervals, and flags whose effect other checks cover.
-ON_RESUME = dict(
-    dict.fromkeys(('dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch',
-                   'recipe', 'normalize05'), 'refuse'),
-    **dict.fromkeys(('logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root',
-                     'result_path', 'num_workers', 'gpu_id', 'num_gpus', 'distributed',
-                     'sample_size', 'sample_step', 'save_step', 'log_step', 'keep', 'until',
-                     'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
-                     'num_res_blocks', 'conditional', 'class_num', 'var_type', 'T', 'time_scale'),
-                    'free'))
+# Flags that a resumed run cannot change, and those that it may change without a note: paths,
+# intervals, and flags whose effect other checks cover.
+FIXED = {'dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch', 'recipe',
+         'normalize05'}
+FREE = {'logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'result_path',
+        'num_workers', 'gpu_id', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep',
+        'until', 'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
+        'num_res_blocks', 'conditional', 'class_num', 'T', 'time_scale'}
 
 
 def parsed(text):
@@ -103,18 +80,14 @@ def parsed(text):
 
 
 def compare_with(text, logdir):
-    """Compare the resolved flags of a run to resume with those of now, see `ON_RESUME`.
-
-    Raises:
-        UserError: a flag has changed that must not.
-    """
+    """Compare the resolved flags of a run with those of now; UserError if a `FIXED` one differs."""
     before, now = parsed(text), parsed(resolved())
-    changed = [name for name in now if name in before and now[name] != before[name]
-               and ON_RESUME.get(name) != 'free']
+    changed = [name for name in now if now[name] != before.get(name, now[name])]
     for name in changed:
-        if ON_RESUME.get(name) == 'refuse':
+        if name in FIXED:
             raise UserError(f'--{name} is {now[name]} and the run in {logdir} was started with '
                             f'{before[name]}; give the same, or choose another {folder_flag()}')
+    changed = [name for name in changed if name not in FREE]
     if changed:
         print0('note: resuming with other flags than before: ' + ', '.join(
             f'--{name}={now[name]} (was {before[name]})' for name in changed))
@@ -138,8 +111,7 @@ def announce(device, start, title, images):
     words = ' '.join(resolved().split('\n'))
     print0(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
                          subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
-    for line in without_effect():
-        print0(line)
+    without_effect()
     print0(f'{"resuming" if start else "starting"} at step {start}; {title}, {images:,} images')
 
 
@@ -147,7 +119,9 @@ def define_device_flags():
     """Which devices; and the flags that launchers and old command lines carry."""
     flags.DEFINE_string('gpu_id', None, 'GPUs to use, as in 0,1,2,3; none: all that are visible')
     flags.DEFINE_alias('gpu-id', 'gpu_id')
-    define_ignored('num_gpus', 'distributed', 'local_rank')
+    for name, reason in IGNORED.items():
+        define = flags.DEFINE_bool if name == 'distributed' else flags.DEFINE_string
+        define(name, None, f'ignored: {reason}')
     flags.DEFINE_alias('local-rank', 'local_rank')
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16', 'auto'], 'networks in float32 or bfloat16; '
                       'auto: bfloat16 where the hardware has units for it (GPUs since Ampere, CPUs '
@@ -171,11 +145,9 @@ def define_network_flags(dropout=0.):
     flags.DEFINE_integer('class_num', 10, 'number of classes', 1, 100000)
     flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts: x_0, eps or '
                       'v = alpha eps - sigma x_0; students: as their teacher, but v after eps')
-    define_ignored('var_type')
 
 
 def define_teacher_steps():
-    """For models from elsewhere."""
     flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model is taken to have, as '
                          '128 of 1000; 0: all', 0)
 
@@ -187,8 +159,7 @@ def define_data_flags():
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', 1, 1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', 0)
-    flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read, and leave '
-                      'them out')
+    flags.DEFINE_bool('skip_bad_images', False, 'name and leave out images that cannot be read')
 
 
 def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, seed=0):
@@ -196,8 +167,7 @@ def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, 
     flags.DEFINE_float('lr', lr, 'learning rate', 0.)
     flags.DEFINE_float('wd', wd, 'weight decay', 0.)
     flags.DEFINE_float('grad_clip', grad_clip, 'largest norm of the gradient; 0: any', 0.)
-    flags.DEFINE_integer('grad_accum', 1, 'parts in which each process works through its share of '
-                         'the batch, one after another', 1)
+    flags.DEFINE_integer('grad_accum', 1, 'parts of its batch that a process works on in turn', 1)
     flags.DEFINE_integer('save_step', save_step, 'steps between checkpoints; 0: at the end, or '
                          'in classifier/train.py after each epoch', 0)
     flags.DEFINE_integer('keep', keep, 'earlier checkpoints to keep, as ckpt_STEP.pt', 0)

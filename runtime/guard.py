@@ -1,8 +1,8 @@
 """What protects a run: the lock of its folder, and an orderly end after a signal."""
 
-import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,7 +12,7 @@ from runtime import distributed, flags
 from runtime.cli import UserError
 from runtime.files import replacing
 
-GPU_STEPS = 10      # between two looks at the signals of other processes, where steps are fast
+GPU_STEPS = 10      # between two looks at the signals of other processes, which take long there
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -20,24 +20,11 @@ class Folder:
     """The folder of a run, held by this process until `close`, or until the process ends."""
 
     def __init__(self, path, flagfile):
-        """Create the folder, lock it and write `flagfile` (text) to flagfile.txt in it.
-
-        The first process does this for all.
-        Raises:
-            UserError: it cannot be written to, holds files of something else, or is in use.
-        """
+        """Create and lock it, write flagfile.txt; UserError if that fails or it is not a run's."""
         self.path, self.file, problem = Path(path), None, None
         if distributed.is_main():
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                problem = self._foreign_file() or self._lock()
-                if not problem:
-                    # leftovers of processes that were killed while they wrote
-                    for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
-                        for file in self.path.glob(pattern):
-                            file.unlink()
-                    with replacing(self.path / 'flagfile.txt') as temporary:
-                        temporary.write_text(flagfile + '\n', encoding='utf-8')
+                problem = self._take(flagfile)
             except OSError as error:
                 problem = f'cannot be written to ({error.strerror})'
         problem = distributed.broadcast_object(problem)
@@ -45,29 +32,31 @@ class Folder:
             self.close()
             raise UserError(f'{flags.folder_flag()} {path} {problem}; choose another')
 
-    def _foreign_file(self):
-        """What stands in the way of a file that a run writes, in words, or None."""
+    def _take(self, flagfile):
+        """Do so, or return what is in the way. The system frees the lock of a dead process."""
+        self.path.mkdir(parents=True, exist_ok=True)
         ours = (self.path / '.lock').exists() or (self.path / 'ckpt.pt').exists()
         for name in ('ckpt.pt', 'metrics.jsonl', 'flagfile.txt', '.lock'):
             if (self.path / name).is_dir():
                 return f'has a folder {name}, where a run writes a file'
             if not ours and (self.path / name).exists():
                 return f'has a file {name} that no run has written, and would overwrite it'
-        return None
-
-    def _lock(self):
-        """Take the lock, or return which process has it. The system frees it if that one dies."""
         self.file = open(self.path / '.lock', 'a+')
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return None     # a file system without locks
+        except (BlockingIOError, PermissionError):
             self.file.seek(0)
             return f'is in use by {self.file.read().strip() or "another run"}'
+        except OSError:
+            pass        # a file system without locks
         self.file.truncate(0)
         self.file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         self.file.flush()
+        for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
+            for left in self.path.glob(pattern):        # by processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
+        with replacing(self.path / 'flagfile.txt') as temporary:
+            temporary.write_text(flagfile + '\n', encoding='utf-8')
         return None
 
     def close(self):
@@ -105,8 +94,7 @@ class Stop:
     def asked(self, step=0, last=True):
         """The signal on which all processes end after `step`, or 0.
 
-        All processes compare what they received: after every step on CPUs, after every tenth and
-        the last on GPUs, where the comparison would take longer than a step.
+        They compare what they received: after every step on CPUs, every tenth and the last on GPUs.
         """
         if os.environ.get('RDD_PARENT') not in (None, str(os.getppid())):
             self.received = self.received or signal.SIGTERM     # study.py or demo.py was killed

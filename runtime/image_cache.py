@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -16,17 +17,13 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 VERSION = 2     # count up when the same files become other pixels
-UNFINISHED = f'*.{"[0-9a-f]" * 16}.{"[0-9a-f]" * 16}.npy.????????.tmp'
 
 
 def kept(root, split, img_size, paths, fill, beside=False):
     """The images that `fill` makes of files, from an array that is kept until a file changes.
 
-    The first process of a machine makes the array, the others wait for it.
-
     Args:
         root, split, img_size: what the array holds; it takes the place of an older one.
-        paths: the files.
         fill: function that makes a `new_array` in the file that it is given.
         beside: keep it in `root` if possible.
     Returns:
@@ -60,15 +57,16 @@ def kept(root, split, img_size, paths, fill, beside=False):
 def _open(folder, name, key, fill):
     """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder.glob(UNFINISHED))        # of processes that were killed
+    for left in folder.glob(f'{name}.*.npy.*.tmp'):     # of processes that were killed
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
     file = folder / f'{name}.{key}.npy'
     try:
         records = np.load(file, mmap_mode='r')
     except (OSError, EOFError, ValueError):
-        _remove(folder.glob(f'{name}.*.npy'))       # of files that have changed
-        with replacing(file) as temporary, open(temporary, 'rb+') as stream:
-            with contextlib.suppress(OSError):      # a file system without locks
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
+            old.unlink(missing_ok=True)
+        with replacing(file) as temporary, _locked(temporary.parent):
             fill(temporary)
         records = np.load(file, mmap_mode='r')
     with warnings.catch_warnings():     # torch warns of memory that is read-only
@@ -76,12 +74,15 @@ def _open(folder, name, key, fill):
         return torch.from_numpy(records['pixels']), torch.tensor(records['label'])
 
 
-def _remove(paths):
-    """Remove files, but not those that a process is writing."""
-    for path in paths:
-        with contextlib.suppress(OSError), open(path, 'rb+') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+@contextlib.contextmanager
+def _locked(folder):
+    """Hold the lock of a folder; BlockingIOError if another process does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def new_array(file, length, img_size):

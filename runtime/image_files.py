@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from runtime import distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 from runtime.image_cache import kept, new_array
 from runtime.loader import in_workers
 from runtime.log import progress
@@ -34,7 +34,7 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
         bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else None
         bad = distributed.broadcast_object(bad)
         for path, reason in bad.items():
-            distributed.print0(printable(f'note: left out: {path} {reason}.'))
+            distributed.print0(f'note: left out: {path} {reason}.')
         if len(bad) == len(paths):
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
         labels = [label for path, label in zip(paths, labels) if path not in bad]
@@ -53,18 +53,12 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
                f'{counts.max()} each), {_listed(map(_ending, paths))}')
     if left_out:
         summary += f'; left out: {_listed(left_out)}'
-    return dict(images=images, labels=labels, num_classes=len(classes), key=key,
-                summary=printable(summary))
+    return dict(images=images, labels=labels, num_classes=len(classes), key=key, summary=summary)
 
 
 def _listed(found):
     counts = collections.Counter(found).most_common()
     return ', '.join(f'{count} {what}' for what, count in counts)
-
-
-def printable(text):
-    """`text` with \\xe9 for a byte of a name that is not UTF-8."""
-    return os.fsencode(text).decode(errors='backslashreplace')
 
 
 def _ending(path):
@@ -74,47 +68,57 @@ def _ending(path):
 # Which files there are
 
 def find_images(root, split):
-    """The image files of split 'train' or 'test' in the folder `root`.
+    """Paths, labels, class names and a `Counter` of what was left out, for a split of `root`.
 
     Each folder of a split is a class, and holds any tree of files; a split without folders is one
     class, "all". Classes are in alphabetical order; the test split has those of the training split.
-
-    Returns paths, labels, names of the classes, and a `Counter` of what was left out and why.
     """
     folder = _split_folder(root, split)
+    found, left_out = _classes(folder)
+    classes, train = list(found), _named(root, 'train') if split == 'test' else None
+    if train:
+        classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
+    paths, labels = [], []
+    for name, images in found.items():
+        if name not in classes:
+            raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
+                            f'add images to train on')
+        paths += sorted(images, key=os.path.split)
+        labels += [classes.index(name)] * len(images)
+    return paths, labels, classes, left_out
+
+
+def _classes(folder):
+    """{class: image files} of the folder of a split, each real folder once; what was left out."""
     tops, loose, left_out = _listing(folder)
-    found = {} if tops else dict(all=loose)
+    found = {os.path.basename(top): [] for top in tops} or dict(all=loose)
     if tops and loose:
         left_out['beside the class folders'] = len(loose)
     visited = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
-    known = {os.path.realpath(top) for top in tops}
-    for top in tops:
-        found[os.path.basename(top)] = _tree(top, visited, known, left_out)
-    empty = [name for name, paths in found.items() if not paths]
+    waiting = list(zip(found, tops))    # class folders come before what is in them, links as well
+    for name, path in waiting:
+        real = os.path.realpath(path)
+        if real in visited:
+            left_out['links to folders that are read anyway'] += 1
+            continue
+        visited.add(real)
+        folders, images, others = _listing(path)
+        waiting += [(name, inner) for inner in folders]
+        found[name] += images
+        left_out.update(others)
+    empty = [name for name, images in found.items() if not images]
     if empty:
         what = f'the class folders {", ".join(empty[:5])} are empty' if tops else (
             _listed(left_out) or 'it is empty')
         raise UserError(f'{folder} holds no images that can be used ({what}): expected '
                         f'{folder}/<class>/*.jpg (or png, ...)')
-    classes, train = list(found), _named(root, 'train') if split == 'test' else None
-    if train:
-        classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
-    for name in found:
-        if name not in classes:
-            raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
-                            f'add images to train on')
-    paths, labels = [], []
-    for name, images in found.items():
-        paths += images
-        labels += [classes.index(name)] * len(images)
-    return paths, labels, classes, left_out
+    return found, left_out
 
 
 def _split_folder(root, split):
     """The folder in `root` with a name of the split; for training, else `root` itself."""
     if not os.path.isdir(root):
-        raise UserError(f'--data_root {root} holds no {split} images: expected a folder with class '
-                        f'folders, and there is no such folder')
+        raise UserError(f'--data_root {root} holds no {split} images: there is no such folder')
     found = _named(root, split)
     if split == 'test' and not found:
         raise UserError(f'--data_root {root} holds no test images: expected {root}/test/<class>/')
@@ -128,30 +132,14 @@ def _split_folder(root, split):
 
 def _named(root, split):
     """The folder in `root` with a name of the split, in any case; None without one."""
+    folders = [Path(path) for path in _listing(root)[0]]
     for names in SPLITS[split]:
-        found = [path for path in map(Path, _listing(root)[0]) if path.name.lower() in names]
+        found = [folder for folder in folders if folder.name.lower() in names]
         if len(found) > 1:
             raise UserError(f'{root} has the folders {found[0].name} and {found[1].name}; keep one')
         if found:
             return found[0]
     return None
-
-
-def _tree(top, visited, tops, left_out):
-    """Image files of the class folder `top`, sorted; each real folder once, by `visited`."""
-    images, waiting = [], [top]
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(folder)
-        if real in visited or folder != top and real in tops:
-            left_out['links to folders that are read anyway'] += 1
-            continue
-        visited.add(real)
-        folders, files, others = _listing(folder)
-        waiting += folders
-        images += files
-        left_out.update(others)
-    return sorted(images, key=os.path.split)
 
 
 def _listing(folder):
@@ -182,10 +170,7 @@ def _formats():
 # How they are read
 
 def decode_all(paths, img_size, num_workers, file=None):
-    """Decode files, into the array in `file` if given, by all cores unless `num_workers` is 0.
-
-    Yields (path, reason) of every file that cannot be read.
-    """
+    """Decode files, into the array in `file` if given; yields (path, reason) of bad ones."""
     def decode_part(part):
         records, problems = np.load(file, mmap_mode='r+') if file else None, []
         for i in part:
@@ -194,8 +179,7 @@ def decode_all(paths, img_size, num_workers, file=None):
                 if file:
                     records['pixels'][i] = pixels
             except Exception as error:
-                reason = str(error).split('\n')[0] or type(error).__name__
-                problems.append((paths[i], f'cannot be read as an image ({reason})'))
+                problems.append((paths[i], f'cannot be read as an image ({first_line(error)})'))
         return problems
 
     parts = [range(len(paths))[first:first + PART] for first in range(0, len(paths), PART)]

@@ -51,8 +51,7 @@ def _start_worker(function):
     global _function
     _function = function
     torch.set_num_threads(1)
-    # A terminal or a launcher signals the workers as well, but the parent still needs their
-    # images to finish its step.
+    # those of a terminal or launcher reach workers as well, whose images finish a step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -22,54 +22,40 @@ FLAGS = flags.FLAGS
 
 
 class Meter:
-    """Means of named scalars between two log lines, and a count of steps that are not finite.
-
-    Values stay on the device; `means` alone waits for it.
-    """
+    """Means of named scalars between two log lines; only `means` waits for the device."""
 
     def __init__(self):
-        self.values, self.applied, self.streak = {}, [], 0
+        self.values, self.streak = {}, 0
+        self.applied = []       # whether each step was (bool tensors, alike on all processes)
 
     def add(self, **terms):
-        """Add a value to each term."""
         for name, value in terms.items():
             self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
-
-    def end_step(self, finite):
-        """Whether the step that ends here was applied (a bool tensor, alike on all processes)."""
-        self.applied.append(finite)
 
     def means(self, step, start, total_steps):
         """{name: float} over all processes and finite values, and bad_steps; then empty.
 
+        UserError (code 1): --max_bad_steps in a row, or all of 1 .. total_steps, were not applied.
         Args:
-            step: the step of the log line.
-            start: the step this process began after.
-            total_steps: the last step.
-        Raises:
-            UserError: --max_bad_steps in a row, or all steps of a run, were not applied (code 1).
+            step: of the log line. start: the step that this process began after.
         """
         applied = torch.stack(self.applied).tolist()
         for finite in applied:
             self.streak = 0 if finite else self.streak + 1
-        names = sorted(self.values)
-        rows = [torch.stack(self.values[name]) for name in names]
-        finite = [row.isfinite() for row in rows]
-        sums = [row.where(ok, row.new_zeros(())).sum() for row, ok in zip(rows, finite)]
-        counts = [ok.sum().float() for ok in finite]
-        found = distributed.all_reduce_sum(torch.stack(sums + counts)).tolist()
-        sums, counts = found[:len(names)], found[len(names):]
+        rows = {name: torch.stack(values) for name, values in sorted(self.values.items())}
+        sums = [row.nan_to_num(0., 0., 0.).sum() for row in rows.values()]
+        counts = [row.isfinite().float().sum() for row in rows.values()]
+        found = torch.stack([torch.stack(sums), torch.stack(counts)])
+        sums, counts = distributed.all_reduce_sum(found).tolist()
         learnt_nothing = start == 0 and self.streak >= step == total_steps
         if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
-            broken = [name for name, row, count in zip(names, rows, counts)
-                      if count < len(row) * distributed.world_size()]
-            raise UserError(
-                f'at step {step} the last {self.streak} steps in a row had a value that is not '
-                f'finite ({", ".join(broken)}) and were not applied; lower the learning rate or '
-                f'--grad_clip, or raise --max_bad_steps, and run again: a checkpoint that was '
-                f'saved is a good one', code=1)
+            broken = [name for name, count in zip(rows, counts)
+                      if count < len(rows[name]) * distributed.world_size()]
+            raise UserError(f'the last {self.streak} steps in a row up to {step} had values that '
+                            f'are not finite ({", ".join(broken)}) and were not applied; lower the '
+                            f'learning rate or --grad_clip, or raise --max_bad_steps', code=1)
         self.values, self.applied = {}, []
-        means = {name: s / n if n else math.nan for name, s, n in zip(names, sums, counts)}
+        means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=applied.count(False))
 
 
@@ -77,13 +63,12 @@ class _PlainLines:
     """Standard error for a log file: the output of tqdm without control characters."""
 
     def write(self, text):
-        text = text.replace('\r', '').strip()
         with contextlib.suppress(BrokenPipeError):
-            sys.stderr.write(text + '\n' if text else '')
+            if text.strip():
+                print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.flush()
+        """`write` has done so."""
 
 
 def progress(total=None, desc='', initial=0, unit='step'):
@@ -107,17 +92,16 @@ class Log:
 
     def __init__(self, logdir, desc, step, total_steps, images_per_step, flags_text):
         self.bar = progress(total_steps, desc, step)
-        self.images_per_step, self.start = images_per_step, (time.perf_counter(), step)
-        self.since = self.start
+        self.images_per_step = images_per_step
+        self.start = self.since = (time.perf_counter(), step)
         self.file = self.board = None
         if distributed.is_main():
             from tensorboardX import SummaryWriter
             path = Path(logdir) / 'metrics.jsonl'
-            lines = path.read_text(errors='replace').splitlines(True) if path.exists() else []
-            whole = [re.fullmatch(r'{"step": (\d+)\b.*}\n', line) for line in lines]
+            text = path.read_text(errors='replace') if path.exists() else ''
+            lines = re.findall(r'^({"step": (\d+)\b.*}\n)', text, re.MULTILINE)
             with replacing(path) as temporary:      # no step twice, no line that was cut
-                temporary.write_text(''.join(line.group() for line in whole
-                                             if line and int(line.group(1)) <= step))
+                temporary.write_text(''.join(line for line, n in lines if int(n) <= step))
             self.file = path.open('a')
             self.board = SummaryWriter(str(logdir), purge_step=step + 1)
             self.board.add_text('flags', textwrap.indent(flags_text, '    '), step)
@@ -142,12 +126,12 @@ class Log:
                                  refresh=False)
 
     def grid(self, step, path, images):
-        """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard."""
-        side = max(1, round(len(images) ** 0.5))
+        """Images (B, 3, H, W) in [-1, 1] as a PNG and in TensorBoard; NaN is drawn grey."""
         if self.file:
             with self._full_disk_ends_the_log(step):
-                picture = pictures.save_grid(images, path, nrow=side,
-                                             scale=max(1, 64 // images.shape[-1]))
+                pixels = pictures.to_uint8(images.nan_to_num(0.)).cpu()
+                rows, _ = pictures.rows_by_class(pixels, None, 0)
+                picture = pictures.save_labelled(path, f'step {step}', rows)
                 self.board.add_image('samples', picture, step, dataformats='HWC')
 
     @contextlib.contextmanager

@@ -34,15 +34,14 @@ def sgd(params, lr, wd, nesterov):
 
 def clip_gradient(params, grad_clip):
     """Scale the gradient to a norm of at most `grad_clip` (0: leave it); returns its norm."""
-    limit = grad_clip if grad_clip > 0 else math.inf
-    return torch.nn.utils.clip_grad_norm_(params, limit)
+    return torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
 
 
 def step_optimizer(optim, finite, lr=None):
     """One update, skipped where `finite` (a bool tensor) is False; then empties the gradient.
 
-    The fused kernels take part in the protocol of GradScaler: they skip the update where the
-    tensor `optim.found_inf` is not 0. The device decides, and the host does not wait for it.
+    Fused kernels skip it themselves where the tensor `optim.found_inf` is not 0, as for GradScaler:
+    the host does not wait for the device.
     """
     if lr is not None:
         for group in optim.param_groups:

@@ -1,4 +1,4 @@
-"""Images as files: sample grids, labelled grids, folders of PNGs and npz."""
+"""Images as files: grids, folders of PNGs and npz."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from runtime import files
 from runtime.cli import UserError
-from runtime.torchvision_cpu import torchvision
 
 MARGIN, PAD = 24, 2         # pixels: around a labelled grid, between its tiles
 TILE = 64                   # smaller images are enlarged, whole times
@@ -21,29 +20,8 @@ def to_uint8(x):
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, nrow=8, scale=1):
-    """Write images (B, 3, H, W) in [-1, 1] as one PNG grid, enlarged `scale` times.
-
-    Pixels that are not finite are drawn grey. Returns the picture, uint8 (height, width, 3).
-    """
-    pixels = to_uint8(images.detach().cpu().nan_to_num(0.))
-    grid = torchvision().utils.make_grid(pixels, nrow=nrow, padding=1, pad_value=255)
-    picture = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-    save_png(Image.fromarray(picture), path)
-    return picture
-
-
-def save_png(picture, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
-        picture.save(temporary, 'png')
-
-
 def check_place(path, flag, suffixes=('.npz',)):
-    """Refuse a place where the images of `flag` cannot be written, before hours of sampling.
-
-    It may be a new or empty folder, or a file with one of `suffixes` that is new or holds samples.
-    """
+    """Refuse a place where the images of `flag` cannot be written, before hours of sampling."""
     path = Path(path)
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
@@ -78,17 +56,16 @@ def holds_samples(path):
 def save_images(path, images, y=None):
     """Write images uint8 (N, 3, H, W) and labels (N,) or None, on the CPU, whole or not at all.
 
-    path: NAME.npz: arr_0 uint8 (N, H, W, 3) and arr_1, the labels, as the evaluator of
-        guided-diffusion reads them; else a new or empty folder: 000000.png, 000001.png, .. and
-        labels.txt, as pytorch-fid reads it.
+    As guided-diffusion reads them, NAME.npz with arr_0 uint8 (N, H, W, 3) and arr_1, the labels; or
+    as pytorch-fid does, a new or empty folder of 000000.png, 000001.png, .. and labels.txt.
     """
     path = Path(path).resolve()
     pixels = images.permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.npz':
         labels = [] if y is None else [y.numpy()]
-        with files.replacing(path) as temporary, open(temporary, 'wb') as file:
-            np.savez(file, pixels, *labels)
+        with files.replacing(path) as temporary:
+            np.savez(temporary, pixels, *labels)
         return
     with files.replacing_folder(path) as folder:
         for i, image in enumerate(pixels):
@@ -114,7 +91,7 @@ def rows_by_class(images, y, class_num):
 
 
 def save_labelled(path, title, rows, row_labels=None):
-    """Write one PNG of rows of uint8 images (n, 3, H, W), a title above and words beside them."""
+    """Write one PNG, also returned (H, W, 3), of rows of uint8 images (n, 3, H, W) with words."""
     font, columns = ImageFont.load_default(12), max(len(row) for row in rows)
     size = rows[0].shape[-1] * max(1, TILE // rows[0].shape[-1])
     left = MARGIN if not row_labels else 12 + round(max(font.getlength(w) for w in row_labels))
@@ -130,4 +107,7 @@ def save_labelled(path, title, rows, row_labels=None):
         for j, image in enumerate(row.permute(0, 2, 3, 1).numpy()):
             picture = Image.fromarray(image).resize((size, size), Image.NEAREST)
             sheet.paste(picture, (left + j * (size + PAD), y))
-    save_png(sheet, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        sheet.save(temporary, 'png')
+    return np.asarray(sheet)

@@ -5,18 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 
 TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
-FINE = 64       # steps of a student from which on bfloat16 adds too much to the error in eps
+FINE = 64       # steps above which alpha / sigma times the rounding is too much of an error in eps
 
 
 def choose(amp, device, steps=0):
-    """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps.
-
-    Distilling compares two networks that nearly agree, and rounding in x_pred enters the error in
-    eps times alpha / sigma, which is large on fine grids: above `FINE` steps, float32.
-    """
+    """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps."""
     if amp != 'auto':
         return amp
     return 'bf16' if has_fast_bf16(device) and steps <= FINE else 'none'
@@ -31,10 +27,8 @@ def has_fast_bf16(device):
     """Whether the hardware multiplies in bfloat16: tensor cores; AMX or AVX512-BF16 of a CPU."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
-    try:
-        found = Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return False
+    file = Path('/proc/cpuinfo')
+    found = file.read_text() if file.exists() else ''
     return 'amx_bf16' in found or 'avx512_bf16' in found
 
 
@@ -42,29 +36,24 @@ def prepare(amp, compile, device, *networks, graphs=False):
     """Make frozen networks fast, in place: weights in the precision `amp`; `compile_networks`.
 
     Autocast would convert the weights of convolutions and linear layers at every call, to the same
-    values: a third of what a GPU has to start in a step. What a network computes `in_float32` is
-    left alone.
+    values. What a network computes `in_float32` is left alone.
     """
     for network in networks if amp == 'bf16' else ():
         apart = getattr(network, 'in_float32', ())
         for name, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)) and name.split('.')[0] not in apart:
-                for p in module.parameters(recurse=False):
-                    if p.requires_grad:
-                        raise ValueError(f'{name} is trained; its weights stay in float32')
-                    p.data = p.data.bfloat16()
+                if any(p.requires_grad for p in module.parameters()):
+                    raise ValueError(f'{name} is trained; its weights stay in float32')
+                module.bfloat16()
     compile_networks(compile, device, *networks, graphs=graphs)
 
 
 def compile_networks(enabled, device, *networks, graphs=False):
-    """If `enabled`, torch.compile `networks` in place: their parameters keep their names.
+    """If `enabled`, torch.compile `networks` in place, for fixed shapes; UserError if that fails.
 
-    Shapes are fixed, so that a grid of another size does not slow down training.
     Args:
         graphs: on a GPU, replay each call as one CUDA graph. For networks without gradients whose
             output is used up before the next call, which overwrites it.
-    Raises:
-        UserError: this machine cannot compile; found out with a single number (code 1).
     """
     if not enabled:
         return
@@ -72,10 +61,9 @@ def compile_networks(enabled, device, *networks, graphs=False):
         if TORCH < (2, 2):      # several graphs per network
             raise RuntimeError('it needs torch 2.2')
         mode = dict(mode='reduce-overhead') if graphs and device.type == 'cuda' else {}
-        torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))
+        torch.compile(torch.exp, dynamic=False)(torch.zeros(1, device=device))      # a test
         for network in networks:
             network.compile(dynamic=False, **mode)
     except Exception as error:      # what it raises depends on what is missing, and on the version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f'--compile does not work here, with torch {torch.__version__} ({reason}); '
-                        f'leave it out', code=1)
+        raise UserError(f'--compile does not work here, with torch {torch.__version__} '
+                        f'({first_line(error)}); leave it out', code=1)

@@ -1,12 +1,5 @@
-"""A training run: everything around the mathematics of a step.
+"""A training run: everything around the mathematics of a step. CONTRIBUTING.md shows a loop.
 
-    run = Run('base', net, dataset, logdir, total_steps)
-    for step in run:                                # the steps that are not done yet
-        for part in run.parts():                    # x_0, y, rows of this process
-            with run.training(part):
-                prediction = run.net(part.x_0)
-            run.backward(loss=(1., loss))           # name=(weight, value), ...
-        run.update(lr)
 The script owns the loop and the losses. The run owns the weights, their average, the optimisers,
 checkpoint, log and signals. What it does after a step stands in `_end_step`.
 """
@@ -53,9 +46,7 @@ def due(step, every, last=None):
 
 
 class Trainable:
-    """A network in training and its optimiser; called through DDP, which averages gradients over
-    the processes in the next backward, if `average_gradients`.
-    """
+    """A network in training, its optimiser, and DDP, which averages if `average_gradients`."""
 
     def __init__(self, module, optimizer, lr=None):
         self.module, self.ddp = module, distributed.wrap_ddp(module)
@@ -74,12 +65,9 @@ class Run:
 
     Args:
         method: name of the training, such as 'pd'; a checkpoint of another one is refused.
-        net: the network to train, on its device.
-        dataset: its `Images`.
-        logdir: the folder.
-        total_steps: number of optimiser steps.
+        net: the network to train, on its device. dataset: its `Images`.
         title: words for the progress bar and the first lines.
-        key: key of the weights in the checkpoint.
+        key: of the weights in the checkpoint.
         optimizer: function (parameters, lr, wd) -> optimiser of the network.
         ema_decay: decay of the averaged weights; 0: none.
         use: weights that users take, 'net_model' or 'ema_model'.
@@ -87,12 +75,8 @@ class Run:
         also_saved: {key: module or optimiser} that is saved and restored as well.
         fixed: {key: plain value} of the checkpoint that must be the same on resuming, as T.
         entries: further entries of the checkpoint, of plain types; may change during the run.
-        inputs: {name: digest} of what the run builds on, such as its teacher; on resuming, another
-            one is refused.
-        augment: see `data.batches`.
-        amp: precision, if not that of --amp.
-    Raises:
-        UserError: the folder holds another run.
+        inputs: {name: digest} of what must be the same on resuming, such as the teacher.
+        augment: see `data.batches`. amp: precision, if not that of --amp.
     """
 
     def __init__(self, method, net, dataset, logdir, total_steps, *, title='', key='net_model',
@@ -101,64 +85,51 @@ class Run:
         self.method, self.dataset, self.logdir = method, dataset, str(logdir)
         self.total_steps, self.title, self.key = total_steps, title or method, key
         self.augment, self.ema_decay, self.use = augment, ema_decay, use
+        self.also_saved, self.entries = also_saved or {}, entries or {}
+        self.fixed = dict(fixed or {}, method=method)
+        self.inputs = dict(inputs or {}, data=dataset.fingerprint)
         self.device = next(net.parameters()).device
         self.amp = amp or choose(FLAGS.amp, self.device)
         averaged = ema_decay or use == 'ema_model'
         self.ema = frozen(copy.deepcopy(net)) if averaged else None
         self.net = Trainable(net, optimizer)
         self.head = Trainable(head, adam) if head else None
-        self.also_saved, self.fixed, self.entries = also_saved or {}, fixed or {}, entries or {}
-        self.inputs = dict(inputs or {}, data=dataset.fingerprint)
         networks = [self.net.ddp] + ([self.ema] if use == 'ema_model' else [])
         compile_networks(FLAGS.compile, self.device, *networks)
         self.dropout = any(isinstance(m, nn.Dropout) and m.p for m in net.modules())
-        self.meter, self.lr, self.reported = Meter(), 0., {}
-        self.start = self.step = self._resume()
-
-    # Checkpoint
+        self.meter, self.lr = Meter(), 0.
+        self.reported = {}      # numbers of the script for the next line of the log
+        state = checkpoint.read_run(self.logdir, key, self.fixed, self.inputs)
+        if state:
+            checkpoint.restore(state, self.saved(), self.logdir)
+        self.start = self.step = state['step'] if state else 0
 
     def saved(self):
         """{key of the checkpoint: object with a state dict}, for saving and for resuming."""
-        found = {self.key: self.net.module, 'optim': self.net.optim, **self.also_saved}
-        if self.ema:
-            found['ema_model'] = self.ema
-        if self.head:
-            found['optim_head'] = self.head.optim
-        return found
-
-    def _resume(self):
-        """Load what an earlier start left in the folder; returns the step to go on from."""
-        fixed = dict(self.fixed, method=self.method)
-        state = checkpoint.read_run(self.logdir, self.key, fixed, self.inputs)
-        if state is None:
-            return 0
-        checkpoint.restore(state, self.saved(), self.logdir)
-        return state['step']
+        found = {self.key: self.net.module, 'optim': self.net.optim, **self.also_saved,
+                 'ema_model': self.ema, 'optim_head': self.head and self.head.optim}
+        return {key: value for key, value in found.items() if value is not None}
 
     def _save(self):
         states = {key: value.state_dict() for key, value in self.saved().items()}
         lost = checkpoint.not_finite(states)
         if lost:
             raise UserError(f'NaN or inf in {", ".join(lost)} at step {self.step}: nothing was '
-                            f'saved, {self.logdir} still holds the previous checkpoint, if there '
-                            f'is one; lower the learning rate, and run again to go on from there',
-                            code=1)
+                            f'saved, an earlier checkpoint in {self.logdir} stays; lower the '
+                            f'learning rate and run again', code=1)
         checkpoint.save_run(
-            self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, method=self.method,
-            step=self.step, inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
+            self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, step=self.step,
+            inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
             batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
-
-    # The loop
 
     def __iter__(self):
         """Yield the steps that are not done; after each, do what is due.
 
-        Log and folder are closed however the loop ends, also by an exception or a `break`.
+        However the loop ends, also by an exception or a `break`, log and folder are closed.
         """
         if self.start >= self.total_steps:
             return distributed.print0(f'{self.logdir} is finished: step {self.start}.')
-        folder, stopped = Folder(self.logdir, resolved()), 0
-        with contextlib.closing(folder), stop:
+        with contextlib.closing(Folder(self.logdir, resolved())), stop:
             distributed.print0(self.dataset.summary)
             announce(self.device, self.start, self.title, len(self.dataset))
             self.log = Log(self.logdir, self.title, self.start, self.total_steps,
@@ -171,26 +142,14 @@ class Run:
                 for self.step in range(self.start + 1, self.total_steps + 1):
                     self._forwards, self._backwards, self._updated = 0, 0, False
                     yield self.step
-                    stopped = self._end_step()
-                    if stopped:
-                        break
-            if stopped:
-                distributed.print0(f'{signal.Signals(stopped).name}: stopped after step '
-                                   f'{self.step}, saved in {self.logdir}; run the same command '
-                                   f'again to go on.')
-                distributed.cleanup()
-                leave(128 + stopped)
+                    self._end_step()
         distributed.print0(self.log.summary(self.step, self.logdir))
 
     def parts(self):
         """Yield the parts of this process's share of a batch, --grad_accum of them.
 
-        A row of the total batch is a function of (seed, step, row) alone. A part has
-            x_0: (B, 3, H, W) in [-1, 1].
-            y: (B,) labels.
-            rows: slice of the total batch.
-            number: 0 .. grad_accum - 1.
-        and scripts may attach what they compute.
+        A part has x_0 (B, 3, H, W) in [-1, 1], labels y (B,), rows, the slice of the total batch
+        that it is, and number, from 0. Scripts may attach what they compute.
         """
         for number in range(FLAGS.grad_accum):
             x_0, y = next(self.batches)
@@ -199,10 +158,7 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, part):
-        """Where the network in training is called on `part`: dropout's random numbers, autocast.
-
-        Gradients are averaged over the processes in the backward of the last part only.
-        """
+        """Where the network in training is called on `part`: dropout's random numbers, autocast."""
         self._forwards += 1
         for trainable in filter(None, (self.net, self.head)):
             trainable.average_gradients = part.number + 1 == FLAGS.grad_accum
@@ -223,11 +179,7 @@ class Run:
         self.meter.add(loss=loss)
 
     def update(self, lr, finite=True):
-        """Clip, step, average. If any gradient is not finite, no optimiser moves.
-
-        Args:
-            finite: whether all else that was trained in this step was finite (a bool tensor).
-        """
+        """Clip, step, average; only if all gradients are finite, and `finite` (a bool tensor)."""
         if self._updated or not self._forwards == self._backwards == FLAGS.grad_accum:
             raise RuntimeError(f'run.update() was called after {self._forwards} calls of '
                                f'run.training() and {self._backwards} of run.backward(), expected '
@@ -241,11 +193,11 @@ class Run:
         if self.ema:
             ema_update(self.ema, self.net.module, self.ema_decay)
         self.meter.add(grad_norm=norm)
-        self.meter.end_step(finite)
+        self.meter.applied.append(finite)
         self.lr, self._updated = lr, True
 
     def _end_step(self):
-        """What is due after a step, in order; returns the signal that ends the run, or 0."""
+        """What is due after a step, in order; after a signal, the end of the script."""
         if not self._updated:
             raise RuntimeError(f'step {self.step} ended without run.update()')
         step, last = self.step, self.total_steps
@@ -257,25 +209,21 @@ class Run:
         stopping = stop.asked(step, step == last)
         if due(step, FLAGS.save_step, last) or stopping:
             self._save()
-        return stopping
-
-    # For the script
+        if stopping:
+            self.log.close()
+            distributed.print0(f'{signal.Signals(stopping).name}: stopped after step {step}, saved '
+                               f'in {self.logdir}; run the same command again to go on.')
+            distributed.cleanup()
+            leave(128 + stopping)
 
     def autocast(self):
         """The precision of --amp, for networks that are not trained."""
         return autocast(self.amp, self.device)
 
     def prepare(self, teacher, *others):
-        """Make networks that are not trained fast, by --amp and --compile.
-
-        The teacher is called without gradients, and so can be one CUDA graph.
-        """
-        prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)
+        """Make networks that are not trained fast, by --amp and --compile."""
+        prepare(self.amp, FLAGS.compile, self.device, teacher, graphs=True)     # has no gradients
         prepare(self.amp, FLAGS.compile, self.device, *others)
-
-    def report(self, **scalars):
-        """Numbers for the next line of the log; alike on all processes."""
-        self.reported.update(scalars)
 
     def generator(self, *key):
         """Random numbers as a function of (seed, *key)."""

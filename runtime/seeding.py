@@ -1,7 +1,5 @@
 """Random numbers as pure functions of (seed, purpose, step): nothing to save, exact to resume."""
 
-import concurrent.futures
-
 import numpy as np
 import torch
 
@@ -13,8 +11,7 @@ import torch
 def mix(*key):
     """A 63-bit seed from a tuple of non-negative integers, well mixed by numpy's SeedSequence.
 
-    Zeros at the end do not count: (1,) and (1, 0) give the same seed, so that the keys of one
-    purpose must have one length.
+    Zeros at the end do not count: the keys of one purpose must have one length.
     """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -22,23 +19,6 @@ def mix(*key):
 def generator(device, *key):
     """A fresh generator on `device` whose numbers depend on `key` alone."""
     return torch.Generator(device=device).manual_seed(mix(*key))
-
-
-def noise_ahead(seed, batches, shape, device):
-    """(indices, x_T on `device`) of every batch of `noise_of_images`.
-
-    A thread draws the next batch while this one is used: on the CPU, so that the numbers are those
-    of every machine, and without keeping a GPU waiting.
-    """
-    def draw(indices):
-        return noise_of_images(seed, indices, shape, 'cpu')
-
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        futures = (thread.submit(draw, indices) for indices in batches)
-        ahead = next(futures, None)
-        for indices in batches:
-            x_T, ahead = ahead.result(), next(futures, None)
-            yield indices, to_device(x_T, device)
 
 
 def to_device(tensor, device):
@@ -49,9 +29,6 @@ def to_device(tensor, device):
 
 
 def noise_of_images(seed, indices, shape, device):
-    """x_T (B, *shape) whose image i depends on (seed, indices[i]) only.
-
-    Samples then do not depend on the batch size or on the number of processes.
-    """
+    """x_T (B, *shape) whose image i depends on (seed, indices[i]) only, on any machine."""
     rows = [torch.randn(shape, generator=generator('cpu', seed, SAMPLES, int(i))) for i in indices]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)

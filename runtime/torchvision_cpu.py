@@ -1,8 +1,7 @@
 """Makes torchvision importable with a CPU-only torch.
 
-The default torchvision package is built for CUDA. With a torch without CUDA its compiled library
-does not load, the schemas of two operators are never declared, and the import fails with "operator
-torchvision::nms does not exist". Nothing here uses these operators, so their schemas are enough.
+There, the library of the default torchvision package does not load, and its import fails with
+"operator torchvision::nms does not exist". Nothing here uses it: its schema is enough.
 """
 
 import functools
@@ -10,17 +9,13 @@ import sys
 
 import torch
 
-SCHEMAS = ('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
-           'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+SCHEMA = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
 libraries = []      # kept alive, and with them the operators
 
 
 @functools.lru_cache(None)
 def torchvision():
-    """The package torchvision, repaired if that is needed.
-
-    Call it before importing a package that imports torchvision itself (pytorch_fid, diffusers).
-    """
+    """The package; call this before importing one that imports it (pytorch_fid, diffusers)."""
     try:
         import torchvision as package
     except RuntimeError as error:
@@ -29,7 +24,7 @@ def torchvision():
         for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
             del sys.modules[name]       # forget the half-imported package
         libraries.append(torch.library.Library('torchvision', 'DEF'))
-        for schema in SCHEMAS:
-            libraries[0].define(schema)
+        for operator in ('nms', 'qnms'):
+            libraries[0].define(operator + SCHEMA)
         import torchvision as package
     return package

@@ -20,8 +20,8 @@ from absl import flags      # noqa: E402
 from runtime import cli, data, distributed, image_files     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
 from runtime.flags import define_device_flags, without_effect       # noqa: E402
-from runtime.imagenet_batches import find_batches       # noqa: E402
 from runtime.log import progress    # noqa: E402
+from runtime.published_sets import find_batches       # noqa: E402
 from score.metrics import ActivationStats, frechet_distance     # noqa: E402
 from score.networks import define_feature_flags, load_feature_network     # noqa: E402
 from score.reference import (Statistics, check_reference, load_statistics,      # noqa: E402
@@ -58,8 +58,7 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    for line in without_effect(amp='features are computed in float32'):
-        distributed.print0(line)
+    without_effect(amp='features are computed in float32')
     img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size
     if FLAGS.check:
@@ -100,7 +99,7 @@ def check(name, root, img_size):
         paths = image_files.find_images(root, FLAGS.split)[0]
     problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
     for path, reason in problems:
-        print(image_files.printable(f'{path} {reason}'))
+        print(f'{path} {reason}')
     if problems:
         raise UserError(f'{len(problems)} of {len(paths)} files cannot be used, see above; replace '
                         f'them, or give --skip_bad_images', code=1)

@@ -51,8 +51,7 @@ def model_of_flags(device):
     reasons = dict(dropout='sampling uses none', num_workers='no image files are read')
     if device.type == 'cpu':
         reasons['fid_use_torch'] = 'there is no GPU'
-    for line in without_effect(**reasons):
-        distributed.print0(line)
+    without_effect(**reasons)
     model.to(device)
     prepare(choose(FLAGS.amp, device), FLAGS.compile, device, model.network, graphs=True)
     return model
@@ -98,7 +97,8 @@ def sampled(model, y):
     shape = (3, model.img_size, model.img_size)
     finite = torch.ones((), dtype=torch.bool, device=device)
     with progress(len(indices), f'sample {nfe(model)} steps', unit='img') as bar:
-        for batch, x_T in seeding.noise_ahead(FLAGS.seed, batches, shape, device):
+        for batch in batches:
+            x_T = seeding.noise_of_images(FLAGS.seed, batch, shape, device)
             labels = None if y is None else y[batch.start:batch.stop]
             since = synchronised_time(device)
             with autocast(FLAGS.amp, device):

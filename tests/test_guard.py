@@ -54,9 +54,10 @@ def test_a_folder_where_a_file_must_be(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     """Of its own files; the user's stay."""
-    for name in ('ckpt.pt.x1.tmp', 'ckpt_3.pt.x2.tmp', 'metrics.jsonl.x3.tmp',
-                 'flagfile.txt.x4.tmp', 'notes.tmp'):
-        (tmp_path / name).write_text('half')
+    for name in ('ckpt_3.pt.x1.tmp', 'metrics.jsonl.x2.tmp', 'flagfile.txt.x3.tmp'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'ckpt.pt').write_text('half')
+    (tmp_path / 'notes.tmp').write_text('mine')
     Folder(tmp_path, '').close()
     assert sorted(os.listdir(str(tmp_path))) == ['.lock', 'flagfile.txt', 'notes.tmp']
 

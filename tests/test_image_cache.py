@@ -1,6 +1,5 @@
 """Decoded folders: once per machine, again when a file changes, also where nothing can be kept."""
 
-import fcntl
 import os
 from pathlib import Path
 from unittest.mock import Mock
@@ -91,15 +90,16 @@ def test_a_kept_array_that_is_cut(folder, decode, size):
 
 
 def test_leftovers_of_killed_decodings(folder):
-    """They go, but not while another process writes them, nor a user's own file."""
+    """They go, but not while another process writes them, nor a user's own files."""
     reds(folder)
     file, = kept(folder)
-    left = file.with_name('train_64.0123456789abcdef.0123456789abcdef.npy.abcd_123.tmp')
-    mine = [file.with_name(name) for name in ('notes.txt', 'x.npy.tmp', 'x.y.z.npy.abcd_123.tmp')]
-    for path in [left, *mine]:
+    left = file.with_name(f'{file.name}.abcd_1.tmp')
+    mine = [file.with_name(name) for name in ('notes.txt', 'x.npy.tmp')]
+    for path in mine:
         path.write_text('')
-    with open(left) as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    left.mkdir()
+    (left / file.name).write_text('half')
+    with image_cache._locked(left):
         reds(folder)
         assert kept(folder) == sorted([file, left, *mine])
     reds(folder)
