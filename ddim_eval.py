@@ -19,7 +19,7 @@ from score.metrics import ActivationStats, frechet_distance, precision_recall
 from score.networks import define_feature_flags, load_feature_network
 from score.reference import check_reference, load_statistics
 from score.sampling import (define_sampling_flags, draw_labels, model_of_flags, nfe, sampled,
-                            title)
+                            save_picture)
 
 FLAGS = flags.FLAGS
 define_sampling_flags(num_images=50000, least=2)
@@ -51,6 +51,7 @@ def main():
     stats, images, rate = sample_and_score(model, y, feature_network)
     if distributed.is_main():
         result = protocol(model, reference, feature_network, how)
+        print(', '.join(f'{key} {value}' for key, value in result.items() if value is not None))
         distance = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
                                     device if FLAGS.fid_use_torch else 'cpu')
         score, deviation = stats.inception_score()
@@ -101,10 +102,7 @@ def protocol(model, reference, feature_network, labels):
 
 
 def report(result, features):
-    """Print the scores below their protocol; `features` is the width of the features."""
-    scores = ('fid', 'inception_score', 'inception_std', 'images_per_s', 'precision', 'recall')
-    print(', '.join(f'{key} {value}' for key, value in result.items()
-                    if value is not None and key not in scores))
+    """Print the scores; `features` is the width of the features."""
     if result['num_images'] < features:
         print(f'note: fewer images than the {features} features; compare such a distance only with '
               f'others of the same number of images.')
@@ -116,15 +114,13 @@ def report(result, features):
 
 
 def write(model, result, images, y):
-    """All images with --save_images, the pictures, and last the line of results.jsonl."""
+    """All images with --save_images, the picture, and last the line of results.jsonl."""
     y = None if y is None else y[:len(images)].cpu()
     if FLAGS.save_images:
         pictures.save_images(FLAGS.save_images, images, y)
-    folder, end = model.file.parent, f'nfe{result["nfe"]}_seed{result["seed"]}.png'
-    shown = slice(FLAGS.sample_size)
-    rows = pictures.rows_by_class(images[shown], None if y is None else y[shown],
-                                  model.arch['class_num'])
-    pictures.save_labelled(folder / f'sample/eval_{end}', title(model), *rows)
+    folder, shown = model.file.parent, slice(FLAGS.sample_size)
+    save_picture(folder / f'sample/eval_nfe{result["nfe"]}_seed{result["seed"]}.png', model,
+                 images[shown], None if y is None else y[shown])
     results.append(folder / 'results.jsonl', result)
 
 

@@ -17,7 +17,8 @@ from absl import flags
 from runtime import cli, distributed, pictures
 from runtime.cli import UserError
 from runtime.flags import require
-from score.sampling import define_sampling_flags, draw_labels, model_of_flags, sampled, title
+from score.sampling import (define_sampling_flags, draw_labels, model_of_flags, sampled,
+                            save_picture)
 
 FLAGS = flags.FLAGS
 define_sampling_flags(num_images=64)
@@ -47,8 +48,7 @@ def main():
         y = None if y is None else y.cpu()
         if FLAGS.output.endswith('.png'):
             classes = None if FLAGS.label is not None else y    # one class alone fills a square
-            rows = pictures.rows_by_class(images, classes, model.arch['class_num'])
-            pictures.save_labelled(FLAGS.output, title(model), *rows)
+            save_picture(FLAGS.output, model, images, classes)
         else:
             pictures.save_images(FLAGS.output, images, y)
         print(f'{FLAGS.output}: {len(images)} images', flush=True)

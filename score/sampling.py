@@ -10,7 +10,7 @@ import torch
 from absl import flags
 
 from formats.load import check_flags, load_model
-from runtime import distributed, seeding
+from runtime import distributed, pictures, seeding
 from runtime.cli import UserError
 from runtime.flags import (define_device_flags, define_network_flags, define_teacher_steps,
                            without_effect)
@@ -117,9 +117,11 @@ def nfe(model):
     return model.diffusion.T // FLAGS.stride
 
 
-def title(model):
-    """A line above pictures."""
-    return f'{model.file}  NFE {nfe(model)}  seed {FLAGS.seed}  {model.weights_name}'
+def save_picture(path, model, images, y):
+    """Images uint8 (N, 3, H, W) as a labelled grid, with a row per class if labels y are given."""
+    title = f'{model.file}  NFE {nfe(model)}  seed {FLAGS.seed}  {model.weights_name}'
+    rows = pictures.rows_by_class(images, y, model.arch['class_num'])
+    pictures.save_labelled(path, title, *rows)
 
 
 def synchronised_time(device):
