@@ -37,9 +37,6 @@ def clean_linear(N=1000):
     return dict(name='linear', betas=torch.linspace(1e-4, 0.02, N).tolist())
 
 
-PRECISIONS = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
 class Diffusion:
     """Schedule of a model with T steps on a base grid 0..N; it visits t_k = round(k N / T).
 
@@ -55,9 +52,8 @@ class Diffusion:
                  N=None):
         self.T, self.N, self.mean_type, self.schedule = T, N or T * time_scale, mean_type, schedule
         alpha_bar = alpha_bar_table(self.N, schedule)
-        table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1)
-        self._tables = {dtype: table.to(device, dtype) for dtype in PRECISIONS}
-        self.alpha, self.sigma = self._tables[torch.float64].unbind(1)
+        self._table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1).to(device)
+        self.alpha, self.sigma = self._table.unbind(1)
         self._times = [round(k * self.N / T) for k in range(T + 1)]     # on the host
         visited = torch.tensor(self._times)
         index = torch.searchsorted(visited, torch.arange(self.N + 1)) - 1
@@ -93,8 +89,8 @@ class Diffusion:
         return self._before[t]
 
     def at(self, t, dtype=torch.float64):
-        """alpha_t, sigma_t as (B, 1, 1, 1) of any of `PRECISIONS`, for times t (B,)."""
-        return self._tables[dtype][t][..., None, None, None].unbind(1)
+        """alpha_t, sigma_t as (B, 1, 1, 1) of type `dtype`, for times t (B,)."""
+        return self._table[t].to(dtype)[..., None, None, None].unbind(1)
 
     def add_noise(self, x_0, eps, t):
         """z_t = alpha_t x_0 + sigma_t eps; images (B, C, H, W), t (B,)."""
@@ -128,13 +124,7 @@ class Diffusion:
         return self.add_noise(x, eps, s)
 
     def times(self, stride=1):
-        """[N, ..., 0]: the grid times a sampler visits, `stride` model steps apart.
-
-        Raises:
-            ValueError: stride does not divide T.
-        """
-        if stride < 1 or self.T % stride:
-            raise ValueError(f'stride {stride} does not divide the {self.T} steps of the model')
+        """[N, ..., 0]: the grid times a sampler visits, `stride`, a divisor of T, steps apart."""
         return self._times[::-stride]
 
     def sample(self, model, x_T, stride=1, clip=True, y=None):

@@ -97,8 +97,6 @@ def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHU
     """
     B, _, H, W = map_S.shape
     group = group or B
-    if B % group:
-        raise ValueError(f'a batch of {B} images has no groups of {group}')
     rows = group * H * W
     together = max(1, chunk_entries // rows ** 2)       # groups that fit into a chunk
     with torch.autocast(map_S.device.type, enabled=False):

@@ -127,8 +127,6 @@ class UNet(nn.Module):
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout=0., conditional=False,
                  class_num=10):
         super().__init__()
-        if ch % 32:
-            raise ValueError(f'ch must be a multiple of 32 (group norm has 32 groups), found {ch}')
         tdim = ch * 4
         self.conditional, self.class_num = conditional, class_num
         self.time_embedding = TimeEmbedding(T, ch, tdim)
