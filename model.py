@@ -183,15 +183,11 @@ class UNet(nn.Module):
 
         One matrix product: on a GPU, one per block takes longer to start than to compute.
         """
-        linears = [block.temb_proj[1] for block in self.res_blocks()]
+        blocks = (*self.downblocks, *self.middleblocks, *self.upblocks)
+        linears = [block.temb_proj[1] for block in blocks if isinstance(block, ResBlock)]
         weight = torch.cat([m.weight for m in linears])
         bias = torch.cat([m.bias for m in linears])
         return F.linear(F.silu(temb), weight, bias).split([m.out_features for m in linears], 1)
-
-    def res_blocks(self):
-        """The residual blocks in the order in which they compute."""
-        blocks = (*self.downblocks, *self.middleblocks, *self.upblocks)
-        return [block for block in blocks if isinstance(block, ResBlock)]
 
 
 def float32(h):
