@@ -3,24 +3,22 @@
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from classifier.networks import NETWORKS, build_classifier
+from classifier.networks import IMAGENET, NETWORKS, build_classifier, imagenet_classifier
 from runtime import checkpoint, cli, distributed, flags
 from runtime.cli import UserError, first_line
+from runtime.optim import frozen
 from runtime.torchvision_cpu import torchvision
 
 PREFIX = 'imagenet_'        # of the names of torchvision's networks
-SIZE = 224                  # height and width of the images that they were trained on
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5,) * 3           # as mean and std, leaves images in [-1, 1] as they are
 # mean and std of images in [0, 1]; None: those in the checkpoint
 NORMALISATIONS = {
     'stored': (None, None),
-    '05': (HALF, HALF),
-    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),       # as released
+    '05': ([0.5] * 3, [0.5] * 3),       # leaves images in [-1, 1] as they are
+    # as released: this std is the mean of the standard deviations of single images
+    'cifar10': ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
     'imagenet': IMAGENET}
 # torchvision's files of DenseNets name layers "norm.1", its networks "norm1"
 OLD_KEY = re.compile(r'(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)')
@@ -54,17 +52,14 @@ def load_frozen(name, path, dataset, normalisation, device):
 
 
 def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
-    """The frozen classifier of a checkpoint, in eval mode, on the CPU; draws no random numbers.
+    """The frozen `Classifier` of a checkpoint, in eval mode, on the CPU; draws no random numbers.
 
     Args:
-        path: `<result_path>/<dataset>/<model>` or the `ckpt.pt` in it; relative paths are looked
-            up in the working directory, then in the repository root.
+        path: folder or file; looked up in the working directory, then in the repository root.
         name: the network expected; required for a published file, which does not name its own.
         num_classes: the number of classes expected; None: any.
         mean, std: input normalisation, three numbers each, of images in [0, 1]; None: those in
             the checkpoint, or 0.5 for a published file, which has none.
-    Returns:
-        `Classifier`: forward(x) -> logits (B, K), feature (B, C), feature_map (B, C, H', W').
     Raises:
         UserError: no such file, not a classifier, or another classifier than the one expected.
     """
@@ -99,7 +94,7 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
 
 def stored_normalisation(state, key, smallest, file):
     """Mean or std in a checkpoint, three numbers from `smallest` to 1; 0.5 where it has none."""
-    found = state.get(key, HALF)
+    found = state.get(key, [0.5] * 3)
     numbers = isinstance(found, (list, tuple)) and len(found) == 3 and all(
         isinstance(v, (int, float)) and smallest <= v <= 1 for v in found)
     if not numbers:
@@ -125,47 +120,15 @@ def with_weights(network, weights, name, file, **how):
     if broken:
         raise UserError(f'{broken[0]} of the classifier in {file} holds NaN or inf; train it '
                         f'again, or restore a copy')
-    return network.float().eval().requires_grad_(False)
-
-
-class ImageNetClassifier(nn.Module):
-    """A torchvision DenseNet or ResNet, sharing its weights, with the `forward` of our classifiers.
-
-    Images are resized to 224 px (antialiased) and normalised as the weights expect.
-    """
-
-    def __init__(self, name, network):
-        super().__init__()
-        self.name, self.network = name, network
-        self.head = 'fc' if hasattr(network, 'fc') else 'classifier'
-        linear = getattr(network, self.head)
-        self.num_features, self.num_classes = linear.in_features, linear.out_features
-        for key, value in zip(('mean', 'std'), IMAGENET):
-            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)
-
-    def forward(self, x):
-        """Images x (B, 3, H, W) in [-1, 1] -> logits (B, 1000), feature (B, C), feature_map.
-
-        feature_map (B, C, 7, 7) comes after the final ReLU; feature is its mean over 7 x 7.
-        """
-        x = F.interpolate(x, (SIZE, SIZE), mode='bilinear', antialias=True, align_corners=False)
-        h = (x * 0.5 + 0.5 - self.mean) / self.std
-        for name, part in self.network.named_children():
-            if name not in ('avgpool', self.head):
-                h = part(h)
-        feature_map = F.relu(h)         # only a DenseNet ends without
-        feature = F.adaptive_avg_pool2d(feature_map, 1).flatten(1)
-        return getattr(self.network, self.head)(feature), feature, feature_map
+    return frozen(network.float())
 
 
 def load_imagenet(name, path=None):
-    """`imagenet_<model>` with torchvision's weights: frozen, in eval mode, on the CPU.
+    """`imagenet_<model>` with torchvision's weights: a frozen `Classifier`, on the CPU.
 
     Args:
         name: such as imagenet_resnet50 or imagenet_densenet201.
         path: file of torchvision's state dict; None: downloaded once, into torch's cache.
-    Returns:
-        `ImageNetClassifier`: forward(x) -> logits (B, 1000), feature (B, C), feature_map.
     Raises:
         UserError: no such model, not its weights, or they could not be downloaded (code 1).
     """
@@ -189,7 +152,7 @@ def load_imagenet(name, path=None):
         weights = {OLD_KEY.sub(r'\1\2', str(key)): value
                    for key, value in checkpoint.plain_keys(weights).items()}
         network = with_weights(build(weights=None), weights, name, file)
-    return ImageNetClassifier(name, network).eval().requires_grad_(False)
+    return frozen(imagenet_classifier(name, network))
 
 
 def fold_batch_norms(network):

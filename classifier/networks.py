@@ -23,6 +23,7 @@ DENSENETS = {
 }
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d',
            'resnext101_32x8d', 'wide_resnet50_2', 'wide_resnet101_2')
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # mean and std of its images in [0, 1]
 
 
 class Classifier(nn.Module):
@@ -40,6 +41,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.name, self.num_features, self.num_classes = name, num_features, num_classes
         self.order = list(parts)
+        self.size = None        # height and width that images are resized to; None: they are not
         for key, part in parts.items():
             self.add_module(key, part)
         self.fc = nn.Linear(num_features, num_classes)
@@ -58,6 +60,8 @@ class Classifier(nn.Module):
 
         feature_map (B, C, H', W') comes after the final ReLU; feature is its mean over H', W'.
         """
+        if self.size:
+            x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
         h = self.normalise(x)
         for key in self.order:
             h = getattr(self, key)(h)
@@ -143,3 +147,15 @@ def build_classifier(name, num_classes, mean=(0.5,) * 3, std=(0.5,) * 3):
         raise UserError(f'there is no classifier "{name}"; choose one of {", ".join(NETWORKS)}')
     parts, num_features = NETWORKS[name](name)
     return Classifier(name, parts, num_features, num_classes, mean, std)
+
+
+def imagenet_classifier(name, network):
+    """A `Classifier` that shares the layers of a DenseNet or ResNet of torchvision.
+
+    Images are resized to 224 px (antialiased) and normalised as its weights expect.
+    """
+    *layers, (_, head) = network.named_children()
+    parts = OrderedDict((key, part) for key, part in layers if key != 'avgpool')
+    classifier = Classifier(name, parts, head.in_features, head.out_features, *IMAGENET)
+    classifier.fc, classifier.size = head, 224
+    return classifier

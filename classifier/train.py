@@ -21,6 +21,7 @@ import torch.nn.functional as F     # noqa: E402
 from absl import flags      # noqa: E402
 
 from classifier.augment import Augment, measured_normalisation, random_crop     # noqa: E402
+from classifier.frozen import NORMALISATIONS       # noqa: E402
 from classifier.networks import NETWORKS, build_classifier      # noqa: E402
 from runtime import checkpoint, cli, data, distributed, seeding     # noqa: E402
 from runtime.cli import UserError       # noqa: E402
@@ -31,8 +32,6 @@ from runtime.run import Run, due, training_data      # noqa: E402
 
 FLAGS = flags.FLAGS
 FIXED.update(('lr', 'wd', 'amp'))
-# of the released code; this std is the mean of the standard deviations of single images
-CIFAR10 = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 
 
 def define_flags():
@@ -106,10 +105,9 @@ def train(device, folder, accuracy):
         if due(step, steps_per_epoch, last):
             accuracy = evaluate(model, test_set, device) if test_set else None
             run.entries.update(accuracy=accuracy, epoch=step // steps_per_epoch)
-            words = 'no test split'
             if test_set:
-                words = f'test {100 * accuracy:.2f} %'
                 run.reported.update(test_accuracy=accuracy)
+            words = f'test {100 * accuracy:.2f} %' if test_set else 'no test split'
             distributed.print0(f'epoch {step / steps_per_epoch:.4g}/{FLAGS.epoch}: {words}')
 
 
@@ -139,9 +137,9 @@ def make_test_set():
 def normalisation(dataset):
     """(mean, std) of the input, three numbers each."""
     if FLAGS.normalize05:
-        return [0.5] * 3, [0.5] * 3
+        return NORMALISATIONS['05']
     if FLAGS.recipe == 'released' and FLAGS.dataset == 'cifar10':
-        return CIFAR10
+        return NORMALISATIONS['cifar10']
     return measured_normalisation(dataset)
 
 

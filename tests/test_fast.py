@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from classifier import build_classifier
-from classifier.frozen import ImageNetClassifier, load_frozen
+from classifier.frozen import load_frozen
+from classifier.networks import imagenet_classifier
 from model import GroupNorm, UNet
 from runtime import checkpoint, distributed, precision
 from runtime.cli import UserError
@@ -111,7 +112,7 @@ def test_the_classifier_of_a_distillation_is_folded(name, left, tmp_path):
     checkpoint.save(tmp_path / 'ckpt.pt', dict(model=network.state_dict()))
     dataset = Mock(num_classes=10, img_size=8)
     folded = load_frozen(name, tmp_path / 'ckpt.pt', dataset, 'stored', CPU)
-    network = frozen(ImageNetClassifier(name, network) if imagenet else network)
+    network = frozen(imagenet_classifier(name, network) if imagenet else network)
     x = randn(1, 3, 8, 8)
     for found, expected in zip(folded(x), network(x)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
