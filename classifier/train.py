@@ -16,19 +16,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-import torch    # noqa: E402
-import torch.nn.functional as F     # noqa: E402
-from absl import flags      # noqa: E402
+import torch
+import torch.nn.functional as F
+from absl import flags
 
-from classifier.augment import Augment, measured_normalisation, random_crop     # noqa: E402
-from classifier.frozen import NORMALISATIONS       # noqa: E402
-from classifier.networks import NETWORKS, build_classifier      # noqa: E402
-from runtime import checkpoint, cli, data, distributed, seeding     # noqa: E402
-from runtime.cli import UserError       # noqa: E402
-from runtime.flags import (FIXED, define_data_flags, define_device_flags,       # noqa: E402
-                           define_run_flags)
-from runtime.optim import learning_rate, sgd     # noqa: E402
-from runtime.run import Run, due, training_data      # noqa: E402
+from classifier.augment import Augment, measured_normalisation, random_crop
+from classifier.frozen import NORMALISATIONS
+from classifier.networks import NETWORKS, build_classifier
+from runtime import checkpoint, cli, data, distributed, seeding
+from runtime.cli import UserError
+from runtime.flags import FIXED, define_data_flags, define_device_flags, define_run_flags
+from runtime.optim import learning_rate, sgd
+from runtime.run import Run, due, training_data
 
 FLAGS = flags.FLAGS
 FIXED.update(('lr', 'wd', 'amp'))

@@ -14,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-import torch    # noqa: E402
-from absl import flags      # noqa: E402
+import torch
+from absl import flags
 
-from runtime import cli, data, distributed, image_files     # noqa: E402
-from runtime.cli import UserError       # noqa: E402
-from runtime.flags import define_device_flags, without_effect       # noqa: E402
-from runtime.log import progress    # noqa: E402
-from runtime.published_sets import find_batches       # noqa: E402
-from score.metrics import ActivationStats, frechet_distance     # noqa: E402
-from score.networks import define_feature_flags, load_feature_network     # noqa: E402
-from score.reference import (Statistics, check_reference, load_statistics,      # noqa: E402
+from runtime import cli, data, distributed, image_files
+from runtime.cli import UserError
+from runtime.flags import define_device_flags, without_effect
+from runtime.log import progress
+from runtime.published_sets import find_batches
+from score.metrics import ActivationStats, frechet_distance
+from score.networks import define_feature_flags, load_feature_network
+from score.reference import (Statistics, check_reference, load_statistics,
                              save_statistics, version_of_score)
 
 FLAGS = flags.FLAGS

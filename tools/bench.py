@@ -32,14 +32,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-import numpy as np      # noqa: E402
-import torch    # noqa: E402
-from absl import flags      # noqa: E402
-from PIL import Image       # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode    # noqa: E402
+import numpy as np
+import torch
+from absl import flags
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-from classifier import build_classifier     # noqa: E402
-from runtime import checkpoint, cli     # noqa: E402
+from classifier import build_classifier
+from runtime import checkpoint, cli
 
 FLAGS = flags.FLAGS
 SCRIPTS = dict(base='train_base.py', pd='PD.py', rdd='train_rdd.py', dmd='train_dmd.py',

@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
 
-import numpy as np      # noqa: E402
-import torch    # noqa: E402
-from absl import flags      # noqa: E402
-from PIL import Image       # noqa: E402
+import numpy as np
+import torch
+from absl import flags
+from PIL import Image
 
-from runtime import cli, pictures       # noqa: E402
-from score import results       # noqa: E402
+from runtime import cli, pictures
+from score import results
 
 FLAGS = flags.FLAGS
 METHODS = dict(base='DDIM', pd='PD', rdd='RDD', dmd='DMD')
