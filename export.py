@@ -15,11 +15,11 @@ from absl import flags
 
 from formats import card, diffusers_write, onnx_graph
 from formats.diffusers_read import check_packages
-from formats.load import load_model
 from runtime import cli
 from runtime.cli import UserError, first_line
 from runtime.files import check_new_folder, replacing_folder
-from runtime.flags import MEAN_TYPES, define_teacher_steps, require
+from runtime.flags import MEAN_TYPES, require
+from score.sampling import define_model_flags, given_model
 
 FLAGS = flags.FLAGS
 PACKAGES = dict(diffusers=['diffusers', 'safetensors'], onnx=['onnx', 'onnxruntime'],
@@ -27,14 +27,9 @@ PACKAGES = dict(diffusers=['diffusers', 'safetensors'], onnx=['onnx', 'onnxrunti
 
 
 def define_flags():
-    flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint')
+    define_model_flags()
     flags.DEFINE_enum('format', 'diffusers', ['diffusers', 'onnx', 'safetensors'], 'what to write')
     flags.DEFINE_string('output', None, 'new folder for the result')
-    flags.DEFINE_enum('weights', 'auto', ['auto', 'net', 'ema'], 'weights to export; auto: the '
-                      'average for a base model, the raw ones for a distilled student')
-    flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride',
-                         lower_bound=1)
-    define_teacher_steps()
     flags.DEFINE_string('license', None, 'licence named on the model card; none: that of a '
                         'converted teacher, if known, else mit')
     flags.DEFINE_integer('img_size', 32, 'height and width of the images, if the checkpoint does '
@@ -48,11 +43,7 @@ def main():
             logdir='the folder of a trained model, such as ./logs/8to4/rdd')
     output = Path(FLAGS.output)
     check_new_folder(output)
-    model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
-                       img_size=FLAGS.img_size, steps=FLAGS.teacher_steps)
-    if model.diffusion.T % FLAGS.stride:
-        raise UserError(f'--stride {FLAGS.stride} does not divide the {model.diffusion.T} steps of '
-                        f'the model in {model.file}; choose a divisor')
+    model = given_model()
     check_packages(PACKAGES[FLAGS.format])
     try:
         with replacing_folder(output) as folder:

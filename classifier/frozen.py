@@ -4,7 +4,7 @@ import re
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from classifier.networks import IMAGENET, NETWORKS, build_classifier, imagenet_classifier
 from runtime import checkpoint, cli, distributed, flags
@@ -160,14 +160,11 @@ def fold_batch_norms(network):
 
     The results are the same up to rounding, with less to compute on a CPU and an operation less per
     layer to start on a GPU. The layers of our networks are registered in the order of computation.
-    Another network that shares these layers is broken by it.
     """
     for module in network.modules():
         children = list(module.named_children())
-        for (_, conv), (name, norm) in zip(children, children[1:]):
+        for (name, conv), (next_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                    norm.weight, norm.bias)
-                setattr(module, name, nn.Identity())
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, next_name, nn.Identity())
     return network

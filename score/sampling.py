@@ -21,30 +21,39 @@ FLAGS = flags.FLAGS
 UNEQUAL = 2     # labels are uniform if no class has more than this times the images of another
 
 
-def define_sampling_flags(num_images, least=1):
-    define_network_flags()
-    define_device_flags()
+def define_model_flags():
+    """Which model, and how many steps it takes."""
     define_teacher_steps()
     flags.DEFINE_string('logdir', None, 'folder (or file) of the checkpoint, or a folder of '
                         'diffusers')
-    flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride',
-                         lower_bound=1)
+    flags.DEFINE_integer('stride', 1, 'steps of the model per DDIM step: NFE = T / stride', 1)
+    flags.DEFINE_enum('weights', 'auto', ['auto', 'net', 'ema'], 'weights to use; auto: the '
+                      'average for a base model, the raw ones for a distilled student')
+
+
+def define_sampling_flags(num_images, least=1):
+    define_model_flags()
+    define_network_flags()
+    define_device_flags()
     flags.DEFINE_integer('num_images', num_images, 'images to sample', least, 10**8)
     flags.DEFINE_integer('batch_size', 128, 'images per process and batch', 1, 10**6)
-    flags.DEFINE_integer('seed', 0, 'image i starts from noise that depends on (seed, i)',
-                         lower_bound=0)
-    flags.DEFINE_enum('weights', 'auto', ['auto', 'net', 'ema'], 'weights to sample with; auto: '
-                      'the average for a base model, the raw ones for a distilled student')
+    flags.DEFINE_integer('seed', 0, 'image i starts from noise that depends on (seed, i)', 0)
 
 
-def model_of_flags(device):
-    """The model in --logdir on `device`, in the precision of --amp, compiled with --compile."""
+def given_model():
+    """The model in --logdir, on the CPU; its number of steps is a multiple of --stride."""
     model = load_model(FLAGS.logdir, FLAGS.weights, mean_type=FLAGS.mean_type,
                        img_size=FLAGS.img_size, steps=FLAGS.teacher_steps)
-    check_flags(model)
     if model.diffusion.T % FLAGS.stride:
         raise UserError(f'--stride {FLAGS.stride} does not divide the {model.diffusion.T} steps of '
                         f'the model in {FLAGS.logdir}; choose a divisor')
+    return model
+
+
+def model_of_flags(device):
+    """`given_model` on `device`, in the precision of --amp, compiled with --compile."""
+    model = given_model()
+    check_flags(model)
     if FLAGS.num_images < distributed.world_size():
         raise UserError(f'--num_images {FLAGS.num_images} is less than the '
                         f'{distributed.world_size()} processes; raise it')
