@@ -20,7 +20,7 @@ FORWARD = .0160     # GFLOP of the network of the digits with 32 channels in pla
 def test_table(rows, tmp_path):
     """Started in another folder, with a flag for the scripts; base, if any, comes first."""
     done = start([ROOT / 'tools/bench.py', '--config=DIGITS', f'--rows={",".join(rows[::-1])}',
-                  '--steps=5', '--batch_size=4', '--tflops=50', '--threads=1', '--', '--ch=32'],
+                  '--steps=5', '--batch_size=4', '--tflops=50', '--', '--ch=32'],
                  tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.strip('| ').split(' | ') for line in done.stdout.splitlines() if '|' in line]

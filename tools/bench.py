@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from any folder
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 from absl import flags
 from PIL import Image
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from classifier import build_classifier
@@ -53,7 +53,6 @@ def define_flags():
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16'], 'precision of the networks')
     flags.DEFINE_integer('steps', 20, 'steps of a training that are measured', lower_bound=LINES)
     flags.DEFINE_integer('batch_size', None, 'images per step; none: as in the flagfiles', 1)
-    flags.DEFINE_integer('threads', None, 'threads on a CPU; none: as torch has it', 1)
     flags.DEFINE_float('tflops', None, '1e12 operations per second, for the hours', 1e-3)
     flags.DEFINE_bool('profile', False, 'profile three more steps of every row')
 
@@ -62,8 +61,6 @@ def main(words):
     if not set(FLAGS.rows) <= set(SCRIPTS):
         raise cli.UserError(f'--rows {",".join(FLAGS.rows)}: choose of {", ".join(SCRIPTS)}')
     rows = [row for row in SCRIPTS if row in FLAGS.rows]        # base makes the teacher
-    torch.set_num_threads(FLAGS.threads or torch.get_num_threads())
-    os.environ['OMP_NUM_THREADS'] = str(torch.get_num_threads())
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     convolution = convolution_rate(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,17 +97,17 @@ def measure(row, folder, convolution):
 
 def convolution_rate(device):
     """Operations per second of a 3x3 convolution, forward and backward."""
-    images, seconds = 64 if device.type == 'cuda' else 8, []
+    images = 64 if device.type == 'cuda' else 8
     x, weight = (torch.randn(shape, device=device).to(memory_format=torch.channels_last)
                  .requires_grad_() for shape in ((images, 256, 32, 32), (256, 256, 3, 3)))
-    for _ in range(6):
-        since = time.perf_counter()
+
+    def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=FLAGS.amp == 'bf16'):
             out = torch.nn.functional.conv2d(x, weight, padding=1)
-        grad, _ = torch.autograd.grad(out, [x, weight], torch.ones_like(out))
-        grad[0, 0, 0, 0].item()     # waits for a GPU
-        seconds.append(time.perf_counter() - since)
-    return 3 * 2 * out.numel() * 256 * 9 / min(seconds)
+        torch.autograd.grad(out, [x, weight], torch.ones_like(out))
+
+    timer = Timer('step()', globals=dict(step=step), num_threads=torch.get_num_threads())
+    return 3 * 2 * x.numel() * 256 * 9 / timer.timeit(5).mean
 
 
 def flagfile(row):
