@@ -4,7 +4,9 @@ import io
 import math
 import os
 import pickle
+import resource
 import sys
+import time
 import types
 
 import numpy as np
@@ -20,7 +22,7 @@ from formats.songunet import SongUNet
 from runtime.cli import UserError
 from runtime.precision import prepare
 import by_hand
-from helpers import PD, ROOT, Call, assert_ran, command, diffusers, fork_all, start
+from helpers import PD, ROOT, Call, assert_ran, command, diffusers, fork_all, our_images, start
 from inprocess import parsing
 
 SIZE = 16
@@ -232,16 +234,51 @@ def test_schedules_of_guided_diffusion():
     assert 1 - (d.alpha[500] / d.alpha[499]) ** 2 == pytest.approx(.04, rel=.01)
 
 
-@pytest.mark.parametrize('arguments, parameters', [
-    (dict(SONG, img_resolution=32, channel_mult=[2, 2, 2]), 55733891 - 9 * 128),
-    (dict(NCSNPP, img_resolution=64, channel_mult=[1, 2, 2, 2]), 62761091 - 9 * 256)],
-    ids=['cifar10', 'ffhq'])
-def test_published_sizes(arguments, parameters):
-    """The published numbers of parameters, less those of augmentation."""
-    arguments.update(label_dim=0, model_channels=128, num_blocks=4, attn_resolutions=[16])
+FULL = dict(label_dim=0, model_channels=128, num_blocks=4, attn_resolutions=[16])
+SIZES = dict(       # arguments, and parameters as published, less those of augmentation
+    cifar10=(dict(SONG, img_resolution=32, channel_mult=[2, 2, 2], **FULL), 55733891 - 9 * 128),
+    ffhq=(dict(NCSNPP, img_resolution=64, channel_mult=[1, 2, 2, 2], **FULL), 62761091 - 9 * 256))
+
+
+@pytest.mark.parametrize('name', list(SIZES))
+def test_published_sizes(name):
+    arguments, parameters = SIZES[name]
     with torch.device('meta'):
         network = SongUNet(**arguments)
     assert sum(value.numel() for value in network.parameters()) == parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [*SIZES, 'imagenet64'])
+def test_full_size(tmp_path, convert_file, name):
+    """Random weights: the number of parameters, a step of sampling, one of PD."""
+    diffusers()
+    if name == 'imagenet64':
+        file, parameters = tmp_path / 'edm_x.pt', 295899267 + 768       # a row for "no label"
+        torch.save(by_hand.adm_weights((192, 384, 576, 768), 3, (1, 2, 3), outputs=3, labels=1000),
+                   file)
+        words = ['--img_size=64', '--num_head_channels=64', '--new_attention_order']
+    else:
+        arguments, parameters = SIZES[name]
+        weights, words = SongUNet(**arguments).state_dict(), []
+        file = write(tmp_path / 'x.pkl', weights, **arguments)
+    model = convert_file(file, tmp_path / 'out', '--steps=128', *words)
+    assert sum(value.numel() for value in model.network.parameters()) == parameters
+    began = time.time()
+    x_T, y = torch.randn(2, 3, model.img_size, model.img_size), torch.tensor([0, 1])
+    images = our_images(model, x_T, y, stride=128)
+    sampled = time.time()
+    student, diffusion = model.student('xstart')
+    t = diffusion.visited[torch.tensor([1, 64])]
+    with torch.no_grad():
+        x_target = model.diffusion.two_step_target(model.network, x_T, t, y)
+    x_pred, _ = diffusion.predict(student, x_T, t, y)
+    (x_pred - x_target).square().mean().backward()
+    torch.optim.Adam(student.parameters()).step()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f'{name}, 2 images: sampling {sampled - began:.1f} s, PD {time.time() - sampled:.1f} s, '
+          f'{memory:.1f} GiB at most')
+    assert images.isfinite().all() and x_pred.isfinite().all()
 
 
 def test_more_resolutions_and_blocks(tmp_path, convert_file):
