@@ -64,10 +64,9 @@ def test_the_commands_of_the_page(tmp_path):
         missing = script in PACKAGES and importlib.util.find_spec(PACKAGES[script]) is None
         assert code == missing and 'Traceback' not in error, error
         assert script != 'tools/plot.py' or missing or '| RDD | 4 | ' in output
-
     runs = tmp_path / 'logs/photos'
-    assert [checkpoint.read(runs / name)['T'] for name in ('1024', '8', '8to4/rdd', 'unlabelled')
-            ] == [16, 8, 4, 4]
+    steps = [checkpoint.read(runs / name)['T'] for name in ('1024', '8', '8to4/rdd', 'unlabelled')]
+    assert steps == [16, 8, 4, 4]
     result = json.loads((runs / '8to4/rdd/results.jsonl').read_text())
     assert (result['nfe'], result['method'], result['num_images']) == (4, 'rdd', 12)
     assert (runs / '8to4/rdd/sample/eval_nfe4_seed0.png').is_file()
