@@ -285,7 +285,8 @@ from runtime.commands import Commands
 
 def main(words):
     with ThreadPoolExecutor(1) as pool, Commands() as commands:
-        list(pool.map(commands.run, [words, words]))
+        for future in [pool.submit(commands.run, words) for _ in range(2)]:
+            future.result()
 
 cli.run(main, words=True)
 '''
