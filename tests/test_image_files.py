@@ -234,7 +234,7 @@ def test_bad_images(tmp_path, capsys, monkeypatch, workers):
     (folder / 'empty.png').write_bytes(b'')
     (folder / 'link.png').symlink_to('nowhere')
     os.mkfifo(folder / 'waits.png')
-    monkeypatch.setattr(image_files, 'PART', 2)      # several for the workers to share
+    monkeypatch.setattr(image_files, 'PART', 1)      # several for the workers to share
     good = read(tmp_path, num_workers=workers, skip_bad_images=True)
     assert reds(good) == [9, 7] and good.labels.tolist() == [0, 1]
     assert good.summary.endswith('left out: 5 that cannot be read')
