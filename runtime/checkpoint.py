@@ -44,7 +44,9 @@ def read(path):
     """A checkpoint, on the CPU; UserError if it is missing, damaged, of another kind or code."""
     path = find(path)
     if not path.is_file():
-        raise UserError(f'there is no checkpoint {path}; give the folder of a finished run')
+        kind = 'is no regular file' if path.exists() else 'does not exist'
+        raise UserError(f'there is no checkpoint {path} (it {kind}); give the folder of a finished '
+                        f'run')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError:

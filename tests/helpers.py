@@ -36,9 +36,9 @@ def environment(**more):
     return env
 
 
-def start(words, **how):
+def start(words, cwd=ROOT, **how):
     """A command as typed in a shell, `python` in front; returns a finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=str(ROOT), env=environment(),
+    return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           **how)
 

@@ -197,8 +197,8 @@ def moments(**values):
     (moments(exp_avg='text'), 'exp_avg of parameter 0'),
     (moments(step=torch.ones(2)), r'step of parameter 0 is not float32 \(\)'),
     (moments(step=3), 'step of parameter 0'), (moments(extra=torch.zeros(2, 3)), 'parameter 0'),
-    (lambda state: state['state'][0].pop('exp_avg'), 'parameter 0 has the moments step'),
-    (lambda state: state['state'].update({7: state['state'][0]}), 'of 3 parameters, expected 2'),
+    (lambda state: state['state'][0].pop('exp_avg'), 'parameter 0 of 2 has the moments step'),
+    (lambda state: state['state'].update({7: state['state'][0]}), 'parameter 7 of 2'),
     (lambda state: state['state'].update({0: 3}), ''), (lambda state: state.pop('state'), ''),
     (lambda state: state.update(state=3), ''), (lambda state: state.update(param_groups=[]), ''),
     (lambda state: state['param_groups'][0].update(params=[0]), '')])

@@ -100,12 +100,13 @@ def song_weights(arguments=SONG):
 
 
 def write(file, weights, name='EDMPrecond', u=None, **changes):
-    """Write a snapshot of EDM, by default of a SongUNet with the arguments `SONG`."""
+    """Write a snapshot of EDM, by default of a SongUNet with the arguments `SONG`; None: absent."""
     tensors = {f'model.{key}': value for key, value in weights.items()}
     if u is not None:
         tensors['u'] = u
     arguments = dict(SONG, model_type='SongUNet', img_channels=3, use_fp16=False)
     arguments.update(changes)
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     found = EasyDict(ema=Whole(tensors, name, **arguments), loss_fn=None, augment_pipe=None,
                      dataset_kwargs=dict(path='x.zip'))
     file.write_bytes(pickle.dumps(found, protocol=4))
@@ -147,7 +148,8 @@ def test_songunet(tmp_path, convert_file, kind, arguments):
 def test_arguments_that_a_snapshot_leaves_out(tmp_path, convert_file):
     """EDM's own options state neither the four blocks nor attention at 16 pixels."""
     given = dict(img_resolution=SIZE, label_dim=0, model_channels=16, channel_mult=[1])
-    file = write(tmp_path / 'x.pkl', SongUNet(**given).state_dict(), model_type='SongUNet', **given)
+    absent = dict.fromkeys(set(SONG) - set(given))
+    file = write(tmp_path / 'x.pkl', SongUNet(**given).state_dict(), **absent, **given)
     arch = convert_file(file, tmp_path / 'out').arch
     assert (arch['num_res_blocks'], arch['attn'], arch['conditional']) == (4, [0], False)
 

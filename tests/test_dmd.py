@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         T = int(name) if name.isdigit() else 16
         (folder / name).mkdir()
         checkpoint.save(folder / name / 'ckpt.pt', dict(
-            net_model=random_unet(seed, 16, name == 'labels'), T=T, time_scale=16 // T, step=1,
+            net_model=random_unet(seed, name == 'labels', 16), T=T, time_scale=16 // T, step=1,
             img_size=8, mean_type='epsilon' if name == 'eps' else 'xstart'))
 
     def dmd(name, *more, **how):

@@ -43,7 +43,7 @@ def edm_state():
                 num_blocks=1, attn_resolutions=[4])
     network = {f'model.{key}': value for key, value in SongUNet(**song).state_dict().items()}
     return dict(edm=dict(preconditioning='EDMPrecond', song=song), net_model=network,
-                schedule=edm.schedule('EDMPrecond', N), license='cc-by-nc-sa-4.0')
+                schedule=edm.entries('EDMPrecond', N)['schedule'], license='cc-by-nc-sa-4.0')
 
 
 @pytest.fixture(scope='module')

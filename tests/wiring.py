@@ -17,10 +17,10 @@ PATHS = ('base_ckpt', 'classifier_path', 'data_root', 'logdir', 'fid_cache', 'fe
          'save_images', 'result_path', 'output')      # flags that name a file of these tests
 
 
-def random_unet(seed, conditional):
+def random_unet(seed, conditional, T=8):
     """Weights without structure: every part of the network matters."""
     torch.manual_seed(seed)
-    net = UNet(8, **NET, conditional=conditional)
+    net = UNet(T, **NET, conditional=conditional)
     for name, p in net.named_parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape)
