@@ -106,7 +106,8 @@ def settings_of(kind, file):
         if kind == 'edm' and name != 'steps':
             raise UserError(f'--{name} is given and {file} is a snapshot of EDM, which states its '
                             f'settings; leave it out')
-    for name, value in guided_diffusion.PRESETS.get(FLAGS.preset or file.stem, {}).items():
+    preset = {} if kind == 'edm' else guided_diffusion.PRESETS.get(FLAGS.preset or file.stem, {})
+    for name, value in preset.items():
         if not given(name):
             FLAGS[name].value = value
     if not FLAGS.num_head_channels:

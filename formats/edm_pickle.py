@@ -44,6 +44,9 @@ def teacher(path, steps):
     _, weights = choose_weights(dict(net_model=weights), 'net', path)
     size, entries = arguments['img_resolution'], edm.entries(name, steps)
     if network == 'SongUNet':
+        if name == 'iDDPMPrecond':      # its last three outputs are the variance
+            weights = {key: value[:3] if '_aux_conv.' in key else value
+                       for key, value in weights.items()}
         entries['edm']['song'] = dict(edm.DEFAULTS, **{
             key: value for key, value in arguments.items() if key not in (*FIXED, *UNUSED)})
         return dict(entries, img_size=size), weights

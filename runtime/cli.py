@@ -47,7 +47,8 @@ def run(main, words=False):
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:      # closed by whoever started the script, such as cron
             setattr(sys, name, open(os.devnull, 'w'))
-        getattr(sys, name).reconfigure(errors='backslashreplace')   # where its encoding is ASCII
+        if hasattr(getattr(sys, name), 'reconfigure'):      # paths that its encoding lacks
+            getattr(sys, name).reconfigure(errors='backslashreplace')
     if {'--help', '-h', '-help', '--helpshort', '--helpfull'}.intersection(sys.argv):
         print(usage())
         sys.exit(0)
@@ -135,7 +136,7 @@ def without_foreign_flags(argv):
 def print0(*words):
     """Print on the first process only."""
     try:
-        if os.environ.get('RANK', '0') == '0':
+        if (os.environ.get('RANK') or '0') == '0':
             print(*words, flush=True)
     except BrokenPipeError:     # the reader of the output has gone: no training is lost for that
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -143,7 +144,7 @@ def print0(*words):
 
 def fail(sentence, code):
     """Print one sentence and exit."""
-    rank, name = os.environ.get('RANK', '0'), Path(sys.argv[0]).name
+    rank, name = os.environ.get('RANK') or '0', Path(sys.argv[0]).name
     if rank != '0':
         time.sleep(3)       # if the first one found the same, the launcher ends the others now
         name += f' (process {rank})'

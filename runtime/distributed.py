@@ -20,8 +20,8 @@ def init(gpu_id=None, tf32='conv'):
 
     Args:
         gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
-        tf32: what GPUs since Ampere round to 10 bits after the point, the inputs of nothing:
-            'none', of convolutions: 'conv' (torch's default), of matrix products as well: 'all'.
+        tf32: whose inputs GPUs since Ampere round to TF32, 10 bits after the point: 'none', 'conv':
+            of convolutions (torch's default), 'all': of matrix products as well.
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
@@ -71,7 +71,8 @@ def join(device, processes):
     global _hosts
     backend, timeout = ('nccl', TIMEOUT_NCCL) if device.type == 'cuda' else ('gloo', TIMEOUT)
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-    print0(f'waiting for all of {processes} processes at {address}')
+    if os.environ.get('LOCAL_RANK', '0') == '0':        # on every machine
+        print(f'waiting for all of {processes} processes at {address}', flush=True)
     try:
         store, number, processes = next(dist.rendezvous('env://'))
         store.set_timeout(TIMEOUT)

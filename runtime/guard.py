@@ -54,7 +54,7 @@ class Folder:
         self.file.flush()
         for pattern in ('ckpt*.tmp', 'metrics.jsonl.*.tmp', 'flagfile.txt.*.tmp'):
             for left in self.path.glob(pattern):        # by processes that were killed
-                shutil.rmtree(left, ignore_errors=True)
+                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
         with replacing(self.path / 'flagfile.txt') as temporary:
             temporary.write_text(flagfile + '\n', encoding='utf-8')
         return None

@@ -17,6 +17,7 @@ from runtime.cli import UserError
 from runtime.files import replacing
 
 VERSION = 2     # count up when the same files become other pixels
+UNFINISHED = f'*.{"[0-9a-f]" * 16}.{"[0-9a-f]" * 16}.npy.????????.tmp'
 
 
 def kept(root, split, img_size, paths, fill, beside=False):
@@ -57,7 +58,7 @@ def kept(root, split, img_size, paths, fill, beside=False):
 def _open(folder, name, key, fill):
     """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f'{name}.*.npy.*.tmp'):     # of processes that were killed
+    for left in folder.glob(UNFINISHED):        # of processes that were killed
         with contextlib.suppress(OSError), _locked(left):
             shutil.rmtree(left)
     file = folder / f'{name}.{key}.npy'
@@ -66,7 +67,9 @@ def _open(folder, name, key, fill):
     except (OSError, EOFError, ValueError):
         for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
             old.unlink(missing_ok=True)
-        with replacing(file) as temporary, _locked(temporary.parent):
+        with replacing(file) as temporary, open(temporary.parent / '.lock', 'w') as lock:
+            with contextlib.suppress(OSError):      # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             fill(temporary)
         records = np.load(file, mmap_mode='r')
     with warnings.catch_warnings():     # torch warns of memory that is read-only
@@ -76,13 +79,10 @@ def _open(folder, name, key, fill):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Hold the lock of a folder; BlockingIOError if another process does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Hold the lock of a temporary folder; OSError if another process does."""
+    with open(folder / '.lock', 'a') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(handle)
 
 
 def new_array(file, length, img_size):

@@ -53,7 +53,8 @@ class Meter:
                       if count < len(rows[name]) * distributed.world_size()]
             raise UserError(f'the last {self.streak} steps in a row up to {step} had values that '
                             f'are not finite ({", ".join(broken)}) and were not applied; lower the '
-                            f'learning rate or --grad_clip, or raise --max_bad_steps', code=1)
+                            f'learning rate or --grad_clip, or raise --max_bad_steps, and run '
+                            f'again: it goes on from the last checkpoint', code=1)
         self.values, self.applied = {}, []
         means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=applied.count(False))

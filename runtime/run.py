@@ -115,8 +115,8 @@ class Run:
         lost = checkpoint.not_finite(states)
         if lost:
             raise UserError(f'NaN or inf in {", ".join(lost)} at step {self.step}: nothing was '
-                            f'saved, an earlier checkpoint in {self.logdir} stays; lower the '
-                            f'learning rate and run again', code=1)
+                            f'saved, an earlier checkpoint in {self.logdir} stays, if there is '
+                            f'one; lower the learning rate and run again', code=1)
         checkpoint.save_run(
             self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, step=self.step,
             inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,

@@ -154,6 +154,16 @@ def test_arguments_that_a_snapshot_leaves_out(tmp_path, convert_file):
     assert (arch['num_res_blocks'], arch['attn'], arch['conditional']) == (4, [0], False)
 
 
+def test_the_variance_of_a_songunet_is_left_out(tmp_path, convert_file):
+    weights, u = song_weights(), by_hand.noise_levels('iDDPMPrecond')[-1]
+    wider = {key: torch.cat([value, value + 1]) if '_aux_conv.' in key else value
+             for key, value in weights.items()}
+    files = [write(tmp_path / f'{i}.pkl', found, 'iDDPMPrecond', u=u)
+             for i, found in enumerate([weights, wider])]
+    one, two = (convert_file(file, tmp_path / file.stem).network.state_dict() for file in files)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 @pytest.mark.parametrize('kind', ['EDMPrecond', 'iDDPMPrecond', 'consistency_models'])
 def test_adm_in_the_preconditioning_of_edm(tmp_path, convert_file, kind):
     diffusers()

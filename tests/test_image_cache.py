@@ -93,7 +93,7 @@ def test_leftovers_of_killed_decodings(folder):
     """They go, but not while another process writes them, nor a user's own files."""
     reds(folder)
     file, = kept(folder)
-    left = file.with_name(f'{file.name}.abcd_1.tmp')
+    left = file.with_name(f'{file.name}.abcd_123.tmp')
     mine = [file.with_name(name) for name in ('notes.txt', 'x.npy.tmp')]
     for path in mine:
         path.write_text('')
