@@ -50,7 +50,7 @@ def run(main, words=False):
         if hasattr(getattr(sys, name), 'reconfigure'):      # paths that its encoding lacks
             getattr(sys, name).reconfigure(errors='backslashreplace')
     if {'--help', '-h', '-help', '--helpshort', '--helpfull'}.intersection(sys.argv):
-        print(usage())
+        print0(usage())
         sys.exit(0)
     try:
         ' '.join(sys.argv).encode()
