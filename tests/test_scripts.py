@@ -178,6 +178,7 @@ def test_stages(runs):
 def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
     """Process 1 must not read the folder of a stage before process 0 has written it."""
     assert_ran(runs.forked['until_two'])
+    assert 'waiting for all of 2 processes at ' in runs.forked['until_two'][0][1]
     one, two = runs.ckpt('stages/2'), runs.ckpt('stages_two/2')
     for key, value in one['net_model'].items():
         assert torch.allclose(value, two['net_model'][key], atol=1e-4), key
