@@ -42,11 +42,11 @@ def teacher(path, steps):
             raise UserError(f'{key} of {path} is {brief(arguments[key])}, expected {value}; give '
                             f'another model')
     _, weights = choose_weights(dict(net_model=weights), 'net', path)
+    if name == 'iDDPMPrecond':      # the last three outputs are the variance
+        weights = {key: value[:3] if '_aux_conv.' in key or '.out_conv.' in key else value
+                   for key, value in weights.items()}
     size, entries = arguments['img_resolution'], edm.entries(name, steps)
     if network == 'SongUNet':
-        if name == 'iDDPMPrecond':      # its last three outputs are the variance
-            weights = {key: value[:3] if '_aux_conv.' in key else value
-                       for key, value in weights.items()}
         entries['edm']['song'] = dict(edm.DEFAULTS, **{
             key: value for key, value in arguments.items() if key not in (*FIXED, *UNUSED)})
         return dict(entries, img_size=size), weights

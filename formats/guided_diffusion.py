@@ -107,7 +107,7 @@ def convert(state_dict, img_size, order, num_heads, num_head_channels, where, pr
         if name == 'class_embedding':
             value = value.t() if order == 'edm' else value
             value = F.pad(value, (0, 0, 0, 1)) if preconditioning else value     # no label
-        if name == 'conv_out' and len(value) == 6 and preconditioning in (None, 'iDDPMPrecond'):
+        if name == 'conv_out' and len(value) == 6 and not preconditioning:
             value = value[:3]           # without the variance
         if name.endswith(('qkv', 'to_out.0')) and kind == 'weight':
             value = value.flatten(1)        # of a convolution with one tap
