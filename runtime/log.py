@@ -25,12 +25,17 @@ class Meter:
     """Means of named scalars between two log lines; only `means` waits for the device."""
 
     def __init__(self):
-        self.values, self.streak = {}, 0
-        self.applied = []       # whether each step was (bool tensors, alike on all processes)
+        self.values, self.bad_steps = {}, 0
+        self.streak = 0     # steps in a row, up to the last, that were not applied
 
     def add(self, **terms):
         for name, value in terms.items():
             self.values.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+
+    def count(self, applied):
+        """Count a step; applied: bool tensor on the device, alike on all processes."""
+        self.bad_steps = self.bad_steps + ~applied
+        self.streak = (self.streak + 1) * ~applied
 
     def means(self, step, start, total_steps):
         """{name: float} over all processes and finite values, and bad_steps; then empty.
@@ -39,25 +44,23 @@ class Meter:
         Args:
             step: of the log line. start: the step that this process began after.
         """
-        applied = torch.stack(self.applied).tolist()
-        for finite in applied:
-            self.streak = 0 if finite else self.streak + 1
         rows = {name: torch.stack(values) for name, values in sorted(self.values.items())}
         sums = [row.nan_to_num(0., 0., 0.).sum() for row in rows.values()]
         counts = [row.isfinite().float().sum() for row in rows.values()]
         found = torch.stack([torch.stack(sums), torch.stack(counts)])
         sums, counts = distributed.all_reduce_sum(found).tolist()
-        learnt_nothing = start == 0 and self.streak >= step == total_steps
-        if 0 < FLAGS.max_bad_steps <= self.streak or learnt_nothing:
+        streak, bad_steps = int(self.streak), int(self.bad_steps)
+        learnt_nothing = start == 0 and streak >= step == total_steps
+        if 0 < FLAGS.max_bad_steps <= streak or learnt_nothing:
             broken = [name for name, count in zip(rows, counts)
                       if count < len(rows[name]) * distributed.world_size()]
-            raise UserError(f'the last {self.streak} steps in a row up to {step} had values that '
+            raise UserError(f'the last {streak} steps in a row up to {step} had values that '
                             f'are not finite ({", ".join(broken)}) and were not applied; lower the '
                             f'learning rate or --grad_clip, or raise --max_bad_steps, and run '
                             f'again: it goes on from the last checkpoint', code=1)
-        self.values, self.applied = {}, []
+        self.values, self.bad_steps = {}, 0
         means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
-        return dict(means, bad_steps=applied.count(False))
+        return dict(means, bad_steps=bad_steps)
 
 
 class _PlainLines:

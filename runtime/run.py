@@ -111,6 +111,9 @@ class Run:
         return {key: value for key, value in found.items() if value is not None}
 
     def _save(self):
+        """Save, and return whether there was anything: a run may not have applied a step yet."""
+        if self.start == 0 and self.meter.streak >= self.step:
+            return False
         states = {key: value.state_dict() for key, value in self.saved().items()}
         lost = checkpoint.not_finite(states)
         if lost:
@@ -121,6 +124,7 @@ class Run:
             self.logdir, FLAGS.keep, **states, **self.fixed, **self.entries, step=self.step,
             inputs=self.inputs, dataset=FLAGS.dataset, img_size=FLAGS.img_size,
             batch_size=FLAGS.batch_size, seed=FLAGS.seed, flags=resolved())
+        return True
 
     def __iter__(self):
         """Yield the steps that are not done; after each, do what is due.
@@ -193,7 +197,7 @@ class Run:
         if self.ema:
             ema_update(self.ema, self.net.module, self.ema_decay)
         self.meter.add(grad_norm=norm)
-        self.meter.applied.append(finite)
+        self.meter.count(finite)
         self.lr, self._updated = lr, True
 
     def _end_step(self):
@@ -207,12 +211,12 @@ class Run:
             self.reported = {}
         self.log.bar.update()
         stopping = stop.asked(step, step == last)
-        if due(step, FLAGS.save_step, last) or stopping:
-            self._save()
+        saved = (due(step, FLAGS.save_step, last) or stopping) and self._save()
         if stopping:
             self.log.close()
-            distributed.print0(f'{signal.Signals(stopping).name}: stopped after step {step}, saved '
-                               f'in {self.logdir}; run the same command again to go on.')
+            what = f'saved in {self.logdir}' if saved else 'nothing saved, as no step was applied'
+            distributed.print0(f'{signal.Signals(stopping).name}: stopped after step {step}, '
+                               f'{what}; run the same command again to go on.')
             distributed.cleanup()
             leave(128 + stopping)
 

@@ -28,7 +28,7 @@ def steps(meter, *losses):
     """Steps with these losses, of which those that are not finite are not applied."""
     for loss in losses:
         meter.add(loss=torch.tensor(loss), loss_intra=torch.tensor(loss), loss_feature=1.)
-        meter.applied.append(torch.tensor(math.isfinite(loss)))
+        meter.count(torch.tensor(math.isfinite(loss)))
 
 
 def test_means_are_those_of_finite_values():

@@ -166,11 +166,26 @@ def test_signal_ends_the_run(make, capsys, monkeypatch, request, name, code):
 
 
 def test_a_run_that_learnt_nothing_is_not_finished(make, capsys):
-    run = make()
-    with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the'):
-        train(run, bad=(1, 2, 3))
-    assert 'finished' not in capsys.readouterr().out
-    assert not list(Path(run.logdir).glob('*.pt'))
+    """Nor after a second start: nothing was saved from which it could go on."""
+    for _ in range(2):
+        run = make('--save_step=1')
+        with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the'):
+            train(run, bad=(1, 2, 3))
+        assert 'finished' not in capsys.readouterr().out
+        assert not list(Path(run.logdir).glob('*.pt'))
+
+
+def test_nothing_is_saved_before_a_step_is_applied(make, capsys, monkeypatch):
+    monkeypatch.setattr(stop, 'received', 0)
+    run = make('--save_step=1')
+    with pytest.raises(SystemExit):
+        for step in run:
+            monkeypatch.setattr(stop, 'received', signal.SIGTERM if step == 2 else 0)
+            do_step(run, math.nan)
+    assert 'SIGTERM: stopped after step 2, nothing saved' in capsys.readouterr().out
+    stop.received = 0
+    run = train(make('--save_step=1'), last=3, bad=[1])
+    assert run.start == 0 and checkpoint.read(run.logdir)['step'] == 2
 
 
 def test_a_step_that_is_not_finite_is_left_out(make):
