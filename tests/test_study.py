@@ -19,7 +19,7 @@ from PIL import Image
 import demo
 import study
 from formats.load import load_model
-from helpers import ROOT, assert_ran, command, environment, fork_all
+from helpers import ROOT, assert_ran, assert_same, command, environment, fork_all
 from inprocess import make_scorer, parsing
 from model import UNet
 from runtime import checkpoint
@@ -39,6 +39,8 @@ def tiny(tmp_path_factory):
     train = ('--ch=32\n--dataset=digits\n--img_size=8\n--batch_size=8\n--total_steps=1\n'
              '--sample_step=0\n')
     score = '\n'.join(['--img_size=8', '--num_images=20', *make_scorer(folder)])
+    (folder / 'four').mkdir()
+    checkpoint.save(folder / 'four/ckpt.pt', dict(net_model=net.state_dict(), T=4, time_scale=2))
     (folder / 'config').mkdir()
     for stage, text in dict(PD=train, RDD=train, DMD=train, EVAL=score).items():
         (folder / f'config/TINY_{stage}.txt').write_text(text)
@@ -62,12 +64,13 @@ MISTAKES = {
     '"PD.py -seed 3" sets --seed, which the study': '--method=a=PD.py -seed 3',
     '--config NONE: there is no .*NONE_PD.txt; write it, or choose another': '--config=NONE',
     '--until 3 is not reached by halving the steps of .*; it has 8 steps': '--until=3',
+    '--ddim_ckpt .*/four has 4 steps, expected a multiple of the 8': '--ddim_ckpt=TINY/four',
     '--logdir is missing': '--logdir='}
 
 
 @pytest.mark.parametrize('sentence', list(MISTAKES))
 def test_mistakes(tiny, sentence):
-    words = [MISTAKES[sentence]]
+    words = [MISTAKES[sentence].replace('TINY', str(tiny))]
     if words[0].startswith('x='):       # a method of one's own
         words = [f'--method={words[0]}', '--methods=DDIM,PD,x']
     with parsing(study.define_flags) as parse, pytest.raises(UserError, match=sentence):
@@ -138,6 +141,28 @@ def made(chain, fails=''):
     chain.record_plan()
     chain.make(SimpleNamespace(run=run), {})
     return ran
+
+
+def test_a_chain_for_every_seed_and_method(chain):
+    """Its steps, teacher, and the student of the same seed that it starts from."""
+    few, many = (SimpleNamespace(diffusion=SimpleNamespace(T=T)) for T in (8, 64))
+    chain(baseline='DDIM/64')       # sets the flags
+    methods = {name: study.parsed(study.METHODS[name]) for name in ('DDIM', 'RDD', 'RDD+DMD')}
+    found = study.all_chains(methods, [4, 2, 1], few, many)
+    expected = [('DDIM', [64, 8, 4, 2, 1], many, ''), ('RDD', [4, 2, 1], few, ''),
+                ('RDD+DMD', [1], many, 'RDD')]
+    assert [(it.seed, it.method, it.step_counts, it.teacher) for it in found] == [
+        (seed, *of_method[:3]) for seed in (0, 1) for of_method in expected]
+    assert [it.first for it in found] == [None, None, found[1], None, None, found[4]]
+
+
+def test_a_teacher_of_any_source_becomes_a_run(chain):
+    chain()     # sets the flags
+    model = load_model('ckpt.pt', steps=4)
+    study.save_as_run(model)
+    again = load_model(model.file)
+    assert again.diffusion.arguments() == model.diffusion.arguments()
+    assert_same(again.network.state_dict(), model.network.state_dict())
 
 
 def test_commands(chain, tmp_path):
@@ -229,6 +254,17 @@ def test_failed_students_are_named(chain, tmp_path):
     assert '| PD | - | 1.000 | - | - |' in text
     assert Image.open(tmp_path / 'samples_4.png').size[1] > 2 * 64      # two rows
     assert (tmp_path / 'study.png').exists() or 'matplotlib' not in sys.modules
+
+
+def test_the_report_keeps_seeds_apart(chain, tmp_path):
+    chains = [chain(0), chain(1)]
+    for it, fid, seconds in zip(chains, (1., 3.), (10, 30)):
+        made(it)
+        results.append(it.folder / '1/results.jsonl', dict(RESULT, fid=fid))
+        (it.folder / 'seconds.txt').write_text(f'{seconds}\n')
+    study.report(chains)
+    text = (tmp_path / 'table.md').read_text()
+    assert '| 2.000 +- 12.706 |' in text and 'mean over the seeds: PD 20.' in text
 
 
 def test_report_before_anything_is_scored(chain, tmp_path):
