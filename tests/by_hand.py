@@ -100,7 +100,8 @@ def song(w, arguments, x, noise, y):
     else:
         angle = noise[:, None] * 10000. ** (-torch.arange(8) / 7)
     emb = torch.cat([angle.sin(), angle.cos()], 1)
-    emb = emb + linear(w, 'map_label', F.one_hot(y, 3) * 3 ** .5)
+    label = torch.zeros(3) if y is None else F.one_hot(y, 3) * 3 ** .5
+    emb = emb + linear(w, 'map_label', label)
     for layer in ('map_layer0', 'map_layer1'):
         emb = F.silu(linear(w, layer, emb))
     if arguments['encoder_type'] == 'residual':     # convolution first, then the filter
@@ -114,7 +115,8 @@ def adm(w, order, head, x, t, y, groups=32):
     """The U-Net of guided-diffusion, with weights in the names of EDM. `t` may be a fraction."""
     angle = t[:, None] * 10000. ** (-torch.arange(16) / 16)
     emb = F.silu(linear(w, 'map_layer0', torch.cat([angle.cos(), angle.sin()], 1)))
-    emb = F.silu(linear(w, 'map_layer1', emb) + w['map_label.weight'].t()[y])
+    label = 0. if y is None else w['map_label.weight'].t()[y]
+    emb = F.silu(linear(w, 'map_layer1', emb) + label)
     return unet(w, x, emb, 'out', groups=groups, order=order, head=head)
 
 

@@ -41,6 +41,7 @@ def ran(tmp_path_factory):
         sample('--output=all.npz'), sample('--output=new/all.png'),
         sample('--output=new/all.png', '--seed=1'),      # overwrites its own
         sample('--output=single', '--label=1', '--stride=2'),
+        sample('--output=one.png', '--label=1'),
         sample('--output=plain.npz', '--logdir=plain'), sample('--output=two.npz', ranks=2),
         sample('--save_images=scored.npz', *make_scorer(folder), script=EVAL)]
     return folder, fork_all(jobs)
@@ -64,12 +65,14 @@ def test_images_and_labels_are_those_that_are_scored(ran):
 
 
 def test_a_folder_and_a_grid(ran):
-    """A folder of one label; a grid with a row per class."""
+    """A folder of one label, or a square; a grid with a row per class."""
     folder, results = ran
     assert (folder / 'single/labels.txt').read_text().split() == ['1'] * 20
     assert len(list((folder / 'single').glob('*.png'))) == 20 and not list(folder.glob('*.tmp'))
     width, height = Image.open(folder / 'new/all.png').size
     assert 3 * 66 < height < 4 * 66 and width > 7 * 66
+    width, height = Image.open(folder / 'one.png').size
+    assert 4 * 66 < height < 6 * 66 and 4 * 66 < width < 6 * 66
     assert 'new/all.png: 20 images' in results['good'][1][1]
 
 

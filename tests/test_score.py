@@ -129,13 +129,15 @@ def classifier(tmp_path_factory):
 
 
 def test_name_of_a_classifier(classifier, tmp_path):
-    """With a digest of its weights."""
+    """With a digest of its weights and normalisation."""
     state = checkpoint.read(classifier)
+    checkpoint.save(tmp_path / 'mean.pt', dict(state, mean=[.25] * 3, std=[.5] * 3))
     state['model']['fc.bias'] += 1
-    checkpoint.save(tmp_path / 'other.pt', state)
-    name, other = (load_feature_network(str(file), 'cpu').name
-                   for file in (classifier, tmp_path / 'other.pt'))
-    assert name.startswith('convnet_small-') and len(name) == 14 + 12 and name != other
+    checkpoint.save(tmp_path / 'bias.pt', state)
+    names = {load_feature_network(str(file), 'cpu').name
+             for file in (classifier, tmp_path / 'mean.pt', tmp_path / 'bias.pt')}
+    assert len(names) == 3
+    assert all(name.startswith('convnet_small-') and len(name) == 14 + 12 for name in names)
 
 
 def test_efficientnet():

@@ -16,7 +16,7 @@ import oracle
 from diffusion import Diffusion
 from helpers import assert_ran, command, fork_all
 from runtime import data
-from score.metrics import ActivationStats, frechet_distance
+from score.metrics import ActivationStats, frechet_distance, precision_recall
 from wiring import load, make_inputs, make_photos, near, photos, words
 
 TRAIN = dict(script='classifier/train.py', model='convnet_small', dataset='folder',
@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
     generator = np.random.default_rng(0)
     for name in ('stats', 'other'):
         features = generator.normal(size=(200, 64)) + 1
-        np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T))
+        np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T),
+                 features=features, class_counts=[22] * 9 + [2])
     jobs = {}
     for case, flags in CASES.items():
         more = dict(result_path=case)
@@ -182,6 +183,7 @@ def test_evaluation(folder, case):
     if conditional:     # those of the first of the steps of every batch
         assert torch.equal(torch.cat(record['labels'][::T // stride]), y)
         assert len(y) == number and len(set(y.tolist())) > 5
+        assert result['labels'] == 'as in the reference'
     grid = Diffusion(T * time_scale, mean_type=state['mean_type'])
     x_T = oracle.double(torch.cat(record['x_T']))
     assert x_T.shape == (number, 3, 8, 8)
@@ -198,10 +200,12 @@ def test_evaluation(folder, case):
     stats.update(feature, logits.softmax(1), torch.arange(number))
     with np.load(str(folder / flags['fid_cache'])) as reference:
         fid = frechet_distance(*stats.mean_cov(), reference['mu'], reference['sigma'])
+        both = precision_recall(reference['features'], feature.numpy())
     mean, std = stats.inception_score()
     assert result['fid'] == pytest.approx(fid, rel=1e-5, abs=1e-3)
     assert result['inception_score'] == pytest.approx(mean, rel=1e-4)
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
+    assert (result['precision'], result['recall']) == pytest.approx(both, abs=1e-4)
     protocol = dict(weights=name, seed=flags['seed'], num_images=number, stride=stride,
                     nfe=T // stride)
     assert {key: result[key] for key in protocol} == protocol
