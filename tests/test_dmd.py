@@ -28,11 +28,14 @@ REFUSED = dict(
 def runs(tmp_path_factory):
     """Folder of a teacher with 16 steps, of students with other weights, and of the runs below."""
     folder = tmp_path_factory.mktemp('dmd')
-    for seed, name in enumerate(['16', '1', '2', '8', 'labels', 'eps']):
+    for seed, name in enumerate(['16', '1', '2', '8', 'labels', 'eps', 'huge']):
         T = int(name) if name.isdigit() else 16
+        weights = random_unet(seed, name == 'labels', 16)
+        if name == 'huge':      # its square overflows
+            weights['tail.2.weight'] *= 1e25
         (folder / name).mkdir()
         checkpoint.save(folder / name / 'ckpt.pt', dict(
-            net_model=random_unet(seed, name == 'labels', 16), T=T, time_scale=16 // T, step=1,
+            net_model=weights, T=T, time_scale=16 // T, step=1,
             img_size=8, mean_type='epsilon' if name == 'eps' else 'xstart'))
 
     def dmd(name, *more, **how):
@@ -48,7 +51,8 @@ def runs(tmp_path_factory):
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         student=[dmd('student', '--base_ckpt', f'{folder}/2')],
         teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
-        nan=[dmd('nan', '--fake_lr=1e30', '--max_bad_steps=2', '--log_step=1', '--grad_clip=0')])
+        nan=[dmd('nan', '--fake_lr=1e30', '--max_bad_steps=2', '--log_step=1', '--grad_clip=0')],
+        overflow=[dmd('overflow', f'--teacher_ckpt={folder}/huge', '--total_steps=2')])
     jobs.update((name, [dmd(f'bad/{name}', *words.replace('RUNS', str(folder)).split())])
                 for name, (_, words) in REFUSED.items())
     return folder, fork_all(jobs)
@@ -144,9 +148,11 @@ def test_steps_of_the_student(runs, name, T):
     assert (state['T'], state['time_scale'], state['method']) == (T, 16 // T, 'dmd')
 
 
-def test_a_fake_network_that_diverges_ends_the_run(runs):
+@pytest.mark.parametrize('name', ['nan', 'overflow'])
+def test_a_fake_network_that_diverges_ends_the_run(runs, name):
+    """Or one whose gradients alone overflow: G is not trained without it."""
     folder, results = runs
-    (code, _, stderr), = results['nan']
+    (code, _, stderr), = results[name]
     assert code == 1 and 'Traceback' not in stderr and 'not finite' in stderr
 
 

@@ -118,6 +118,14 @@ def test_wrong_order(make, parts, calls, found):
                 do[call]()
 
 
+def test_every_student_has_noise_of_its_own(make):
+    run = make()
+    for _ in run:
+        first, second, again = (next(noisy_parts(run, Diffusion(T))).eps for T in (8, 4, 8))
+        assert torch.equal(first, again) and not torch.equal(first, second)
+        break
+
+
 # Ends of a loop
 
 def test_whole_run(make, capsys):
@@ -186,6 +194,8 @@ def test_nothing_is_saved_before_a_step_is_applied(make, capsys, monkeypatch):
     stop.received = 0
     run = train(make('--save_step=1'), last=3, bad=[1])
     assert run.start == 0 and checkpoint.read(run.logdir)['step'] == 2
+    train(make(), bad=[3])      # it has learnt before
+    assert checkpoint.read(run.logdir)['step'] == 3
 
 
 def test_a_step_that_is_not_finite_is_left_out(make):
