@@ -165,9 +165,9 @@ def test_arguments_that_a_snapshot_leaves_out(tmp_path, convert_file):
 @pytest.mark.parametrize('name, words, wanted', [
     ('cifar10_uncond_50M_500K', '', dict(img_size=32, num_heads=4, beta_schedule='cosine',
                                          steps=4000, rescale_timesteps=True)),
-    ('mine', '--preset=64x64_diffusion --steps=500', dict(
-        img_size=64, num_head_channels=64, new_attention_order=True, beta_schedule='cosine',
-        steps=500)),
+    ('mine', '--preset=64x64_diffusion --beta_schedule=linear', dict(
+        img_size=64, num_head_channels=64, new_attention_order=True, beta_schedule='linear',
+        steps=1000)),
     ('mine', '', dict(num_heads=4, num_head_channels=0, beta_schedule='linear', steps=1000))])
 def test_what_the_weights_do_not_show(name, words, wanted):
     """By flags, else by the public file of this name, else by a default."""
