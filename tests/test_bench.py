@@ -11,12 +11,12 @@ from tools import bench
 
 # images of the recipe of the digits, and forward passes of the U-Net per image
 RECIPE = dict(base=(1200 * 64, 3), pd=(3 * 150 * 64, 5), rdd=(5 * 150 * 64, 5), dmd=(200 * 64, 9),
-              sample=(749, 8))
+              eval=(749, 8))
 FORWARD = .0160     # GFLOP of the network of the digits with 32 channels in place of 64
 
 
 @pytest.mark.parametrize('rows', [
-    ['pd'], pytest.param(['base', 'rdd', 'dmd', 'sample'], marks=pytest.mark.slow)])
+    ['pd'], pytest.param(['base', 'rdd', 'dmd', 'eval'], marks=pytest.mark.slow)])
 def test_table(rows, tmp_path):
     """Started in another folder, with a flag for the scripts; base, if any, comes first."""
     done = start([ROOT / 'tools/bench.py', '--config=DIGITS', f'--rows={",".join(rows[::-1])}',
@@ -28,7 +28,7 @@ def test_table(rows, tmp_path):
     for row, batch, rate, memory, work, _, hours in lines[2:]:
         median, smallest, largest = map(float, re.findall(r'[\d.]*\d', rate))
         assert 0 < smallest <= median <= largest and batch == '4'
-        assert (smallest < largest and float(memory) > 50) == (row != 'sample')
+        assert (smallest < largest and float(memory) > 50) == (row != 'eval')
         images, forwards = RECIPE[row]
         expected = forwards * FORWARD + (.041 if row == 'rdd' else 0)       # its classifier
         assert float(work) == pytest.approx(expected, rel=.03)
@@ -37,5 +37,5 @@ def test_table(rows, tmp_path):
 
 def test_unknown_row(monkeypatch):
     monkeypatch.setattr(bench, 'FLAGS', SimpleNamespace(rows=['bass']))
-    with pytest.raises(UserError, match='--rows bass: choose of base, pd, rdd, dmd, sample'):
+    with pytest.raises(UserError, match='--rows bass: choose of base, pd, rdd, dmd, eval'):
         bench.main([])

@@ -16,7 +16,7 @@ GFLOP/image: torch.utils.flop_counter on one step; a multiply-add counts as two 
     precision, forward and backward: 256 channels, 32 x 32 pixels, 64 images (8 on a CPU).
 hours: what the recipe takes at these images/s, or with --tflops at that rate. base: --total_steps;
     pd: from the teacher to 8 steps; rdd: from 8 steps to 1; dmd: --total_steps of a 1-step student;
-    sample: --num_images with 8 steps.
+    eval: --num_images with 8 steps.
 """
 
 import json
@@ -43,12 +43,12 @@ from runtime import checkpoint, cli
 
 FLAGS = flags.FLAGS
 SCRIPTS = dict(base='train_base.py', pd='PD.py', rdd='train_rdd.py', dmd='train_dmd.py',
-               sample='ddim_eval.py')
+               eval='ddim_eval.py')
 LINES, BATCHES = 5, 4       # what is measured of a training, of the sampler
 
 
 def define_flags():
-    flags.DEFINE_list('rows', ['base', 'pd', 'rdd', 'sample'], 'what to measure, of these and dmd')
+    flags.DEFINE_list('rows', ['base', 'pd', 'rdd', 'eval'], 'what to measure, of these and dmd')
     flags.DEFINE_string('config', 'CIFAR10', 'flagfiles config/CONFIG_BASE.txt and so on')
     flags.DEFINE_enum('amp', 'none', ['none', 'bf16'], 'precision of the networks')
     flags.DEFINE_integer('steps', 20, 'steps of a training that are measured', lower_bound=LINES)
@@ -79,7 +79,7 @@ def main(words):
 
 def measure(row, folder, convolution):
     """Print a line of the table; `convolution`: operations per second of a convolution alone."""
-    if row == 'sample':
+    if row == 'eval':
         file, lines = start(row, folder, BATCHES) / 'results.jsonl', 1
     else:
         every = FLAGS.steps // LINES
@@ -110,13 +110,9 @@ def convolution_rate(device):
     return 3 * 2 * x.numel() * 256 * 9 / timer.timeit(5).mean
 
 
-def flagfile(row):
-    return cli.anchored(f'config/{FLAGS.config}_{"EVAL" if row == "sample" else row.upper()}.txt')
-
-
 def recipe(row):
     """{flag: value} of the row's flagfile; of a flag that is repeated, the last."""
-    lines = flagfile(row).read_text().splitlines()
+    lines = cli.anchored(f'config/{FLAGS.config}_{row.upper()}.txt').read_text().splitlines()
     return dict(line.lstrip('-').partition('=')[::2] for line in lines)
 
 
@@ -127,7 +123,7 @@ def batch_size(row):
 def recipe_images(row):
     """Images that the recipe trains on in all its students, or samples."""
     values = recipe(row)
-    if row == 'sample':
+    if row == 'eval':
         return int(values['num_images'])
     # RDD makes students of 4, 2 and 1 steps; the last two train twice as long
     students = dict(base=1, pd=math.log2(int(recipe('base')['T']) / 8), rdd=1 + 2 + 2, dmd=1)
@@ -159,10 +155,10 @@ def make_inputs(folder, words):
 
 def start(row, folder, steps, log_step=1, inside=''):
     """Run a script for some steps, or batches; returns its --logdir. inside: see `run_inside`."""
-    logdir = folder / ('base' if row == 'sample' else row + inside)
-    words = [f'--flagfile={flagfile(row)}', f'--flagfile={folder}/flags.txt', f'--logdir={logdir}',
-             f'--batch_size={batch_size(row)}']
-    words += ([f'--num_images={steps * batch_size(row)}'] if row == 'sample' else
+    logdir = folder / ('base' if row == 'eval' else row + inside)
+    words = [f'--flagfile=config/{FLAGS.config}_{row.upper()}.txt', f'--logdir={logdir}',
+             f'--flagfile={folder}/flags.txt', f'--batch_size={batch_size(row)}']
+    words += ([f'--num_images={steps * batch_size(row)}'] if row == 'eval' else
               [f'--total_steps={steps}', f'--log_step={log_step}'])
     words += ['--nocompile'] if inside == 'count' else []
     before = [__file__, 'inside', inside, folder / 'found.txt'] if inside else []
