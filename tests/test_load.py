@@ -14,6 +14,7 @@ from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
 from inprocess import parsing
+from wiring import random_unet
 
 TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,
             class_num=10)
@@ -91,15 +92,14 @@ def test_what_a_file_does_not_state(loaded):
 
 def test_a_file_of_pytorch_ddpm(loaded, capsys):
     """Its times 0..N are used as they are, or, with fewer steps, as 1..N + 1 after a clean end."""
-    network = UNet(**dict(TINY, T=999))
-    torch.nn.init.xavier_uniform_(network.tail[2].weight)       # new networks begin at 0
-    weights = network.state_dict()
+    weights = random_unet(0, False, 999)        # a new network does not depend on t
     plain, clean = loaded(ema_model=weights), loaded(ema_model=weights, how=dict(steps=128))
     assert 'linear schedule' in capsys.readouterr().out
     assert clean.diffusion.arguments() == dict(T=128, time_scale=7, mean_type='epsilon',
                                                schedule=clean_linear(), N=1000)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
     assert torch.equal(plain.network(x, t), clean.network(x, t + 1))
+    assert not torch.equal(plain.network(x, t), plain.network(x, t + torch.tensor([1, -1])))
 
 
 # Files that are refused

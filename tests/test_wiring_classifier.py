@@ -202,7 +202,7 @@ def test_evaluation(folder, case):
         fid = frechet_distance(*stats.mean_cov(), reference['mu'], reference['sigma'])
         both = precision_recall(reference['features'], feature.numpy())
     mean, std = stats.inception_score()
-    assert result['fid'] == pytest.approx(fid, rel=1e-5, abs=1e-3)
+    assert result['fid'] == pytest.approx(fid, rel=0, abs=2e-4)      # 8 bits change it by more
     assert result['inception_score'] == pytest.approx(mean, rel=1e-4)
     assert result['inception_std'] == pytest.approx(std, rel=1e-2, abs=1e-4)
     assert (result['precision'], result['recall']) == pytest.approx(both, abs=1e-4)
