@@ -25,8 +25,8 @@ class Meter:
     """Means of named scalars between two log lines; only `means` waits for the device."""
 
     def __init__(self):
-        self.values, self.bad_steps = {}, 0
-        self.streak = 0     # steps in a row, up to the last, that were not applied
+        # steps not applied, counted on the device: since the last line; in a row up to now
+        self.values, self.bad_steps, self.streak = {}, 0, 0
 
     def add(self, **terms):
         for name, value in terms.items():
@@ -37,12 +37,10 @@ class Meter:
         self.bad_steps = self.bad_steps + ~applied
         self.streak = (self.streak + 1) * ~applied
 
-    def means(self, step, start, total_steps):
+    def means(self, step, total_steps):
         """{name: float} over all processes and finite values, and bad_steps; then empty.
 
-        UserError (code 1): --max_bad_steps in a row, or all of 1 .. total_steps, were not applied.
-        Args:
-            step: of the log line. start: the step that this process began after.
+        UserError (code 1): --max_bad_steps in a row, or all up to total_steps, were not applied.
         """
         rows = {name: torch.stack(values) for name, values in sorted(self.values.items())}
         sums = [row.nan_to_num(0., 0., 0.).sum() for row in rows.values()]
@@ -50,14 +48,15 @@ class Meter:
         found = torch.stack([torch.stack(sums), torch.stack(counts)])
         sums, counts = distributed.all_reduce_sum(found).tolist()
         streak, bad_steps = int(self.streak), int(self.bad_steps)
-        learnt_nothing = start == 0 and streak >= step == total_steps
-        if 0 < FLAGS.max_bad_steps <= streak or learnt_nothing:
+        learnt_nothing = streak >= step
+        if 0 < FLAGS.max_bad_steps <= streak or learnt_nothing and step == total_steps:
             broken = [name for name, count in zip(rows, counts)
                       if count < len(rows[name]) * distributed.world_size()]
+            remedy = ('run again: no step was applied, and nothing saved' if learnt_nothing else
+                      'run again, or raise --max_bad_steps: it goes on from the last checkpoint')
             raise UserError(f'the last {streak} steps in a row up to {step} had values that '
-                            f'are not finite ({", ".join(broken)}) and were not applied; lower the '
-                            f'learning rate or --grad_clip, or raise --max_bad_steps, and run '
-                            f'again: it goes on from the last checkpoint', code=1)
+                            f'are not finite ({", ".join(broken) or "a gradient"}) and were not '
+                            f'applied; lower the learning rate or --grad_clip and {remedy}', code=1)
         self.values, self.bad_steps = {}, 0
         means = {name: s / n if n else math.nan for name, s, n in zip(rows, sums, counts)}
         return dict(means, bad_steps=bad_steps)

@@ -112,7 +112,7 @@ class Run:
 
     def _save(self):
         """Save, and return whether there was anything: a run may not have applied a step yet."""
-        if self.start == 0 and self.meter.streak >= self.step:
+        if self.meter.streak >= self.step:
             return False
         states = {key: value.state_dict() for key, value in self.saved().items()}
         lost = checkpoint.not_finite(states)
@@ -206,7 +206,7 @@ class Run:
             raise RuntimeError(f'step {self.step} ended without run.update()')
         step, last = self.step, self.total_steps
         if due(step, FLAGS.log_step, last):
-            means = self.meter.means(step, self.start, last)
+            means = self.meter.means(step, last)
             self.log.write(step, lr=self.lr, **means, **self.reported)
             self.reported = {}
         self.log.bar.update()
@@ -214,9 +214,10 @@ class Run:
         saved = (due(step, FLAGS.save_step, last) or stopping) and self._save()
         if stopping:
             self.log.close()
-            what = f'saved in {self.logdir}' if saved else 'nothing saved, as no step was applied'
-            distributed.print0(f'{signal.Signals(stopping).name}: stopped after step {step}, '
-                               f'{what}; run the same command again to go on.')
+            name = signal.Signals(stopping).name
+            what = (f'saved in {self.logdir}; run the same command again to go on' if saved else
+                    'nothing saved, as no step was applied; the same command starts from step 1')
+            distributed.print0(f'{name}: stopped after step {step}, {what}.')
             distributed.cleanup()
             leave(128 + stopping)
 

@@ -34,9 +34,9 @@ def steps(meter, *losses):
 def test_means_are_those_of_finite_values():
     meter = Meter()
     steps(meter, 1., math.nan, 3., -math.inf)
-    assert meter.means(4, 0, 9) == dict(loss=2., loss_intra=2., loss_feature=1., bad_steps=2)
+    assert meter.means(4, 9) == dict(loss=2., loss_intra=2., loss_feature=1., bad_steps=2)
     steps(meter, math.nan)
-    means = meter.means(5, 0, 9)
+    means = meter.means(5, 9)
     assert math.isnan(means['loss']) and means['bad_steps'] == 1
 
 
@@ -44,25 +44,33 @@ def test_steps_in_a_row_end_the_run():
     """Counted through log lines; a good step in between starts anew."""
     meter = Meter()
     steps(meter, math.nan, math.nan, 1., math.nan)
-    meter.means(4, 0, 9)
+    meter.means(4, 9)
     steps(meter, math.nan)
-    meter.means(5, 0, 9)
+    meter.means(5, 9)
     steps(meter, math.nan)
     FLAGS.max_bad_steps = 0     # never
-    assert copy.deepcopy(meter).means(6, 0, 9)['bad_steps'] == 1
+    assert copy.deepcopy(meter).means(6, 9)['bad_steps'] == 1
     FLAGS.max_bad_steps = 3
     with pytest.raises(UserError, match=r'the last 3 steps .*\(loss, loss_intra\)') as e:
-        meter.means(6, 0, 9)
+        meter.means(6, 9)
     assert e.value.code == 1
 
 
-@pytest.mark.parametrize('step, start, total, ends', [(2, 0, 2, True), (2, 0, 3, False),
-                                                      (3, 0, 3, False), (7, 5, 7, False)])
-def test_a_run_without_a_good_step_is_no_end(step, start, total, ends):
+@pytest.mark.parametrize('good, total, ends', [(0, 2, True), (0, 3, False), (1, 3, False)])
+def test_a_run_without_a_good_step_is_no_end(good, total, ends):
+    """Two bad steps, the last ones or not."""
     meter = Meter()
-    steps(meter, *[1.] * (step - start - 2), math.nan, math.nan)
-    with pytest.raises(UserError, match='last 2') if ends else contextlib.nullcontext():
-        assert meter.means(step, start, total)['bad_steps'] == 2
+    steps(meter, *[1.] * good, math.nan, math.nan)
+    with pytest.raises(UserError, match='nothing saved') if ends else contextlib.nullcontext():
+        assert meter.means(good + 2, total)['bad_steps'] == 2
+
+
+def test_a_gradient_alone_that_is_not_finite():
+    meter = Meter()
+    meter.add(loss=1.)
+    meter.count(torch.tensor(False))
+    with pytest.raises(UserError, match=r'not finite \(a gradient\)'):
+        meter.means(1, 1)
 
 
 def test_lines_of_an_earlier_start(tmp_path):

@@ -118,14 +118,6 @@ def test_wrong_order(make, parts, calls, found):
                 do[call]()
 
 
-def test_every_student_has_noise_of_its_own(make):
-    run = make()
-    for _ in run:
-        first, second, again = (next(noisy_parts(run, Diffusion(T))).eps for T in (8, 4, 8))
-        assert torch.equal(first, again) and not torch.equal(first, second)
-        break
-
-
 # Ends of a loop
 
 def test_whole_run(make, capsys):
@@ -186,15 +178,17 @@ def test_a_run_that_learnt_nothing_is_not_finished(make, capsys):
 def test_nothing_is_saved_before_a_step_is_applied(make, capsys, monkeypatch):
     monkeypatch.setattr(stop, 'received', 0)
     run = make('--save_step=1')
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match='143'):
         for step in run:
-            monkeypatch.setattr(stop, 'received', signal.SIGTERM if step == 2 else 0)
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
             do_step(run, math.nan)
     assert 'SIGTERM: stopped after step 2, nothing saved' in capsys.readouterr().out
-    stop.received = 0
+    assert not list(Path(run.logdir).glob('*.pt'))
+    monkeypatch.setattr(stop, 'received', 0)
     run = train(make('--save_step=1'), last=3, bad=[1])
     assert run.start == 0 and checkpoint.read(run.logdir)['step'] == 2
-    train(make(), bad=[3])      # it has learnt before
+    train(make(), bad=[3])      # a resumed run saves: it has learnt before
     assert checkpoint.read(run.logdir)['step'] == 3
 
 
@@ -247,6 +241,14 @@ def test_full_disk_ends_the_log_alone(make, capsys):
 
 
 # What a step does; values and parts of a step are checked by test_wiring.py
+
+def test_every_student_has_noise_of_its_own(make):
+    run = make()
+    for _ in run:
+        first, second, again = (next(noisy_parts(run, Diffusion(T))).eps for T in (8, 4, 8))
+        assert torch.equal(first, again) and not torch.equal(first, second)
+        break
+
 
 def test_processes_drop_other_activations(make, monkeypatch):
     run, masks = make('--dropout=0.5'), []

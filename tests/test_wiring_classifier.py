@@ -40,6 +40,12 @@ CASES = {f'{script}-{name}': dict(first, **change)
          for name, change in changes.items()}
 
 
+def classified(folder, images):
+    """Logits, features and maps of images in [-1, 1], by the classifier that scores."""
+    stored = load(folder / 'classifier/ckpt.pt')
+    return oracle.classifier(stored, stored['mean'], stored['std'])(images.double())
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """The runs of all cases, each in a folder with its name; statistics of a data set."""
@@ -48,10 +54,11 @@ def folder(tmp_path_factory):
     make_photos(folder / 'photos')
     make_photos(folder / 'photos', 'test', 60)
     generator = np.random.default_rng(0)
+    _, real, _ = classified(folder, photos(folder / 'photos', 'test')[0])
     for name in ('stats', 'other'):
         features = generator.normal(size=(200, 64)) + 1
         np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T),
-                 features=features, class_counts=[22] * 9 + [2])
+                 features=real.numpy(), class_counts=[22] * 9 + [2])
     jobs = {}
     for case, flags in CASES.items():
         more = dict(result_path=case)
@@ -157,8 +164,7 @@ def test_statistics(folder, name):
     """Mean and covariance of the features of the chosen images."""
     images = photos(folder / 'photos', 'test')[0] if name == 'test' else (
         photos(folder / 'photos')[0][1::2])
-    stored = load(folder / 'classifier/ckpt.pt')
-    _, feature, _ = oracle.classifier(stored, stored['mean'], stored['std'])(images.double())
+    _, feature, _ = classified(folder, images)
     with np.load(str(folder / f'{name}.npz')) as file:
         assert file['num_images'] == len(images)
         np.testing.assert_allclose(file['mu'], feature.mean(0).numpy(), rtol=1e-4, atol=1e-5)
@@ -193,9 +199,8 @@ def test_evaluation(folder, case):
     pixels = saved['arr_0'].permute(0, 3, 1, 2)
     assert pixels.shape == x.shape and pixels.dtype == torch.uint8
     assert (pixels - (x + 1) * 127.5).abs().max() < 0.51
-    stored = load(folder / 'classifier/ckpt.pt')
-    features = oracle.classifier(stored, stored['mean'], stored['std'])
-    logits, feature, _ = features(x if flags['fid_float'] else pixels.double() / 127.5 - 1)
+    shown = x if flags['fid_float'] else pixels.double() / 127.5 - 1
+    logits, feature, _ = classified(folder, shown)
     stats = ActivationStats(number)
     stats.update(feature, logits.softmax(1), torch.arange(number))
     with np.load(str(folder / flags['fid_cache'])) as reference:

@@ -156,8 +156,9 @@ def make_inputs(folder, words):
 def start(row, folder, steps, log_step=1, inside=''):
     """Run a script for some steps, or batches; returns its --logdir. inside: see `run_inside`."""
     logdir = folder / ('base' if row == 'eval' else row + inside)
-    words = [f'--flagfile=config/{FLAGS.config}_{row.upper()}.txt', f'--logdir={logdir}',
-             f'--flagfile={folder}/flags.txt', f'--batch_size={batch_size(row)}']
+    words = [f'--flagfile=config/{FLAGS.config}_{row.upper()}.txt',
+             f'--flagfile={folder}/flags.txt', f'--logdir={logdir}',
+             f'--batch_size={batch_size(row)}']
     words += ([f'--num_images={steps * batch_size(row)}'] if row == 'eval' else
               [f'--total_steps={steps}', f'--log_step={log_step}'])
     words += ['--nocompile'] if inside == 'count' else []
