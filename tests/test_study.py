@@ -74,7 +74,7 @@ def test_mistakes(tiny, sentence):
     if words[0].startswith('x='):       # a method of one's own
         words = [f'--method={words[0]}', '--methods=DDIM,PD,x']
     with parsing(study.define_flags) as parse, pytest.raises(UserError, match=sentence):
-        parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', *words)
+        parse(f'--base_ckpt={tiny}', '--config=DIGITS', f'--logdir={tiny}/new', '--report', *words)
         study.main()
     assert not (tiny / 'new').exists()
 
