@@ -133,10 +133,10 @@ def without_foreign_flags(argv):
     return kept
 
 
-def print0(*words):
-    """Print on the first process only."""
+def print0(*words, rank='RANK'):
+    """Print on the first process only; with rank='LOCAL_RANK', on the first of each machine."""
     try:
-        if (os.environ.get('RANK') or '0') == '0':
+        if (os.environ.get(rank) or '0') == '0':
             print(*words, flush=True)
     except BrokenPipeError:     # the reader of the output has gone: no training is lost for that
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -71,8 +71,7 @@ def join(device, processes):
     global _hosts
     backend, timeout = ('nccl', TIMEOUT_NCCL) if device.type == 'cuda' else ('gloo', TIMEOUT)
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
-    if os.environ.get('LOCAL_RANK', '0') == '0':        # on every machine
-        print(f'waiting for all of {processes} processes at {address}', flush=True)
+    print0(f'waiting for all of {processes} processes at {address}', rank='LOCAL_RANK')
     try:
         store, number, processes = next(dist.rendezvous('env://'))
         store.set_timeout(TIMEOUT)

@@ -56,13 +56,14 @@ def test_steps_in_a_row_end_the_run():
     assert e.value.code == 1
 
 
-@pytest.mark.parametrize('good, total, ends', [(0, 2, True), (0, 3, False), (1, 3, False)])
-def test_a_run_without_a_good_step_is_no_end(good, total, ends):
-    """Two bad steps, the last ones or not."""
+@pytest.mark.parametrize('step, start, total, ends', [(2, 0, 2, True), (2, 0, 3, False),
+                                                      (3, 0, 3, False), (7, 5, 7, False)])
+def test_a_run_without_a_good_step_is_no_end(step, start, total, ends):
     meter = Meter()
-    steps(meter, *[1.] * good, math.nan, math.nan)
-    with pytest.raises(UserError, match='nothing saved') if ends else contextlib.nullcontext():
-        assert meter.means(good + 2, total)['bad_steps'] == 2
+    steps(meter, *[1.] * (step - start - 2), math.nan, math.nan)
+    words = 'last 2 .* nothing saved'
+    with pytest.raises(UserError, match=words) if ends else contextlib.nullcontext():
+        assert meter.means(step, total)['bad_steps'] == 2
 
 
 def test_a_gradient_alone_that_is_not_finite():
