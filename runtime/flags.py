@@ -61,10 +61,10 @@ def adopt(**values):
 # intervals, and flags whose effect other checks cover.
 FIXED = {'dataset', 'img_size', 'mean_type', 'batch_size', 'seed', 'model', 'epoch', 'recipe',
          'normalize05'}
-FREE = {'logdir', 'base_ckpt', 'teacher_steps', 'classifier_path', 'data_root', 'result_path',
-        'num_workers', 'gpu_id', 'sample_size', 'sample_step', 'save_step', 'log_step', 'keep',
-        'until', 'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch', 'ch_mult', 'attn',
-        'num_res_blocks', 'conditional', 'class_num', 'T', 'time_scale'}
+FREE = {'logdir', 'base_ckpt', 'teacher_ckpt', 'teacher_steps', 'classifier_path', 'data_root',
+        'result_path', 'num_workers', 'gpu_id', 'sample_size', 'sample_step', 'save_step',
+        'log_step', 'keep', 'until', 'max_bad_steps', 'max_steps', 'skip_bad_images', 'ch',
+        'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num', 'T', 'time_scale'}
 
 
 def parsed(text):

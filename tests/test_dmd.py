@@ -47,7 +47,8 @@ def runs(tmp_path_factory):
         other=[dmd('other', f'--base_ckpt={folder}/2', '--total_steps=2', '--grad_clip=0',
                    '--fake_updates=3', '--fake_lr=2e-4', '--adam_beta1=.5', '--adam_beta2=.9',
                    '--t_min=.3', '--t_max=.6', '--noweighting', '--regression_weight=.5')],
-        whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True), dmd('killed')],
+        whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True),
+                                      dmd('killed', f'--teacher_ckpt={folder}/16/ckpt.pt')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         student=[dmd('student', '--base_ckpt', f'{folder}/2')],
         teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
@@ -133,6 +134,7 @@ def test_resuming_is_exact(runs):
     folder, results = runs
     assert_ran(results['whole'])
     assert [result[0] for result in results['killed']] == [137, 0]
+    assert 'other flags' not in results['killed'][1][1]     # another name of the same teacher
     states = [checkpoint.read(folder / name) for name in ('whole', 'killed')]
     assert {'fake_model', 'optim_fake', 'net_model', 'optim'} <= set(states[0])
     assert_same(*states, skip=('flags',))
