@@ -1,8 +1,8 @@
 """Runs scripts as `python script ...` would, each in a fork of one process that has loaded torch.
 
-Standard input: JSON {name: [command, ..]}. The commands of a list run one after another, the lists
-side by side. Standard output: JSON {name: [[exit code, stdout, stderr], ..]}. A command has `argv`
-and may have:
+Every line of standard input is JSON {name: [command, ..]}. The commands of a list run one after
+another, the lists side by side. The answer is a line of JSON {name: [[exit code, stdout, stderr],
+..]}. A command has `argv` and may have:
   cwd, env         working directory, further environment variables
   ranks            number of processes, with the environment that a launcher gives them
   kill_after_save  the process dies as by kill -9 right after its first checkpoint
@@ -104,7 +104,8 @@ def run_list(commands):
 
 if __name__ == '__main__':
     sys.path[0] = str(ROOT)
-    jobs = json.load(sys.stdin)
     preload()
-    with ProcessPoolExecutor(SIDE_BY_SIDE, FORK) as pool:
-        print(json.dumps(dict(zip(jobs, pool.map(run_list, jobs.values())))))
+    for line in sys.stdin:
+        jobs = json.loads(line)
+        with ProcessPoolExecutor(SIDE_BY_SIDE, FORK) as pool:
+            print(json.dumps(dict(zip(jobs, pool.map(run_list, jobs.values())))), flush=True)

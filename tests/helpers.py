@@ -1,5 +1,6 @@
 """Shared by the tests: how scripts are started, the flags of tiny runs, comparisons."""
 
+import functools
 import json
 import os
 import socket
@@ -51,11 +52,18 @@ def launch(words):
     return done.stdout
 
 
+@functools.lru_cache(None)
+def fork_server():
+    """forks.py, which ends with this process."""
+    return subprocess.Popen([sys.executable, 'tests/forks.py'], cwd=str(ROOT), env=environment(),
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+
+
 def fork_all(jobs):
     """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
-    done = start(['tests/forks.py'], input=json.dumps(jobs))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    server = fork_server()
+    print(json.dumps(jobs), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
 
 
 def command(argv, *more, **extra):

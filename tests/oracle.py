@@ -80,7 +80,7 @@ def enqueued(queue, pointer, map_T, chosen, layout):
     if layout == 'released':    # the map (B, C, H, W) in memory, read as if it were (C, B, H, W)
         maps = torch.stack([unit_rows(image).t() for image in map_T])
         rows = maps.view(maps.shape[1], -1).t()
-        rows = rows / rows.norm(dim=1, keepdim=True)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
     first = length - len(chosen) if at_end else pointer
     for k, n in enumerate(chosen.tolist()):
         queue[(first + k) % length] = rows[n]

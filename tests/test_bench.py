@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import ROOT, start
+from helpers import command, fork_all
 from runtime.cli import UserError
 from tools import bench
 
@@ -16,14 +16,14 @@ FORWARD = .0160     # GFLOP of the network of the digits with 32 channels in pla
 
 
 @pytest.mark.parametrize('rows', [
-    ['pd'], pytest.param(['base', 'rdd', 'dmd', 'eval'], marks=pytest.mark.slow)])
+    ['base'], pytest.param(['base', 'pd', 'rdd', 'dmd', 'eval'], marks=pytest.mark.slow)])
 def test_table(rows, tmp_path):
     """Started in another folder, with a flag for the scripts; base, if any, comes first."""
-    done = start([ROOT / 'tools/bench.py', '--config=DIGITS', f'--rows={",".join(rows[::-1])}',
-                  '--steps=5', '--batch_size=4', '--tflops=50', '--', '--ch=32'],
-                 tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line.strip('| ').split(' | ') for line in done.stdout.splitlines() if '|' in line]
+    (code, out, err), = fork_all(dict(table=[command(
+        ['tools/bench.py', '--config=DIGITS', f'--rows={",".join(rows[::-1])}', '--steps=5',
+         '--batch_size=4', '--tflops=50', '--', '--ch=32'], cwd=str(tmp_path))]))['table']
+    assert code == 0, err
+    lines = [line.strip('| ').split(' | ') for line in out.splitlines() if '|' in line]
     assert [row for row, *_ in lines[2:]] == rows
     for row, batch, rate, memory, work, _, hours in lines[2:]:
         median, smallest, largest = map(float, re.findall(r'[\d.]*\d', rate))

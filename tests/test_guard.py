@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from helpers import is_locked, start
+from helpers import command, fork_all, is_locked
 from runtime import guard
 from runtime.cli import UserError
 from runtime.guard import Folder, Stop
@@ -15,17 +15,16 @@ from runtime.guard import Folder, Stop
 
 def test_second_run_in_a_folder_is_refused(tmp_path):
     """The lock belongs to the process and is gone with it, however it ended."""
-    code = """
-import sys
+    mine, other, script = tmp_path / 'mine', tmp_path / 'other', tmp_path / 'script.py'
+    script.write_text(f"""
 from absl import flags
 from runtime.guard import Folder
 flags.DEFINE_string('logdir', None, '')
-kept = [Folder(name, "flags of another") for name in sys.argv[1:]]
-"""
-    mine, other = tmp_path / 'mine', tmp_path / 'other'
+kept = [Folder(name, "flags of another") for name in ('{other}', '{mine}')]
+""")
     folder = Folder(mine, '--T=8')
-    ended = start(['-c', code, other, mine])
-    assert f'UserError: --logdir {mine} is in use by process {os.getpid()} on ' in ended.stderr
+    (_, _, error), = fork_all(dict(second=[command([str(script)])]))['second']
+    assert f'UserError: --logdir {mine} is in use by process {os.getpid()} on ' in error
     assert (mine / 'flagfile.txt').read_text() == '--T=8\n'
     assert (other / 'flagfile.txt').is_file() and not is_locked(other)
     assert is_locked(mine)

@@ -140,6 +140,7 @@ REFUSED = {
     'do not fit each other, 7 betas': betas(N=7),
     'ends with alpha 0': betas((7, 1.), mean_type='epsilon'),
     'mean_type in .* is .score., expected xstart or epsilon or v': state(mean_type='score'),
+    '9 steps are more than the 8 of .*FILE.pt; lower': state(how=dict(steps=9)),
     'use in .* is 3, expected net_model or ema_model': state(use=3),
     'img_size in .* is -8, expected': state(img_size=-8),
     'expected a multiple of 2': state(img_size=15), 'x_T in .* is 3, expected noise': state(x_T=3),

@@ -5,26 +5,52 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-import mistakes
 from helpers import (BASE, EVAL, FINISHED, PD, RDD, ROOT, assert_ran, assert_same_runs, command,
                      environment, fork_all, launch, log_of, port)
-from mistakes import MISTAKES
 from runtime import checkpoint
 
 DROPOUT = ['--dropout=0.1']
-LONG = ['--total_steps=20', '--save_step=3', *DROPOUT]
+LONG = ['--total_steps=12', '--save_step=3', *DROPOUT]
 FORTY = ['--total_steps=40', '--save_step=7', *DROPOUT]
 CLASSIFIER = ['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
               '--seed=1', '--num_workers=0', '--log_step=1']
+
+
+# Name of a mistake: (found and expected, as a regular expression; command and further words, of
+# which the last value of a flag counts). RUNS: the folder of all runs; NEW: one that must not come
+# into being.
+MISTAKES = dict(
+    word=('unexpected word "digits" on the command line; flags are written --name', 'base digits'),
+    no_logdir=('--logdir is missing: the folder this run writes to', 'no_logdir'),
+    range=('--temperature=0: 0.0 is not number >= 1e-06', 'rdd --temperature=0'),
+    channels=('--ch is 33, expected a multiple of 32', 'base --ch=33'),
+    size=('--img_size is 9, expected a multiple of 2: the network halves it 1 times',
+          'base --img_size=9'),
+    level=(r'--attn is \[1, 2\], expected resolutions from 0 to 1', 'base --attn=2'),
+    no_terms=('--nofeature --loss_type none leaves no loss to train with',
+              'rdd --nofeature --loss_type=none'),
+    contrast=(r'--queue_size 64 is smaller than --contrast_size or --queue_update \(65\)',
+              'rdd --contrast_size=65'),
+    group=('--relation_group 3 does not divide the 8 images that a process works on',
+           'rdd --relation_group=3'),
+    share=('--batch_size 6 cannot be shared out .* 2 processes with --grad_accum 2; choose a '
+           'multiple of 4', 'base --batch_size=6 --grad_accum=2'),
+    small_set=('--batch_size 1500 is more than the 1498 training images of --dataset digits',
+               'base --batch_size=1500'),
+    port=('processes could not meet at 127.0.0.1:.* address already in use', 'base'),
+    logdir_is_file=(r'--logdir .*/bad/file cannot be written to \(File exists\)',
+                    'base --logdir=RUNS/bad/file'),
+    other_run=(r'net_model of the checkpoint in .*/base does not fit .* \(9, 32\), .* \(9, 64\)',
+               'base --logdir=RUNS/base --ch=64'))
 
 
 class Runs:
@@ -52,36 +78,31 @@ class Runs:
 def runs(tmp_path_factory):
     """The chain base -> PD -> RDD -> evaluation, and in forks the variants of its parts."""
     runs = Runs(tmp_path_factory.mktemp('runs'))
-    classifier = command(CLASSIFIER, '--epoch=1', '--max_steps=2', '--batchsize=32',
-                         f'--result_path={runs.folder}/classifier')
-    statistics = command(['score/get_npz.py', '--dataset=digits', '--img_size=8', runs.scorer,
-                          '--max_images=50', f'--output={runs.folder}/digits.npz'])
-    made = fork_all(dict(
-        chain=[runs.command([*BASE, *DROPOUT], 'base', '--sample_step=1'),
-               runs.command([*runs.pd, *DROPOUT], 'pd')], others=[classifier, statistics]))
-    for results in made.values():
-        assert_ran(results)
-    launch(['-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={port()}',
-            *runs.rdd, f'--logdir={runs.folder}/rdd', '--gpu_id=', '--num_gpus=2'])
-    busy = mistakes.make_inputs(runs.folder)
-    with ThreadPoolExecutor(1) as pool:
-        forked = pool.submit(fork_all, dict(good_jobs(runs), **mistakes.jobs(runs.folder, busy)))
-        runs.evaluated = launch(runs.evaluation('rdd')['argv'])
-        runs.forked = dict(forked.result(), **made)
+    rdd = runs.command([*runs.rdd, '--gpu_id=', '--num_gpus=2', '--local-rank=0'], 'rdd', ranks=2)
+    runs.forked = fork_all(dict(chain=[
+        command(CLASSIFIER, '--epoch=1', '--max_steps=2', '--batchsize=32',
+                f'--result_path={runs.folder}/classifier'),
+        command(['score/get_npz.py', '--dataset=digits', '--img_size=8', runs.scorer,
+                 '--max_images=50', f'--output={runs.folder}/digits.npz']),
+        runs.command([*BASE, *DROPOUT], 'base', '--sample_step=1'),
+        runs.command([*runs.pd, *DROPOUT], 'pd'),
+        dict(rdd, last=[*rdd['argv'], '--local-rank=1']),      # as torch's launcher starts them
+        runs.evaluation('rdd')]))
+    assert_ran(runs.forked['chain'])
+    (runs.folder / 'bad').mkdir()
+    (runs.folder / 'bad/file').write_text('')
+    with socket.create_server(('127.0.0.1', 0)) as busy:
+        runs.forked.update(fork_all(dict(good_jobs(runs), **bad_jobs(runs, busy))))
     return runs
 
 
 def good_jobs(runs):
     def stopped(words, name, number, **how):
         """Stopped by a signal after some steps, then started again; and the whole run."""
-        after = [number, str(runs.folder / name / 'metrics.jsonl'), 5]
+        after = [number, str(runs.folder / name / 'metrics.jsonl'), 4]
         return {name: [runs.command(words, name, *LONG, signal=after, **how),
                        runs.command(words, name, *LONG, **how)],
                 f'{name}_whole': [runs.command(words, f'{name}_whole', *LONG, **how)]}
-
-    def disagree(name, *last):
-        last = [*last, f'--logdir={runs.folder}/bad/{name}']
-        return [runs.command(BASE, f'bad/{name}', ranks=2, last=last)]
 
     until = runs.command(runs.pd, 'stages', '--until=1', '--total_steps=1')
     base = [*BASE, *DROPOUT]
@@ -92,9 +113,25 @@ def good_jobs(runs):
                       runs.command(base, 'base_resumed')],
         until=[until, until],
         until_two=[runs.command(runs.pd, 'stages_two', '--until=2', '--total_steps=1', ranks=2)],
-        steps=disagree('steps', *BASE, '--total_steps=9'), script=disagree('script', *runs.pd),
         pd_eval=[runs.evaluation('pd', '--fid_float', '--batch_size=3'),
                  runs.evaluation('pd', '--fid_float', ranks=2)])
+
+
+def bad_jobs(runs, busy):
+    """Those of MISTAKES, and processes with different flags; busy: a socket whose port is used."""
+    launched = dict(
+        share=dict(ranks=2),
+        port=dict(env=dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                           MASTER_PORT=str(busy.getsockname()[1]))))
+    commands = dict(no_logdir=BASE, base=[*BASE, '--logdir=NEW'], rdd=[*runs.rdd, '--logdir=NEW'])
+    base = [*BASE, f'--logdir={runs.folder}/bad/new']
+    jobs = dict(disagree=[command(base, ranks=2, last=[*base, '--total_steps=9'])])
+    for name, (_, text) in MISTAKES.items():
+        start, *more = text.split()
+        words = [word.replace('RUNS', str(runs.folder)).replace('NEW', f'{runs.folder}/bad/new')
+                 for word in (*commands[start], *more)]
+        jobs[name] = [command(words, **launched.get(name, {}))]
+    return jobs
 
 
 # What good runs leave behind
@@ -123,7 +160,7 @@ def test_evaluation_of_the_chain(runs):
     result = json.loads((runs.folder / 'rdd/results.jsonl').read_text())
     assert (result['nfe'], result['T'], result['weights']) == (2, 2, 'net_model')
     assert 0 < result['fid'] < 1e6 and result['num_images'] == 20
-    assert f'{result["fid"]:.3f}' in runs.evaluated
+    assert f'{result["fid"]:.3f}' in runs.forked['chain'][-1][1]
 
 
 def test_evaluation_depends_neither_on_batches_nor_on_processes(runs):
@@ -136,8 +173,8 @@ def test_evaluation_depends_neither_on_batches_nor_on_processes(runs):
 
 
 @pytest.mark.parametrize('whole, resumed, code, steps', [
-    ('base', 'base_resumed', 137, 4), ('pd_int_whole', 'pd_int', 130, 20),
-    ('rdd_kill_whole', 'rdd_kill', -9, 20)])
+    ('base', 'base_resumed', 137, 4), ('pd_int_whole', 'pd_int', 130, 12),
+    ('rdd_kill_whole', 'rdd_kill', -9, 12)])
 def test_resuming_is_exact(runs, whole, resumed, code, steps):
     """Killed after a checkpoint; or by a signal to the last process, and all end after one step."""
     assert_ran(runs.forked[resumed], [code, 0])
@@ -148,17 +185,16 @@ def test_resuming_is_exact(runs, whole, resumed, code, steps):
     assert [line['step'] for line in log_of(runs.folder / whole)] == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize('name, difference', [('steps', r'--total_steps=4, --total_steps=9\)'),
-                                              ('script', '--T=8, ')])
-def test_processes_that_disagree_do_not_train(runs, name, difference):
-    (code, out, err), = runs.forked[name]
+def test_processes_that_disagree_do_not_train(runs):
+    (code, out, err), = runs.forked['disagree']
     assert code == 2 and 'starting' not in out and 'Traceback' not in err, err
-    assert re.search(rf'were started with different scripts or flags \(.*{difference}', err), err
+    assert re.search(r'were started with different scripts or flags \(.*--total_steps=4, '
+                     r'--total_steps=9\)', err), err
 
 
 def test_the_start_that_an_average_keeps_is_said(runs):
     """.5 ** 4 of it after four steps, 1 % with --ema_decay .01 ** (1 / 4)."""
-    (_, base, _), (_, pd, _) = runs.forked['chain']
+    base, pd = (out for _, out, _ in runs.forked['chain'][2:4])
     assert 'will hold 6 % of the weights it starts from' in base and '--ema_decay 0.316.' in base
     assert 'will hold' not in pd        # a student has no average
 
@@ -213,8 +249,8 @@ def test_mistake(runs, name):
 
 
 def test_mistakes_change_nothing(runs):
-    assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == ['copy', 'file']
-    for name, T, step in (('base', 8, 4), ('bad/copy', 8, 2), ('pd', 4, 4), ('rdd', 2, 4)):
+    assert sorted(path.name for path in (runs.folder / 'bad').iterdir()) == ['file']
+    for name, T, step in (('base', 8, 4), ('pd', 4, 4), ('rdd', 2, 4)):
         assert (runs.ckpt(name)['T'], runs.ckpt(name)['step']) == (T, step)
 
 

@@ -76,6 +76,15 @@ def test_damaged_fashion_mnist(fashion, labels):
 
 # What torchvision downloads
 
+def test_a_torchvision_that_fails_for_another_reason_is_not_repaired(tmp_path, monkeypatch):
+    (tmp_path / 'torchvision').mkdir()
+    (tmp_path / 'torchvision/__init__.py').write_text('raise RuntimeError("something else")')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
+    with pytest.raises(RuntimeError, match='something else'):
+        torchvision.__wrapped__()
+
+
 @pytest.mark.parametrize('name, kind, file', [
     ('fashion_mnist', 'FashionMNIST', 'train-images-idx3-ubyte.gz'),
     ('cifar10', 'CIFAR10', 'cifar-10-python.tar.gz')])
