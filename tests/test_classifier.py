@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from classifier import build_classifier, load_classifier, load_frozen
-from classifier.augment import Augment, measured_normalisation, random_crop
+from classifier.augment import Augment, measured_normalisation
 from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
 from runtime.cli import UserError
@@ -21,7 +21,7 @@ NAMED = dict(model=WEIGHTS, name='convnet_small')
 
 @pytest.mark.parametrize('name, size, features, key', [
     ('densenet_small', 8, 144, 'block1.denselayer1.norm1.weight'),
-    ('convnet_small', 16, 64, 'stage4.norm.bias'), ('resnet18', 32, 512, 'bn1.weight')])
+    ('convnet_small', 16, 64, 'stage4.norm.bias')])
 def test_outputs(name, size, features, key):
     model, x = build_classifier(name, 7).eval(), torch.rand(2, 3, size, size) * 2 - 1
     logits, feature, feature_map = model(x)
@@ -91,18 +91,6 @@ def test_unknown_network():
 
 # Images
 
-def test_random_crop_moves_whole_images():
-    """By up to two pixels, as drawn for the total batch; black comes in."""
-    x_0 = torch.arange(4 * 3 * 8 * 8).float().view(4, 3, 8, 8)
-    whole, share = (random_crop(x_0[rows], 2, 4, rows, torch.Generator().manual_seed(3))
-                    for rows in (slice(0, 4), slice(2, 4)))
-    assert torch.equal(share, whole[2:])
-    corner = torch.randint(0, 5, (2, 4), generator=torch.Generator().manual_seed(3))
-    padded = torch.nn.functional.pad(x_0, (2,) * 4, value=-1.)
-    for i, (top, left) in enumerate(corner.t().tolist()):
-        assert torch.equal(whole[i], padded[i, :, top:top + 8, left:left + 8])
-
-
 def test_mean_and_std_of_some_images():
     """They are spread over the set."""
     pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
@@ -110,17 +98,6 @@ def test_mean_and_std_of_some_images():
     chosen = pixels[[0, 2, 5]].double() / 255
     assert mean == [round(v, 4) for v in chosen.mean((0, 2, 3)).tolist()]
     assert std == [round(v, 4) for v in chosen.std((0, 2, 3), unbiased=False).tolist()]
-
-
-def test_augment_is_a_function_of_seed_and_position():
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    before = torch.get_rng_state()
-    one, again, next_one, other_seed = (
-        Augment(32, seed)(image, position)
-        for seed, position in ((1, 5), (1, 5), (1, 6), (2, 5)))
-    assert one.dtype == torch.uint8 and one.shape == image.shape
-    assert torch.equal(one, again) and torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(one, next_one) and not torch.equal(one, other_seed)
 
 
 def test_augment_crops_with_grey_mirrors_and_cuts_out():
@@ -132,6 +109,7 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
     padded = torch.nn.functional.pad(image, (1,) * 4, value=128)
     shifts = {(i, j, m): padded[:, i:i + 8, j:j + 8].flip(2) if m else padded[:, i:i + 8, j:j + 8]
               for i in range(3) for j in range(3) for m in (False, True)}
+    assert not torch.equal(augment(image, 0), Augment(8, 1)(image, 0))
     for position in range(80):
         found = augment(image, position)
         rows, columns = (found[0] == 0).any(1), (found[0] == 0).any(0)
@@ -150,7 +128,7 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
 
 WORDS = ('classifier/train.py --dataset=digits --model=convnet_small --seed=5 --batchsize=32 '
          '--epoch=1 --num_workers=0').split()
-CHANGED = dict(lr='--init_lr=0.5', wd='--wd=0', amp='--amp=bf16', epoch='--epoch=2')
+CHANGED = dict(lr='--init_lr=0.5', epoch='--epoch=2')
 
 
 @pytest.fixture(scope='module')
@@ -170,17 +148,14 @@ def ran(tmp_path_factory):
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
         stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3], group=True),
-                 train('stopped', *released, cwd=str(ROOT / 'classifier')),
-                 train('stopped', *released)],
+                 train('stopped', *released, cwd=str(ROOT / 'classifier'))],
         whole=[train('whole', *released)],
         parts=[train('parts', '--max_steps=1'), train('parts', '--max_steps=3'),
                *(train('parts', '--max_steps=5', word) for word in CHANGED.values())],
         plain=[train('plain', '--max_steps=3')],
         one=[train('one', '--dataset=folder', f'--data_root={folder}/one', '--batchsize=1')])
-    for recipe in ('plain', 'released'):
-        for ranks in (1, 2):
-            name = f'{recipe}{ranks}'
-            jobs[name] = [train(name, *tiny, f'--recipe={recipe}', ranks=ranks)]
+    for ranks in (1, 2):
+        jobs[f'ranks{ranks}'] = [train(f'ranks{ranks}', *tiny, ranks=ranks)]
     return fork_all(jobs), folder
 
 
@@ -190,11 +165,10 @@ def result(ran, name, model='convnet_small'):
 
 def test_stopped_with_its_workers_and_resumed_exactly(ran):
     """The signal goes to the processes that load images as well. Goes on from another working
-    directory; a finished training is left alone."""
-    assert_ran(ran[0]['stopped'], [143, 0, 0])
+    directory."""
+    assert_ran(ran[0]['stopped'], [143, 0])
     assert_ran(ran[0]['whole'])
     assert 'SIGTERM: stopped after step ' in ran[0]['stopped'][0][1]
-    assert 'is finished: step 12' in ran[0]['stopped'][2][1]
     state = result(ran, 'whole')
     assert_same(result(ran, 'stopped'), state, skip=['flags'])
     assert state['step'] == 12 and state['total_steps'] == 47 and state['seed'] == 5
@@ -216,15 +190,12 @@ def test_flags_that_cannot_change(ran, flag):
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize('recipe', ['plain', 'released'])
-def test_same_result_on_several_processes(ran, recipe):
+def test_same_result_on_several_processes(ran):
     """Batch norm sees the whole batch: what is left is the order of sums."""
-    one, two = (result(ran, f'{recipe}{ranks}', 'densenet_small') for ranks in (1, 2))
+    one, two = (result(ran, f'ranks{ranks}', 'densenet_small') for ranks in (1, 2))
     assert one['accuracy'] == two['accuracy'] and one['step'] == two['step'] == 4
     for key, value in one['model'].items():
         torch.testing.assert_close(two['model'][key], value, rtol=1e-4, atol=1e-4)
-    other = result(ran, dict(plain='released1', released='plain1')[recipe], 'densenet_small')
-    assert not torch.allclose(one['model']['fc.weight'], other['model']['fc.weight'], rtol=1e-4)
 
 
 def test_one_class_is_refused(ran):
