@@ -1,5 +1,6 @@
 """Shared by the tests: how scripts are started, the flags of tiny runs, comparisons."""
 
+import contextlib
 import functools
 import json
 import os
@@ -8,12 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from absl import flags
 
+from classifier import build_classifier
 from runtime import checkpoint
 from runtime.torchvision_cpu import torchvision
+from score.reference import Statistics, save_statistics
 
+FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent.parent
 DATA = '--dataset=digits --batch_size=8 --num_workers=0 --sample_size=4 --log_step=1'.split()
 NETWORK = [*DATA, '--img_size=8', '--ch=32', '--ch_mult=1', '--ch_mult=1', '--attn=1',
@@ -25,6 +31,9 @@ RDD = ['train_rdd.py', *DATA, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_u
        '--contrast_size=16', '--relation_group=2', '--temperature=0.1',
        '--intra_temperature=0.05', '--classifier=densenet_small']
 EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
+# a line of results.jsonl
+RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
+              reference='r', reference_images=9, feature_network='n', pixels='8-bit')
 # the last line of a training: steps, time, speed and folder
 FINISHED = r'finished: {} steps? in .*\d s, [\d.]+ images/s; checkpoint and log are in {}$'
 
@@ -131,6 +140,34 @@ class Call:
 
     def __reduce__(self):
         return self.call
+
+
+# Scripts in the process of the tests
+
+@contextlib.contextmanager
+def parsing(define):
+    """Gives parse('--lr=1', ..): the command line of a script with the flags of `define()`."""
+    before = set(FLAGS)
+    define()
+    own = set(FLAGS) - before
+
+    def parse(*words):
+        for name in own:
+            FLAGS[name].unparse()
+        FLAGS(['script', *map(str, words)])
+
+    yield parse
+    for name in own:
+        delattr(FLAGS, name)
+
+
+def make_scorer(folder, name='convnet_small'):
+    """Write classifier.pt, not trained, and stats.npz; returns flags that score with them."""
+    network = build_classifier(name, 10)
+    checkpoint.save(folder / 'classifier.pt', dict(model=network.state_dict(), name=name))
+    size = network.num_features
+    save_statistics(folder / 'stats.npz', Statistics(np.zeros(size), np.eye(size)))
+    return [f'--fid_cache={folder}/stats.npz', f'--feature_network={folder}/classifier.pt']
 
 
 # Models of diffusers and ours

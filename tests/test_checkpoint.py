@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import Call
 from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.files import replacing
@@ -113,18 +114,10 @@ def test_what_is_no_checkpoint(tmp_path):
             checkpoint.read(tmp_path / name)
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('zipped', [True, False])
 def test_code_in_a_file_does_not_run(tmp_path, zipped):
     target, path = tmp_path / 'ran', tmp_path / 'evil.pt'
-    torch.save(dict(net_model=Payload(str(target))), str(path),
+    torch.save(dict(net_model=Call(os.mkdir, str(target))), str(path),
                _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match='refused'):
         checkpoint.read(path)
@@ -191,12 +184,11 @@ def moments(**values):
 
 @pytest.mark.parametrize('change, reason', [
     (moments(exp_avg=torch.zeros(3)), r'exp_avg of parameter 0 is not float32 \(2, 3\)'),
-    (moments(exp_avg=torch.zeros(7, 3)), 'exp_avg of parameter 0'),
     (moments(exp_avg=torch.zeros(2, 3).double()), 'exp_avg of parameter 0'),
     (moments(exp_avg_sq=torch.zeros(2, 3).to_sparse()), 'exp_avg_sq of parameter 0'),
     (moments(exp_avg='text'), 'exp_avg of parameter 0'),
     (moments(step=torch.ones(2)), r'step of parameter 0 is not float32 \(\)'),
-    (moments(step=3), 'step of parameter 0'), (moments(extra=torch.zeros(2, 3)), 'parameter 0'),
+    (moments(extra=torch.zeros(2, 3)), 'parameter 0'),
     (lambda state: state['state'][0].pop('exp_avg'), 'parameter 0 of 2 has the moments step'),
     (lambda state: state['state'].update({7: state['state'][0]}), 'parameter 7 of 2'),
     (lambda state: state['state'].update({0: 3}), ''), (lambda state: state.pop('state'), ''),

@@ -13,7 +13,7 @@ import torch
 from helpers import assert_same
 from runtime import data, distributed
 from runtime.cli import UserError
-from runtime.data import batches, in_order, indices_of_step
+from runtime.data import batches, indices_of_step
 from runtime.loader import in_workers
 
 CPU = torch.device('cpu')
@@ -35,14 +35,6 @@ def joined(parts):
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def test_every_pass_sees_every_image():
-    stream = torch.cat([indices_of_step(10, 4, 3, step) for step in range(5)])      # two passes
-    assert sorted(stream[:10].tolist()) == sorted(stream[10:].tolist()) == list(range(10))
-    assert stream[:10].tolist() != stream[10:].tolist()
-    assert indices_of_step(10, 4, 4, 0).tolist() != stream[:4].tolist()
-    assert indices_of_step(3, 8, 0, 0).shape == (8,)      # a set smaller than a batch
-
-
 def test_order_and_mirrors_are_fixed():
     """Runs that were interrupted go on with the images that they would have had."""
     assert [indices_of_step(10, 4, 3, step).tolist() for step in (0, 2, 7)] == [
@@ -52,19 +44,6 @@ def test_order_and_mirrors_are_fixed():
     assert first_rows == [
         [[120, 121], [11, 10], [70, 71], [31, 30], [101, 100], [61, 60], [50, 51], [151, 150]],
         [[111, 110], [131, 130], [0, 1], [140, 141], [21, 20], [41, 40], [80, 81], [90, 91]]]
-
-
-def test_a_batch_is_images_and_labels():
-    (x_0, y), = first(1, ramps(flip=False), 16, 0, CPU)
-    assert x_0.shape == (16, 3, 2, 2) and x_0.dtype == torch.float32 and y.dtype == torch.int64
-    torch.testing.assert_close(x_0, ramps().images[y] / 127.5 - 1)
-
-
-def test_in_order():
-    order = torch.tensor([9, 1, 2, 3, 4, 7])
-    found = list(in_order(ramps(), 4, CPU, order))
-    assert [len(chunk) for _, _, chunk in found] == [4, 2]
-    assert_same(joined(found), [ramps().images[order], order, order])
 
 
 @pytest.mark.parametrize('processes, accum, workers', [

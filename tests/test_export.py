@@ -14,8 +14,7 @@ from formats import card, diffusers_write, edm, onnx_graph
 from formats.diffusers_read import DiffusersUNet
 from formats.load import TABLE, load_model
 from formats.songunet import SongUNet
-from helpers import ROOT, diffusers, noise, our_images, their_images
-from inprocess import parsing
+from helpers import ROOT, diffusers, noise, our_images, parsing, their_images
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError

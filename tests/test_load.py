@@ -11,9 +11,9 @@ from formats import load
 from formats.entries import Model
 from formats.load import load_model
 from model import UNet
+from helpers import parsing
 from runtime import checkpoint
 from runtime.cli import UserError
-from inprocess import parsing
 from wiring import random_unet
 
 TINY = dict(T=8, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, conditional=False,

@@ -9,8 +9,7 @@ import pytest
 import torch
 from absl import flags
 
-from helpers import FINISHED
-from inprocess import parsing
+from helpers import FINISHED, parsing
 from runtime.cli import UserError
 from runtime.log import Log, Meter
 

@@ -88,21 +88,6 @@ def test_one_chunk_of_similarities_is_held(group, monkeypatch):
 
 # Memory queue
 
-@pytest.mark.parametrize('layout', ['pixels', 'released'])
-def test_queue_of_several_steps(layout):
-    """Also at its end, where the released layout writes the last rows again and starts at row 0."""
-    memory, pointer = MemoryP2P(5, 30, 6, update_size=12, layout=layout), 0
-    for _ in range(4):
-        feature_map = randn(3, 5, 2, 2)
-        indices = memory.choose_pixels(12, gen)
-        assert sorted(indices.tolist()) == list(range(12))
-        expected, pointer = oracle.enqueued(memory.queue, pointer, feature_map, indices, layout)
-        parts = [memory.pixels_at(feature_map[i:i + 1], indices, i, 3) for i in range(3)]
-        memory.enqueue(sum(parts))
-        torch.testing.assert_close(memory.queue, expected)
-        assert memory.pointer == pointer
-
-
 def test_vectors_that_are_not_finite_are_left_out():
     memory = MemoryP2P(4, queue_size=6, contrast_size=2, update_size=2)
     before = memory.queue.clone()
@@ -120,11 +105,12 @@ def test_queue_is_random_unit_vectors_at_first():
 
 
 def test_contrast_rows():
-    """Drawn anew in every step, of all rows, none twice."""
+    """Drawn anew in every step, of all rows, none twice; so are the pixels that enter."""
     memory, seen = MemoryP2P(3, 100, 10), set()
     for seed in range(40):
         memory.choose_contrast(torch.Generator().manual_seed(seed))
         rows = set(memory.contrast.tolist())
         assert len(rows) == 10
         seen |= rows
+    assert sorted(memory.choose_pixels(12, gen).tolist()) == list(range(12))
     assert len(seen) > 90       # (9/10)^40 of 100 rows are expected to be missed

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from helpers import assert_same
-from runtime import distributed
 from runtime.distributed import GlobalBatchNorm2d
 from runtime.optim import adam, clip_gradient, step_optimizer
 
@@ -61,14 +60,3 @@ def test_global_batch_norm_is_batch_norm():
     before = copy.deepcopy(other.state_dict())
     other(x * math.inf)
     assert_same(before, other.state_dict(), skip=('num_batches_tracked',))
-
-
-def test_batch_norms_of_several_processes(monkeypatch):
-    """Those of a network become global in place, where they are; nothing else changes."""
-    assert type(distributed.sync_batch_norm(nn.BatchNorm2d(2))) is nn.BatchNorm2d   # one process
-    monkeypatch.setattr(distributed.dist, 'is_initialized', lambda: True)
-    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.BatchNorm2d(2, eps=.5))).to('meta')
-    before = dict(network.state_dict(keep_vars=True))
-    found = distributed.sync_batch_norm(network)
-    assert type(found[1][0]) is GlobalBatchNorm2d and found[1][0].eps == .5
-    assert all(value is before[key] for key, value in found.state_dict(keep_vars=True).items())

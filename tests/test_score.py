@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from diffusion import Diffusion
-from helpers import assert_ran, command, fork_all
-from inprocess import make_scorer, parsing
+from helpers import RESULT, assert_ran, command, fork_all, make_scorer, parsing
 from runtime import checkpoint, data
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
@@ -381,13 +380,11 @@ def test_images_that_are_not_finite_are_refused(monkeypatch):
 
 
 def test_bad_lines_of_results_are_left_out_and_named(tmp_path, capsys):
-    good = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
-                reference='r', reference_images=9, feature_network='n', pixels='8-bit')
-    lines = [b'{"half', json.dumps(good).encode(), b'[1, 2]', b'\xff', b'',
-             json.dumps(dict(good, fid=float('nan'))).encode(), b'{"fid": 1}', b'{"cut']
+    lines = [b'{"half', json.dumps(RESULT).encode(), b'[1, 2]', b'\xff', b'',
+             json.dumps(dict(RESULT, fid=float('nan'))).encode(), b'{"fid": 1}', b'{"cut']
     file = tmp_path / 'results.jsonl'
     file.write_bytes(b'\n'.join(lines))
-    results.append(file, dict(good, seed=1))
+    results.append(file, dict(RESULT, seed=1))
     assert [result['seed'] for result in results.read(file)] == [0, 1]
     named = [line.split(' of ')[0] for line in capsys.readouterr().out.splitlines()]
     assert named == [f'note: line {n}' for n in (1, 3, 4, 6, 7, 8)]

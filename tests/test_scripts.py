@@ -138,8 +138,6 @@ def bad_jobs(runs, busy):
 
 def test_checkpoints_of_the_chain(runs):
     base, pd, rdd = (runs.ckpt(name) for name in ('base', 'pd', 'rdd'))
-    assert [(s['T'], s['time_scale'], s['step']) for s in (base, pd, rdd)] == [
-        (8, 1, 4), (4, 2, 4), (2, 4, 4)]
     assert {'net_model', 'ema_model', 'x_T'} <= set(base) and 'ema_model' not in pd
     assert list(base['net_model']) == list(pd['net_model']) == list(rdd['net_model'])
     assert base['x_T'].shape == (4, 3, 8, 8)

@@ -18,8 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from helpers import BASE, EVAL, PD, RDD, ROOT, assert_ran, command, fork_all
-from inprocess import make_scorer
+from helpers import BASE, EVAL, PD, RDD, ROOT, assert_ran, command, fork_all, make_scorer
 from model import UNet
 from runtime import checkpoint, distributed, optim, seeding
 from score.metrics import ActivationStats

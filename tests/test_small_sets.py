@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from helpers import Call
 from runtime.cli import UserError
 from runtime.data import make_dataset
 from runtime.torchvision_cpu import torchvision
@@ -155,13 +156,6 @@ def test_imagenet64(tmp_path):
         read(tmp_path)
 
 
-class Payload:
-    """Unpickling it would end this process."""
-
-    def __reduce__(self):
-        return sys.exit, (3,)
-
-
 NPZ = io.BytesIO()
 np.savez(NPZ, data=PIXELS, labels=LABELS)
 
@@ -169,7 +163,7 @@ np.savez(NPZ, data=PIXELS, labels=LABELS)
 @pytest.mark.parametrize('ending, content, words', [
     *[('.npz', NPZ.getvalue()[:size], f'with {size} bytes is') for size in (0, 3, 1000)],
     *[('', batch(0, 40)[:size], f'with {size} bytes is') for size in (0, 3, 1000)],
-    ('', batch(0, 1, data=Payload()), 'sys.exit is not allowed'),
+    ('', batch(0, 1, data=Call(sys.exit, 3)), 'sys.exit is not allowed'),
     ('', pickle.dumps([1, 2]), ''), ('', pickle.dumps(dict(data=PIXELS)), 'labels'),
     ('', batch(0, 40, labels=[1.5] * 40), 'float64'),
     ('', batch(0, 40, data=PIXELS[:, :12]), r'data uint8 \(40, 12\), 40 labels'),

@@ -19,15 +19,12 @@ from PIL import Image
 import demo
 import study
 from formats.load import load_model
-from helpers import ROOT, assert_ran, assert_same, command, environment, fork_all
-from inprocess import make_scorer, parsing
+from helpers import (RESULT, ROOT, assert_ran, assert_same, command, environment, fork_all,
+                     make_scorer, parsing)
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
 from score import results
-
-RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
-              reference='r.npz', reference_images=9, feature_network='n', pixels='8-bit')
 
 
 @pytest.fixture(scope='module')

@@ -14,9 +14,8 @@ from diffusion import Diffusion
 from formats import diffusers_read, diffusers_write
 from formats.load import load_model
 from runtime.cli import UserError
-from helpers import (DATA, ROOT, STEPS, Call, assert_ran, command, diffusers, fork_all, noise,
-                     our_images, their_images)
-from inprocess import make_scorer, parsing
+from helpers import (DATA, ROOT, STEPS, Call, assert_ran, command, diffusers, fork_all, make_scorer,
+                     noise, our_images, parsing, their_images)
 
 FLAGS = flags.FLAGS
 SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
