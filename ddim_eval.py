@@ -52,9 +52,9 @@ def main():
     if distributed.is_main():
         result = protocol(model, reference, feature_network, how)
         print(', '.join(f'{key} {value}' for key, value in result.items() if value is not None))
+        score, deviation = stats.inception_score()      # refuses what is not finite
         distance = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
                                     device if FLAGS.fid_use_torch else 'cpu')
-        score, deviation = stats.inception_score()
         result.update(fid=round(distance, 4), inception_score=round(score, 4),
                       inception_std=round(deviation, 4), images_per_s=round(rate, 1))
         if reference.features is None:

@@ -155,7 +155,7 @@ def new_student(teacher):
         distributed.print0(f'note: the student predicts {mean_type} (--mean_type), its teacher '
                            f'{d.mean_type}: it learns that in this stage.')
     adopt(mean_type=mean_type)
-    return teacher.student(mean_type)
+    return teacher.trainable(), d.with_steps(d.T // 2, mean_type)
 
 
 # A run of a diffusion model

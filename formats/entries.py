@@ -33,13 +33,6 @@ class Model:
         self.diffusion = Diffusion(**self.diffusion.arguments(), device=device)
         return self
 
-    def student(self, mean_type):
-        """(network, schedule) of a student that predicts `mean_type`.
-
-        A copy to train, with every second time of this model, its teacher.
-        """
-        return self.trainable(), self.diffusion.with_steps(self.diffusion.T // 2, mean_type)
-
     def trainable(self):
         """A copy of the network to train."""
         network = copy.deepcopy(self.network).train().requires_grad_(True)

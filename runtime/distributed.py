@@ -25,10 +25,15 @@ def init(gpu_id=None, tf32='conv'):
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
-    processes, local_rank = launcher_number('WORLD_SIZE', 1), launcher_number('LOCAL_RANK', 0)
-    launcher_number('RANK', 0)
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):       # by the launcher
+        value = os.environ.get(name, '0')
+        if not value.isdigit():
+            raise UserError(f'the environment variable {name} is "{value}", expected a whole '
+                            f'number; unset it, or start with torchrun')
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    wanted = int(os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1))
     cuda = torch.cuda.is_available()
-    wanted = launcher_number('LOCAL_WORLD_SIZE', local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
         raise UserError(f'{wanted} processes were started and only {torch.cuda.device_count()} '
                         f'GPUs are visible; start fewer, or name more GPUs in --gpu_id')
@@ -48,15 +53,6 @@ def init(gpu_id=None, tf32='conv'):
         backend = f', {processes} processes over gloo' if processes > 1 else ''
         print0(f'No GPU found: running on the CPU{backend}.')
     return device
-
-
-def launcher_number(name, default):
-    """A whole number that the launcher has put into the environment."""
-    value = os.environ.get(name, str(default))
-    if not value.isdigit():
-        raise UserError(f'the environment variable {name} is "{value}", expected a whole number; '
-                        f'unset it, or start with torchrun')
-    return int(value)
 
 
 def set_up_gpu(tf32):
@@ -141,7 +137,7 @@ def cleanup():
 @contextlib.contextmanager
 def main_first(of_machine=False):
     """The first process, or the first of each machine, runs the block alone, the others after."""
-    first = launcher_number('LOCAL_RANK', 0) == 0 if of_machine else is_main()
+    first = int(os.environ.get('LOCAL_RANK', 0)) == 0 if of_machine else is_main()
     if not first:
         barrier()
     try:

@@ -24,8 +24,7 @@ from runtime.log import progress
 from runtime.published_sets import find_batches
 from score.metrics import ActivationStats, frechet_distance
 from score.networks import define_feature_flags, load_feature_network
-from score.reference import (Statistics, check_reference, load_statistics,
-                             save_statistics, version_of_score)
+from score.reference import Statistics, check_reference, load_statistics, save_statistics
 
 FLAGS = flags.FLAGS
 
@@ -76,7 +75,7 @@ def main():
     indices = chosen_images(len(dataset))
     origin = dict(dataset=dataset.name, split=dataset.split, half=FLAGS.half,
                   num_images=len(indices), img_size=dataset.img_size, network=network.name,
-                  fingerprint=dataset.fingerprint, score_version=version_of_score(network.name))
+                  fingerprint=dataset.fingerprint)
     if not distributed.broadcast_object(up_to_date(path, origin)):
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
@@ -144,7 +143,7 @@ def up_to_date(path, origin):
 
 def words(origin):
     return ', '.join(f'{key} {value}' for key, value in origin.items()
-                     if value is not None and key not in ('fingerprint', 'score_version'))
+                     if value is not None and key != 'fingerprint')
 
 
 def measure(dataset, indices, network, device):

@@ -18,17 +18,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     Args:
         mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
         device: where this is computed, in float64.
-    Raises:
-        UserError: features of different widths; values that are not finite (code 1).
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device=device)
                                 for v in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape:
-        raise UserError(f'the statistics to compare have features of different widths, {len(mu1)} '
-                        f'and {len(mu2)}; make both with one feature network')
-    if not all(torch.isfinite(v).all() for v in (mu1, sigma1, mu2, sigma2)):
-        raise UserError('the statistics to compare hold values that are not finite; check the '
-                        'images and the network that made them', code=1)
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # Rounding makes eigenvalues that should be 0 slightly negative.

@@ -15,21 +15,12 @@ SCHEMA = dict(
     num_images=('i', 0), img_size=('i', 0),
     network=('U', 0),               # name of the feature network
     fingerprint=('U', 0),           # of the content of the data set
-    score_version=('i', 0),         # see `version_of_score`
     class_counts=('i', 1),          # (K,) images of each class that were measured
     features=('f', 2),              # (n, D) of at most 10,000 images, for precision and recall
     inception_mean=('f', 0), inception_std=('f', 0))        # Inception score of the set itself
 KINDS = dict(f='floating-point numbers', i='whole numbers', U='text')
 # what is in a file, None for what is not, and its path
-Statistics = collections.namedtuple('Statistics', [*SCHEMA, 'path'], defaults=[None] * 13)
-
-
-def version_of_score(network_name):
-    """Number to store with the Inception score of a data set; files of another one are stale.
-
-    Version 2 leaves out the bias of Inception's last layer. Classifiers have no versions.
-    """
-    return 2 if network_name.startswith('inception-') else None
+Statistics = collections.namedtuple('Statistics', [*SCHEMA, 'path'], defaults=[None] * 12)
 
 
 def save_statistics(path, statistics):

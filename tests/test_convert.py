@@ -303,7 +303,7 @@ def test_full_size(tmp_path, convert_file, name):
     assert sum(value.numel() for value in model.network.parameters()) == parameters
     x_T, y = torch.randn(2, 3, model.img_size, model.img_size), torch.tensor([0, 1])
     images = our_images(model, x_T, y, stride=128)
-    student, diffusion = model.student('xstart')
+    student, diffusion = model.trainable(), model.diffusion.with_steps(64, 'xstart')
     t = diffusion.visited[torch.tensor([1, 64])]
     with torch.no_grad():
         x_target = model.diffusion.two_step_target(model.network, x_T, t, y)
@@ -349,7 +349,7 @@ def test_students_are_the_same_wrapper(tmp_path):
     x, t, y = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1024, 512]), torch.tensor([0, 9])
     with torch.no_grad():
         wanted = first.network(x, t, y)
-        assert torch.equal(first.student('xstart')[0].eval()(x, t, y), wanted)
+        assert torch.equal(first.trainable().eval()(x, t, y), wanted)
         assert not torch.equal(student.network(x, t, y), wanted)
 
 

@@ -105,7 +105,7 @@ def test_precision_and_dropout(tmp_path):
         network(x, t)
     assert seen == {torch.nn.GroupNorm: {torch.float32}, torch.nn.Conv2d: {torch.bfloat16}}
     assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {.25, 0.}
-    student, _ = model.student('v')
+    student = model.trainable()
     assert torch.equal(network(x, t), network(x, t)) and not network.training
     assert not torch.equal(student(x, t), student(x, t))
     assert all(p.requires_grad for p in student.parameters())
