@@ -105,11 +105,11 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
     around any pixel, cut off at the border."""
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8).repeat(3, 1, 1)
     augment, seen, corners = Augment(8, 0), set(), (set(), set())
+    assert not torch.equal(augment(image, 0), Augment(8, 1)(image, 0))      # another seed
     augment.transform.transforms = augment.transform.transforms[:2]
     padded = torch.nn.functional.pad(image, (1,) * 4, value=128)
     shifts = {(i, j, m): padded[:, i:i + 8, j:j + 8].flip(2) if m else padded[:, i:i + 8, j:j + 8]
               for i in range(3) for j in range(3) for m in (False, True)}
-    assert not torch.equal(augment(image, 0), Augment(8, 1)(image, 0))
     for position in range(80):
         found = augment(image, position)
         rows, columns = (found[0] == 0).any(1), (found[0] == 0).any(0)
