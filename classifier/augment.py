@@ -62,7 +62,7 @@ def measured_normalisation(dataset, most=50000):
     """Mean and std per channel, lists, of at most `most` images in [0, 1], evenly spaced."""
     chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), most)).round().long()
     sums = torch.zeros(2, 3, dtype=torch.float64)
-    for images, _, _ in data.in_order(dataset, 512, 'cpu', chosen):
+    for images, _ in data.in_order(dataset, 512, 'cpu', chosen):
         pixels = images.double() / 255
         sums += torch.stack([pixels.mean((2, 3)).sum(0), pixels.square().mean((2, 3)).sum(0)])
     mean, square = sums / len(chosen)

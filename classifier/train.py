@@ -148,7 +148,7 @@ def evaluate(model, dataset, device):
     model.eval()
     right = torch.zeros((), dtype=torch.float64, device=device)
     mine = torch.arange(len(dataset)).tensor_split(distributed.world_size())[distributed.rank()]
-    for images, y, _ in data.in_order(dataset, 256, device, mine):
+    for images, y in data.in_order(dataset, 256, device, mine):
         right += (model(images.float() / 127.5 - 1)[0].argmax(1) == y).sum()
     model.train()
     return distributed.all_reduce_sum(right).item() / len(dataset)

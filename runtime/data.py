@@ -94,9 +94,9 @@ def _resized(images, img_size, name):
 
 
 def in_order(dataset, batch_size, device, indices):
-    """Yield images uint8 (B, 3, H, W) and labels (B,) on `device`, and their indices, in order."""
+    """Yield images uint8 (B, 3, H, W) and labels (B,) on `device`, in the order of `indices`."""
     for chunk in indices.split(batch_size):
-        yield dataset.images[chunk].to(device), dataset.labels[chunk].to(device), chunk
+        yield dataset.images[chunk].to(device), dataset.labels[chunk].to(device)
 
 
 def indices_of_step(length, batch_size, seed, step):

@@ -156,7 +156,7 @@ def measure(dataset, indices, network, device):
     stats, batches = ActivationStats(total), positions.split(FLAGS.batch_size)
     images = data.in_order(dataset, FLAGS.batch_size, device, indices[list(share)])
     with progress(len(share), f'{FLAGS.dataset} {FLAGS.split}', unit='img') as bar:
-        for places, (batch, _, _) in zip(batches, images):
+        for places, (batch, _) in zip(batches, images):
             stats.update(*network(batch), places)
             bar.update(len(batch))
     return stats.reduce()

@@ -52,8 +52,8 @@ def die_after_save():
 
 def run_script(command, argv, env, out, err):
     """What a forked process does: it runs the script `argv`, which prints into two files."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, path in ((0, os.devnull), (1, out), (2, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     if 'signal' in command:
         os.setsid()     # a process group of its own
     script = str(ROOT / argv[0])
@@ -67,7 +67,8 @@ def run_script(command, argv, env, out, err):
 
 def send_signal(process, number, file, lines):
     """Send a signal as soon as `file` has that many lines, unless the process ends before."""
-    while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines):
+    while not (Path(file).exists() and Path(file).read_text().count('\n') >= lines
+               and os.getpgid(process.pid) == process.pid):      # it has begun: os.setsid
         if not process.is_alive():
             return
         time.sleep(.005)

@@ -1,4 +1,6 @@
-"""Shared by the tests: how scripts are started, the flags of tiny runs, comparisons."""
+"""Shared by the tests: how scripts are started, in processes and in this one; flags of tiny runs,
+a network that scores, comparisons, models of diffusers.
+"""
 
 import contextlib
 import functools
@@ -46,11 +48,10 @@ def environment(**more):
     return env
 
 
-def start(words, cwd=ROOT, **how):
+def start(words):
     """A command as typed in a shell, `python` in front; returns a finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=str(cwd), env=environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          **how)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=str(ROOT), env=environment(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
 
 def launch(words):
@@ -69,10 +70,17 @@ def fork_server():
 
 
 def fork_all(jobs):
-    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py."""
+    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py.
+
+    They get the environment of the first call, and what a `command` adds to it as `env`.
+    """
     server = fork_server()
     print(json.dumps(jobs), file=server.stdin, flush=True)
-    return json.loads(server.stdout.readline())
+    answer = server.stdout.readline()
+    if not answer:
+        fork_server.cache_clear()
+    assert answer, 'tests/forks.py has ended, see its traceback'
+    return json.loads(answer)
 
 
 def command(argv, *more, **extra):

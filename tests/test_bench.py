@@ -16,7 +16,7 @@ FORWARD = .0160     # GFLOP of the network of the digits with 32 channels in pla
 
 
 @pytest.mark.parametrize('rows', [
-    ['base'], pytest.param(['base', 'pd', 'rdd', 'dmd', 'eval'], marks=pytest.mark.slow)])
+    ['pd'], pytest.param(['base', 'rdd', 'dmd', 'eval'], marks=pytest.mark.slow)])
 def test_table(rows, tmp_path):
     """Started in another folder, with a flag for the scripts; base, if any, comes first."""
     (code, out, err), = fork_all(dict(table=[command(

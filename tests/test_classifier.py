@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from classifier import build_classifier, load_classifier, load_frozen
-from classifier.augment import Augment, measured_normalisation
+from classifier.augment import Augment, measured_normalisation, random_crop
 from helpers import ROOT, assert_ran, assert_same, command, fork_all
 from runtime import checkpoint, data
 from runtime.cli import UserError
@@ -91,6 +91,18 @@ def test_unknown_network():
 
 # Images
 
+def test_random_crop_moves_whole_images():
+    """By up to two pixels, as drawn for the total batch; black comes in."""
+    x_0 = torch.arange(4 * 3 * 8 * 8).float().view(4, 3, 8, 8)
+    whole, share = (random_crop(x_0[rows], 2, 4, rows, torch.Generator().manual_seed(3))
+                    for rows in (slice(0, 4), slice(2, 4)))
+    assert torch.equal(share, whole[2:])
+    corner = torch.randint(0, 5, (2, 4), generator=torch.Generator().manual_seed(3))
+    padded = torch.nn.functional.pad(x_0, (2,) * 4, value=-1.)
+    for i, (top, left) in enumerate(corner.t().tolist()):
+        assert torch.equal(whole[i], padded[i, :, top:top + 8, left:left + 8])
+
+
 def test_mean_and_std_of_some_images():
     """They are spread over the set."""
     pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
@@ -105,7 +117,9 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
     around any pixel, cut off at the border."""
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8).repeat(3, 1, 1)
     augment, seen, corners = Augment(8, 0), set(), (set(), set())
+    random_state = torch.get_rng_state()
     assert not torch.equal(augment(image, 0), Augment(8, 1)(image, 0))      # another seed
+    assert torch.equal(torch.get_rng_state(), random_state)
     augment.transform.transforms = augment.transform.transforms[:2]
     padded = torch.nn.functional.pad(image, (1,) * 4, value=128)
     shifts = {(i, j, m): padded[:, i:i + 8, j:j + 8].flip(2) if m else padded[:, i:i + 8, j:j + 8]
@@ -128,7 +142,7 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
 
 WORDS = ('classifier/train.py --dataset=digits --model=convnet_small --seed=5 --batchsize=32 '
          '--epoch=1 --num_workers=0').split()
-CHANGED = dict(lr='--init_lr=0.5', epoch='--epoch=2')
+CHANGED = dict(lr='--init_lr=0.5', wd='--wd=0', amp='--amp=bf16', epoch='--epoch=2')
 
 
 @pytest.fixture(scope='module')
@@ -147,7 +161,7 @@ def ran(tmp_path_factory):
     (folder / 'one/dog').mkdir(parents=True)
     Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
     jobs = dict(
-        stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3], group=True),
+        stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3]),
                  train('stopped', *released, cwd=str(ROOT / 'classifier'))],
         whole=[train('whole', *released)],
         parts=[train('parts', '--max_steps=1'), train('parts', '--max_steps=3'),

@@ -34,7 +34,8 @@ REFUSED = {
                      '--ema_decay?',
     '\udcff\udcfe--lr=1': 'a flagfile is not UTF-8 text',      # bytes that are no text
     '--lr=nan': '--lr is nan, expected a finite number', '--lr=much': '--lr=much'}
-WORDS = {'--flagfile=': '--flagfile is empty; give a file',
+WORDS = {'--learning_rate=1': "Unknown command line flag 'learning_rate'",
+         '--flagfile=': '--flagfile is empty; give a file',
          '--steps=1e3': '--steps=1e3: expected a whole number (see --help)'}
 MEMORY = 'error: there is not enough memory for this network and batch; lower --batch_size'
 FAILURES = {
@@ -48,7 +49,7 @@ FAILURES = {
 INIT = 'from runtime import distributed; distributed.init()'
 ENVIRONMENT = [('RANK', 'two'), ('RANK', ''), ('WORLD_SIZE', '1.5'), ('LOCAL_RANK', '-1')]
 
-# outputs as a script may find them, and one that prints and then writes a file
+# outputs as a script may find them, and what it does: it prints, and then writes a file
 CLOSED = dict(
     pipe="""
 import os, sys

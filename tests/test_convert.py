@@ -398,7 +398,6 @@ READ = """
 import sys
 from formats import edm_pickle
 from runtime.cli import UserError
-from runtime.precision import prepare
 def hook(event, arguments):
     writes = event == 'open' and any(mode in str(arguments[1]) for mode in 'wax+')
     reads = event in ('os.listdir', 'os.scandir')      # of torch's own folders, by its imports

@@ -153,7 +153,7 @@ def test_steps_of_the_student(runs, name, T):
 
 
 def test_a_fake_network_that_diverges_ends_the_run(runs):
-    """Also if the loss and the gradient of G stay finite."""
+    """Though the loss and the gradient of G stay finite."""
     (code, _, stderr), = runs[1]['overflow']
     assert code == 1 and 'Traceback' not in stderr and 'not finite' in stderr
 

@@ -105,7 +105,7 @@ def test_queue_is_random_unit_vectors_at_first():
 
 
 def test_contrast_rows():
-    """Drawn anew in every step, of all rows, none twice; so are the pixels that enter."""
+    """Drawn anew in every step, of all rows, none twice. Nor does a pixel enter twice."""
     memory, seen = MemoryP2P(3, 100, 10), set()
     for seed in range(40):
         memory.choose_contrast(torch.Generator().manual_seed(seed))

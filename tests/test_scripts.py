@@ -19,7 +19,7 @@ from helpers import (BASE, EVAL, FINISHED, PD, RDD, ROOT, assert_ran, assert_sam
 from runtime import checkpoint
 
 DROPOUT = ['--dropout=0.1']
-LONG = ['--total_steps=12', '--save_step=3', *DROPOUT]
+LONG = ['--total_steps=16', '--save_step=3', *DROPOUT]
 FORTY = ['--total_steps=40', '--save_step=7', *DROPOUT]
 CLASSIFIER = ['classifier/train.py', '--model=densenet_small', '--dataset=digits', '--img_size=8',
               '--seed=1', '--num_workers=0', '--log_step=1']
@@ -78,7 +78,10 @@ class Runs:
 def runs(tmp_path_factory):
     """The chain base -> PD -> RDD -> evaluation, and in forks the variants of its parts."""
     runs = Runs(tmp_path_factory.mktemp('runs'))
-    rdd = runs.command([*runs.rdd, '--gpu_id=', '--num_gpus=2', '--local-rank=0'], 'rdd', ranks=2)
+    launcher = dict(GROUP_WORLD_SIZE='1', LOCAL_WORLD_SIZE='2', TORCHELASTIC_RESTART_COUNT='0')
+    rdd = runs.command([*runs.rdd, '--gpu_id=', '--num_gpus=2'], 'rdd', ranks=2, env=launcher)
+    script, *words = rdd['argv']        # as torch.distributed.launch starts it
+    rdd.update(argv=[script, '--local-rank=0', *words], last=[script, '--local-rank=1', *words])
     runs.forked = fork_all(dict(chain=[
         command(CLASSIFIER, '--epoch=1', '--max_steps=2', '--batchsize=32',
                 f'--result_path={runs.folder}/classifier'),
@@ -86,8 +89,7 @@ def runs(tmp_path_factory):
                  '--max_images=50', f'--output={runs.folder}/digits.npz']),
         runs.command([*BASE, *DROPOUT], 'base', '--sample_step=1'),
         runs.command([*runs.pd, *DROPOUT], 'pd'),
-        dict(rdd, last=[*rdd['argv'], '--local-rank=1']),      # as torch's launcher starts them
-        runs.evaluation('rdd')]))
+        rdd, runs.evaluation('rdd')]))
     assert_ran(runs.forked['chain'])
     (runs.folder / 'bad').mkdir()
     (runs.folder / 'bad/file').write_text('')
@@ -171,8 +173,8 @@ def test_evaluation_depends_neither_on_batches_nor_on_processes(runs):
 
 
 @pytest.mark.parametrize('whole, resumed, code, steps', [
-    ('base', 'base_resumed', 137, 4), ('pd_int_whole', 'pd_int', 130, 12),
-    ('rdd_kill_whole', 'rdd_kill', -9, 12)])
+    ('base', 'base_resumed', 137, 4), ('pd_int_whole', 'pd_int', 130, 16),
+    ('rdd_kill_whole', 'rdd_kill', -9, 16)])
 def test_resuming_is_exact(runs, whole, resumed, code, steps):
     """Killed after a checkpoint; or by a signal to the last process, and all end after one step."""
     assert_ran(runs.forked[resumed], [code, 0])

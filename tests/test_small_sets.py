@@ -14,7 +14,6 @@ import torch
 from sklearn.datasets import load_digits
 
 from helpers import Call
-from runtime import torchvision_cpu
 from runtime.cli import UserError
 from runtime.data import make_dataset
 from runtime.torchvision_cpu import torchvision
@@ -77,17 +76,6 @@ def test_damaged_fashion_mnist(fashion, labels):
 
 
 # What torchvision downloads
-
-def test_a_torchvision_that_fails_for_another_reason_is_not_repaired(tmp_path, monkeypatch):
-    (tmp_path / 'torchvision').mkdir()
-    (tmp_path / 'torchvision/__init__.py').write_text('raise RuntimeError("something else")')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
-    repairs = len(torchvision_cpu.libraries)
-    with pytest.raises(RuntimeError, match='something else'):
-        torchvision.__wrapped__()
-    assert len(torchvision_cpu.libraries) == repairs
-
 
 @pytest.mark.parametrize('name, kind, file', [
     ('fashion_mnist', 'FashionMNIST', 'train-images-idx3-ubyte.gz'),

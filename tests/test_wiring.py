@@ -43,7 +43,7 @@ CHANGES = dict(
         labels=dict(ONE, conditional=True, loss_type='x', T=4, time_scale=2),
         times=dict(ONE, loss_type='eps', batch_size=56)),
     pd=dict(
-        plain={}, other=dict(OTHER, warmup=2, base_ckpt='coarse'), parts=DROPOUT,
+        plain={}, other=dict(OTHER, warmup=2), parts=dict(DROPOUT, base_ckpt='coarse'),
         v=dict(ONE, mean_type='v', base_ckpt='epsilon', loss_type='eps'),
         labels=dict(ONE, conditional=True, base_ckpt='labels', loss_type='x')),
     rdd=dict(

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 import oracle
 from diffusion import Diffusion
 from helpers import assert_ran, command, fork_all
-from runtime import data
+from runtime import data, distributed
 from score.metrics import ActivationStats, frechet_distance, precision_recall
 from wiring import load, make_inputs, make_photos, near, photos, words
 
@@ -147,14 +147,17 @@ def check_images(inputs, images, labels):
         assert sorted(seen[i:i + 24]) == list(range(24))
 
 
-def test_augmentation_of_the_right_images():
-    """Positions count the images of all steps, wherever a run starts and in how many parts."""
+@pytest.mark.parametrize('processes, accum', [(1, 1), (1, 2), (2, 1)])
+def test_augmentation_of_the_right_images(monkeypatch, processes, accum):
+    """Positions count the images of all steps, wherever a run starts, in parts and processes."""
     images = data.Images('x', 'train', 1, [0] * 9, 1, torch.zeros(9, 3, 1, 1).byte())
-    for accum in (1, 2):
-        batches = data.batches(images, 4, 0, torch.device('cpu'), 2, accum,
-                               augment=lambda image, position: image + position)
-        found = torch.cat([next(batches)[0] for _ in range(2 * accum)])
-        assert ((found[:, 0, 0, 0] + 1) * 127.5).round().tolist() == list(range(8, 16))
+    monkeypatch.setattr(distributed, 'world_size', lambda: processes)
+    monkeypatch.setattr(distributed, 'rank', lambda: processes - 1)
+    batches = data.batches(images, 4, 0, torch.device('cpu'), 2, accum,
+                           augment=lambda image, position: image + position)
+    found = torch.cat([next(batches)[0] for _ in range(2 * accum)])
+    expected = [10, 11, 14, 15] if processes == 2 else list(range(8, 16))       # the second one's
+    assert ((found[:, 0, 0, 0] + 1) * 127.5).round().tolist() == expected
 
 
 # Statistics of a data set
