@@ -224,10 +224,15 @@ def noisy_parts(run, diffusion, t_min=1):
 
 @torch.no_grad()
 def sample_grid(run, diffusion):
-    """Draw a grid from fixed noise and labels on the first process, every --sample_step steps."""
+    """Draw a grid from fixed noise and labels on the first process, every --sample_step steps.
+
+    By the network itself while the average still holds much of the weights that it started from:
+    14 % of untrained weights, as after 2,000 steps with --ema_decay 0.999, give noise.
+    """
     if not due(run.step, FLAGS.sample_step) or not distributed.is_main() or stop.received:
         return      # a run that is asked to stop saves first
-    network = run.ema if run.use == 'ema_model' else run.net.module
+    average = run.use == 'ema_model' and FLAGS.ema_decay ** run.step < .01
+    network = run.ema if average else run.net.module
     x_T = run.entries['x_T'].to(run.device)
     y = torch.arange(len(x_T), device=run.device) % network.class_num
     training = network.training

@@ -261,14 +261,16 @@ def test_processes_drop_other_activations(make, monkeypatch):
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
 
 
-@pytest.mark.parametrize('use', ['net_model', 'ema_model'])
-def test_grids_show_the_weights_that_users_take(make, use):
+@pytest.mark.parametrize('use, step, shown', [
+    ('net_model', 7, 'net_model'), ('ema_model', 7, 'ema_model'), ('ema_model', 6, 'net_model')])
+def test_grids_show_the_weights_that_users_take(make, use, step, shown):
+    """The average holds 0.8 % of its start after 7 steps, and 1.6 %, which is too much, after 6."""
     run, called = make('--sample_step=1', '--ema_decay=0.5', use=use), []
     for name, network in (('ema_model', run.ema), ('net_model', run.net.module)):
         network.register_forward_hook(lambda *_, name=name: called.append(name))
-    run.step, run.log = 1, SimpleNamespace(grid=lambda *_: None)
+    run.step, run.log = step, SimpleNamespace(grid=lambda *_: None)
     sample_grid(run, DIFFUSION)
-    assert called == 8 * [use] and run.net.module.training
+    assert called == 8 * [shown] and run.net.module.training
 
 
 @pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])
