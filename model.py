@@ -1,4 +1,4 @@
-"""The U-Net of DDPM in the published parameter names. Knows nothing of diffusion."""
+"""The U-Net of DDPM in the published parameter names, independent of schedules and losses."""
 
 import math
 

@@ -27,7 +27,7 @@ flags.DEFINE_string('classifier', 'densenet201', 'network whose features are com
                     'imagenet_resnet50 and others are those of torchvision, for images of 224 px')
 flags.DEFINE_string('classifier_path', None, 'folder or file; none: that of classifier/train.py')
 flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'input normalisation '
-                  'of a published classifier; stored: as its checkpoint says, else 05')
+                  'of a published classifier; stored: that of its checkpoint, else 05')
 flags.DEFINE_bool('feature', True, 'the feature loss (CFD)')
 flags.DEFINE_float('feature_weight', 1., 'weight of the feature loss')
 flags.DEFINE_float('temperature', 1., 'temperature of the teacher in the feature loss', 1e-6)

@@ -160,7 +160,7 @@ def side_of(size):
 
 
 def name_of(folder, path):
-    """Name of the model in a folder: owner/name on a hub, if its configuration says so."""
+    """Name of the model in a folder: owner/name on a hub, if its configuration has it."""
     folder = folder.resolve()
     if len(path.split('/')) == 2 and path[0] not in './~':
         return path

@@ -50,8 +50,8 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
     else:
         model = read_checkpoint(path, weights, dropout, mean_type, img_size, clean=steps > 0)
     if model.diffusion.mean_type == 'epsilon' and model.diffusion.alpha[-1] == 0:
-        raise UserError(f'the schedule of {model.file} ends with alpha 0, where eps says nothing '
-                        f'about the image; give a model that predicts v or x_0')
+        raise UserError(f'the schedule of {model.file} ends with alpha 0, where eps does not '
+                        f'determine the image; give a model that predicts v or x_0')
     factor = 2 ** (len(model.arch['ch_mult']) - 1)
     if model.img_size % factor:
         raise UserError(f'--img_size is {model.img_size} for {model.file}, expected a multiple of '
@@ -137,8 +137,8 @@ def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
 def choose_weights(state, wanted, file):
     """(name, {parameter: float32 tensor}) of the weights to use.
 
-    `wanted` 'auto' takes the average of a base model, which says so itself (`use`) or, if
-    published, by time_scale 1; and the raw weights of a student.
+    `wanted` 'auto' takes the average of a base model, which has `use` or, if published,
+    time_scale 1; and the raw weights of a student.
     Raises:
         UserError: there are none, or they are no finite tensors in memory of their own.
     """

@@ -19,7 +19,7 @@ def init(gpu_id=None, tf32='conv'):
     """Join the process group if a launcher made one; return this process's `torch.device`.
 
     Args:
-        gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep what the environment says.
+        gpu_id: '0,1,2,3' as for CUDA_VISIBLE_DEVICES, or None/'' to keep that of the environment.
         tf32: whose inputs GPUs since Ampere round to TF32, 10 bits after the point: 'none', 'conv':
             of convolutions (torch's default), 'all': of matrix products as well.
     """
