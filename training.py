@@ -17,6 +17,7 @@ from runtime.run import Run, due, training_data
 
 FLAGS = flags.FLAGS
 LEAST_STEPS = 16        # of a teacher that counts as not distilled
+START_LEFT = .01        # share of its start in an average that is worth a note
 FILE_FLAGS = dict(teacher='--base_ckpt or --teacher_ckpt', start='--base_ckpt')
 
 
@@ -191,11 +192,11 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
     if classifier:
         inputs['classifier'] = checkpoint.digest(classifier.state_dict())
     start_left = FLAGS.ema_decay ** total_steps
-    if start_left > .01:
+    if start_left > START_LEFT:
         distributed.print0(f'note: the average (--ema_decay {FLAGS.ema_decay}) will hold '
                            f'{100 * start_left:.0f} % of the weights it starts from after '
                            f'{total_steps} steps; for 1 % set --ema_decay '
-                           f'{.01 ** (1 / total_steps):.3g}.')
+                           f'{START_LEFT ** (1 / total_steps):.3g}.')
     x_T = seeding.noise_of_images(FLAGS.seed, range(FLAGS.sample_size),
                                   (3, FLAGS.img_size, FLAGS.img_size), 'cpu')
     entries = dict(net.entries, x_T=x_T)
@@ -231,7 +232,7 @@ def sample_grid(run, diffusion):
     """
     if not due(run.step, FLAGS.sample_step) or not distributed.is_main() or stop.received:
         return      # a run that is asked to stop saves first
-    average = run.use == 'ema_model' and FLAGS.ema_decay ** run.step < .01
+    average = run.use == 'ema_model' and FLAGS.ema_decay ** run.step < START_LEFT
     network = run.ema if average else run.net.module
     x_T = run.entries['x_T'].to(run.device)
     y = torch.arange(len(x_T), device=run.device) % network.class_num

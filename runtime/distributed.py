@@ -25,7 +25,7 @@ def init(gpu_id=None, tf32='conv'):
     """
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu_id     # acts because CUDA is not initialised yet
-    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):       # by the launcher
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):   # of the launcher
         value = os.environ.get(name, '0')
         if not value.isdigit():
             raise UserError(f'the environment variable {name} is "{value}", expected a whole '
