@@ -8,7 +8,7 @@
 
 A method halves the steps of the teacher down to --until, or trains the last student of another
 method further by train_dmd.py. It calls the scripts and flagfiles that you would call yourself:
-config/<config>_PD.txt, _RDD.txt, _DMD.txt and _EVAL.txt. With one seed, all students are scored
+config/<config>_PD.txt, _RDD.txt, _DMD.txt and _EVAL.txt. All students of a seed are scored
 from the same noise. Results in --logdir: <method>/seed<S>/<steps>/, a run for every student;
 table.md (means, 95 % intervals over the seeds, paired differences from --baseline, seconds of
 training, what failed); study.png (scores over the network evaluations; needs matplotlib);
@@ -59,7 +59,7 @@ SCORES = dict(fid='Frechet distance', inception_score='Inception score', precisi
               recall='Recall')
 OWN_FLAGS = {'seed', 'base_ckpt', 'teacher_ckpt', 'logdir', 'until', 'teacher_steps',
              'student_steps', 'save_images', 'stride'}
-# flags that only tell where students are, or how many steps they have
+# flags with the folders of students, or the number of their steps
 WHERE = tuple(f'--{name}=' for name in ('until', 'base_ckpt', 'teacher_ckpt', 'logdir',
                                         'student_steps', 'save_images', 'stride'))
 

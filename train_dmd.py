@@ -40,7 +40,7 @@ flags.DEFINE_float('adam_beta2', .99, 'second beta of Adam, of both networks', 0
 flags.DEFINE_float('t_min', .02, 'smallest time drawn, as a share of the largest', 0., 1.)
 flags.DEFINE_float('t_max', .98, 'largest time drawn, as a share of the largest', 0., 1.)
 flags.DEFINE_bool('weighting', True, 'divide g by mean |x - x_real| of each image')
-flags.DEFINE_float('regression_weight', 0., 'weight of the distance to its images at the start', 0.)
+flags.DEFINE_float('regression_weight', 0., 'weight of squared error to images of --base_ckpt', 0.)
 
 
 def main():

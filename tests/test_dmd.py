@@ -47,8 +47,9 @@ def runs(tmp_path_factory):
         other=[dmd('other', f'--base_ckpt={folder}/2', '--total_steps=2', '--grad_clip=0',
                    '--fake_updates=3', '--fake_lr=2e-4', '--adam_beta1=.5', '--adam_beta2=.9',
                    '--t_min=.3', '--t_max=.6', '--noweighting', '--regression_weight=.5')],
-        whole=[dmd('whole')], killed=[dmd('killed', kill_after_save=True),
-                                      dmd('killed', f'--teacher_ckpt={folder}/16/ckpt.pt')],
+        whole=[dmd('whole')], dropped=[dmd('dropped', '--dropout=.2')],
+        killed=[dmd('killed', '--dropout=.2', kill_after_save=True),
+                dmd('killed', '--dropout=.2', f'--teacher_ckpt={folder}/16/ckpt.pt')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
         overflow=[dmd('overflow', f'--teacher_ckpt={folder}/huge', '--total_steps=2')])
@@ -125,11 +126,12 @@ def update(optim, loss):
 
 
 def test_resuming_is_exact(runs):
+    """Also the dropout of both networks."""
     folder, results = runs
-    assert_ran(results['whole'])
+    assert_ran(results['dropped'])
     assert [result[0] for result in results['killed']] == [137, 0]
     assert 'other flags' not in results['killed'][1][1]     # another name of the same teacher
-    states = [checkpoint.read(folder / name) for name in ('whole', 'killed')]
+    states = [checkpoint.read(folder / name) for name in ('dropped', 'killed')]
     assert {'fake_model', 'optim_fake', 'net_model', 'optim'} <= set(states[0])
     assert_same(*states, skip=('flags',))
 
@@ -137,7 +139,7 @@ def test_resuming_is_exact(runs):
 @pytest.mark.parametrize('name', ['parts', 'two'])
 def test_parts_and_processes_change_only_rounding(runs, name):
     folder, results = runs
-    assert_ran(results[name])
+    assert_ran(results['whole'] + results[name])
     for line, expected in zip(log_of(folder / name), log_of(folder / 'whole')):
         for key in ('loss_fake', 'loss_dmd', 'grad_norm'):
             assert line[key] == pytest.approx(expected[key], rel=.02), (line['step'], key)

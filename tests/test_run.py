@@ -10,6 +10,7 @@ import signal
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -271,6 +272,18 @@ def test_grids_show_the_weights_that_users_take(make, use, step, shown):
     run.step, run.log = step, SimpleNamespace(grid=lambda *_: None)
     sample_grid(run, DIFFUSION)
     assert called == 8 * [shown] and run.net.module.training
+
+
+def test_a_grid_needs_no_more_memory_than_the_training(make):
+    """It is drawn two images at a time, the micro-batch, and all processes wait for it."""
+    run, sizes, grids = make('--sample_size=5', '--sample_step=1', '--grad_accum=2'), [], []
+    run.net.module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    run.step, run.log = 1, SimpleNamespace(grid=lambda step, path, images: grids.append(images))
+    with mock.patch.object(distributed, 'barrier') as barrier:
+        sample_grid(run, DIFFUSION)
+    assert sizes == 8 * [2] + 8 * [2] + 8 * [1] and barrier.called
+    whole = DIFFUSION.sample(run.net.module.eval(), run.entries['x_T'])
+    torch.testing.assert_close(grids[0], whole)
 
 
 @pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])

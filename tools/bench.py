@@ -3,7 +3,6 @@
   python tools/bench.py                               CIFAR-10: train_base, PD, train_rdd, ddim_eval
   python tools/bench.py --config DIGITS --rows base,rdd --amp bf16
   python tools/bench.py --batch_size 16 --tflops 50   on a CPU; hours on a GPU of 50 TFLOP/s
-  python tools/bench.py --rows rdd --profile          the slowest operators as well
   python tools/bench.py -- --compile --grad_accum=2   further flags for the scripts
 The scripts get the flagfiles of --config, and random images and networks in a temporary folder: a
 teacher of 16 steps and a classifier. CUDA_VISIBLE_DEVICES= measures the CPU.
@@ -61,6 +60,7 @@ def main(words):
     if not set(FLAGS.rows) <= set(SCRIPTS):
         raise cli.UserError(f'--rows {",".join(FLAGS.rows)}: choose of {", ".join(SCRIPTS)}')
     rows = [row for row in SCRIPTS if row in FLAGS.rows]        # base makes the teacher
+    os.chdir(cli.ROOT)      # flagfiles name others relative to it
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     convolution = convolution_rate(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def convolution_rate(device):
 
 def recipe(row):
     """{flag: value} of the row's flagfile; of a flag that is repeated, the last."""
-    lines = cli.anchored(f'config/{FLAGS.config}_{row.upper()}.txt').read_text().splitlines()
+    lines = FLAGS.read_flags_from_files([f'--flagfile=config/{FLAGS.config}_{row.upper()}.txt'])
     return dict(line.lstrip('-').partition('=')[::2] for line in lines)
 
 
@@ -163,8 +163,8 @@ def start(row, folder, steps, log_step=1, inside=''):
               [f'--total_steps={steps}', f'--log_step={log_step}'])
     words += ['--nocompile'] if inside == 'count' else []
     before = [__file__, 'inside', inside, folder / 'found.txt'] if inside else []
-    done = subprocess.run([sys.executable, *before, SCRIPTS[row], *words], cwd=str(cli.ROOT),
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8')
+    done = subprocess.run([sys.executable, *before, SCRIPTS[row], *words], encoding='utf-8',
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ['nothing'])[-1]
         raise cli.UserError(f'{SCRIPTS[row]} {" ".join(words)} ended with: {reason}', code=1)

@@ -1,7 +1,7 @@
 """Scores, curves of training and samples of several models in one picture.
 
 Scores over the number of network evaluations, as a table too, with a panel per protocol:
-  python tools/plot.py ./logs/CIFAR10/1024 "ours=./logs/8to4/rdd/results.jsonl"
+  python tools/plot.py ./logs/CIFAR10/1024 "RDD=./logs/8to4/rdd/results.jsonl"
 A value of metrics.jsonl over the steps of training:
   python tools/plot.py --value loss ./logs/CIFAR10
 A row of samples per npz or folder that `ddim_eval.py --save_images` has written:
