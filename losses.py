@@ -130,7 +130,7 @@ class MemoryP2P(nn.Module):
         self.project_head = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), norm(channels),
             nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False))
-        # as the maps are: before torch 2.5, the fused Adam of GPUs wants gradients laid out alike
+        # as the maps, so that gradients are laid out like weights: fused Adam before torch 2.5
         self.project_head.to(memory_format=torch.channels_last)
         queue = torch.randn(queue_size, channels, generator=generator)
         rows = torch.linspace(0, queue_size - 1, contrast_size).round().long()

@@ -130,7 +130,7 @@ def all_chains(methods, steps, teacher, ddim_model):
         made = {}
         for name, (first, script, extra) in methods.items():
             step_counts = {None: ddim_steps, 'train_dmd.py': steps[-1:]}.get(script, steps)
-            model = teacher if script in ('PD.py', 'train_rdd.py') else ddim_model
+            model = ddim_model if script in (None, 'train_dmd.py') else teacher
             made[name] = Chain(name, script, extra, seed, step_counts, model, made.get(first))
         if count and count not in map(str, made[baseline].step_counts):
             raise UserError(f'--baseline {FLAGS.baseline}: no student has {count} steps; choose of '

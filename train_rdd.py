@@ -1,6 +1,6 @@
 """Relational diffusion distillation: halve the steps with relations between feature pixels.
 
-From 8 to 4 steps; and all halvings down to 1, one folder per stage (.../rdd/4, .../2, .../1):
+From 8 to 4 steps; and all halvings down to 1, one folder per stage (.../rdd/4, 2 and 1):
   python train_rdd.py --flagfile ./config/CIFAR10_RDD.txt
   python train_rdd.py --flagfile ./config/CIFAR10_RDD.txt --logdir ./logs/CIFAR10/rdd --until 1
 Four GPUs: the same after `torchrun --nproc_per_node=4`. The same command run again resumes.
@@ -24,7 +24,7 @@ from training import (define_distillation_flags, new_student, noisy_parts, sampl
 FLAGS = flags.FLAGS
 define_distillation_flags()
 flags.DEFINE_string('classifier', 'densenet201', 'network whose features are compared; '
-                    'imagenet_resnet50 and others are those of torchvision, which get 224 px')
+                    'imagenet_resnet50 and others are those of torchvision, at 224 px')
 flags.DEFINE_string('classifier_path', None, 'folder or file; none: that of classifier/train.py')
 flags.DEFINE_enum('classifier_normalisation', 'stored', list(NORMALISATIONS), 'input normalisation '
                   'of a published classifier; stored: that of its checkpoint, else 05')

@@ -244,7 +244,8 @@ def draw_grid(run, diffusion):
     y = torch.arange(len(x_T), device=run.device) % network.class_num
     training = network.training
     network.eval()
-    size = distributed.share(FLAGS.batch_size, FLAGS.grad_accum)    # what is known to fit
+    # four micro-batches at once, which fit as no activations are kept
+    size = 4 * distributed.share(FLAGS.batch_size, FLAGS.grad_accum)
     with run.autocast():
         images = torch.cat([
             diffusion.sample(network, z, y=labels if network.conditional else None)

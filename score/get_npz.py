@@ -57,7 +57,7 @@ def define_flags():
 
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
-    reason = 'features are computed in float32, by the network as it is'
+    reason = 'features are always computed in float32, and not compiled'
     without_effect(amp=reason, tf32=reason, compile=reason)
     img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size

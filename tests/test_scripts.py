@@ -114,7 +114,8 @@ def good_jobs(runs):
         base_resumed=[runs.command(base, 'base_resumed', kill_after_save=True),
                       runs.command(base, 'base_resumed')],
         until=[until, until],
-        until_two=[runs.command(runs.pd, 'stages_two', '--until=2', '--total_steps=1', ranks=2)],
+        until_two=[runs.command(runs.pd, 'stages_two', '--until=2', '--total_steps=1',
+                                '--sample_step=1', ranks=2)],
         pd_eval=[runs.evaluation('pd', '--fid_float', '--batch_size=3'),
                  runs.evaluation('pd', '--fid_float', ranks=2)])
 

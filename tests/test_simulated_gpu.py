@@ -47,7 +47,7 @@ def adam_step(adam):
     """In place of the fused kernel, which the meta device does not have."""
     params = adam.param_groups[0]['params']
     assert {v.device for p in params for v in (p, p.grad, adam.found_inf)} == {GPU}
-    for p in params:        # gradients of convolutions are laid out as their inputs, see losses.py
+    for p in params:        # weights are laid out as their gradients are on a GPU, see losses.py
         assert p.dim() < 4 or p.stride() == p.to(memory_format=torch.channels_last).stride()
 
 

@@ -3,7 +3,7 @@
   python tools/bench.py                               CIFAR-10: train_base, PD, train_rdd, ddim_eval
   python tools/bench.py --config DIGITS --rows base,rdd --amp bf16
   python tools/bench.py --batch_size 16 --tflops 50   on a CPU; hours on a GPU of 50 TFLOP/s
-  python tools/bench.py -- --compile --grad_accum=2   further flags for the scripts
+  python tools/bench.py -- --compile --grad_accum=2   further flags; paths from the root
 The scripts get the flagfiles of --config, and random images and networks in a temporary folder: a
 teacher of 16 steps and a classifier. CUDA_VISIBLE_DEVICES= measures the CPU.
 
@@ -162,7 +162,7 @@ def start(row, folder, steps, log_step=1, inside=''):
     words += ([f'--num_images={steps * batch_size(row)}'] if row == 'eval' else
               [f'--total_steps={steps}', f'--log_step={log_step}'])
     words += ['--nocompile'] if inside == 'count' else []
-    before = [__file__, 'inside', inside, folder / 'found.txt'] if inside else []
+    before = ['tools/bench.py', 'inside', inside, folder / 'found.txt'] if inside else []
     done = subprocess.run([sys.executable, *before, SCRIPTS[row], *words], encoding='utf-8',
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
