@@ -99,7 +99,7 @@ def test_variants_differ_from_rdd_in_their_objective_alone(files):
     same = {'dataset', 'data_root', 'classifier', 'classifier_path', 'base_ckpt', 'lr', 'wd',
             'batch_size', 'temperature', 'feature', 'amp', 'grad_clip', 'ema_decay', 'warmup'}
     variants = [key for key in files if key[1] in ('BEST', 'RCFD')]
-    assert len(variants) == 5
+    assert len(variants) == 6
     for name, stage in variants:
         flags, rdd = files[name, stage], files[name, 'RDD']
         assert {key: flags[key] for key in same} == {key: rdd[key] for key in same}
