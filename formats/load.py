@@ -22,8 +22,8 @@ from model import UNet
 from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
 from runtime.cli import UserError
-from runtime.optim import frozen
 from runtime.flags import given
+from runtime.optim import frozen
 
 FLAGS = flags.FLAGS
 ARCHITECTURE = ('ch', 'ch_mult', 'attn', 'num_res_blocks', 'conditional', 'class_num')
