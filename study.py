@@ -171,7 +171,8 @@ def chosen_methods():
     methods = {}
     for name in FLAGS.methods:
         methods[name] = first, script, _ = parsed(commands[name])
-        if script not in CONFIG_OF and name != 'DDIM' or first and script != 'train_dmd.py':
+        sampled_alone = name == 'DDIM' and script is None
+        if not (script in CONFIG_OF or sampled_alone) or first and script != 'train_dmd.py':
             raise UserError(f'--method "{name}={commands[name]}" is not understood; expected '
                             f'"NAME=SCRIPT FLAGS" with {", ".join(CONFIG_OF)} as the script, or '
                             f'"NAME=OTHER then train_dmd.py FLAGS"')
@@ -267,8 +268,9 @@ class Chain:
             temporary.write_text(plan)
 
     def result(self, T):
-        """The last line of results.jsonl of the student with T steps, or None."""
-        return (results.read(self.folder / f'{T}/results.jsonl') or [None])[-1]
+        """The last line of results.jsonl of the student with T steps and this seed, or None."""
+        lines = results.read(self.folder / f'{T}/results.jsonl')
+        return next((line for line in reversed(lines) if line['seed'] == self.seed), None)
 
     def make(self, commands, env):
         """Run what is not finished, until a command fails; its last line is the problem then."""
@@ -340,17 +342,25 @@ def report(chains):
     shape = len(FLAGS.methods), len(steps), FLAGS.seeds
     scores = {score: np.full(shape, np.nan) for score in SCORES}
     folder, missing, rows = Path(FLAGS.logdir), [], {T: {} for T in steps}
+    protocol = None
     for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
         result = chain.result(T)
         if not result:
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
             continue
+        protocol = protocol or result
+        for key in results.PROTOCOL:
+            if result[key] != protocol[key]:
+                raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} '
+                                f'{result[key]}, others have {protocol[key]}; remove those files '
+                                f'of one kind and run the same command again, to score anew')
         for score, values in scores.items():
             value = result.get(score)       # no precision without features in the reference
             values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = (
                 np.nan if value is None else value)
-        if chain.seed == 0:
-            with np.load(str(chain.folder / f'{T}/samples.npz')) as samples:
+        file = chain.folder / f'{T}/samples.npz'
+        if chain.seed == 0 and file.is_file():
+            with np.load(str(file)) as samples:
                 images = torch.from_numpy(samples['arr_0'][:16])
             rows[T][chain.method] = images.permute(0, 3, 1, 2)
     scores = {score: values for score, values in scores.items()
@@ -368,8 +378,9 @@ def report(chains):
         pictures.save_labelled(folder / f'samples_{T}.png', f'NFE {T}  seed 0',
                                list(rows[T].values()), list(rows[T]))
     if missing:
-        raise UserError(f'{len(missing)} students are missing, see {folder}/table.md; run the same '
-                        f'command again', code=1)
+        again = 'the command without --report' if FLAGS.report else 'the same command again'
+        raise UserError(f'{len(missing)} students are missing, see {folder}/table.md; run {again}',
+                        code=1)
 
 
 def interval(values):
@@ -410,12 +421,14 @@ def table(values, steps, score):
 
 
 def cost(chains):
-    """Seconds of training, up to the last student of each method, mean over the seeds."""
-    seconds = dict.fromkeys(FLAGS.methods, 0.)
+    """Seconds of training, up to the last student of each method, mean over those finished."""
+    seconds = {name: [] for name in FLAGS.methods}
     for chain in chains:
-        seconds[chain.method] += chain.seconds() / FLAGS.seeds
+        if chain.script and chain.result(chain.step_counts[-1]):
+            seconds[chain.method].append(chain.seconds())
     return 'Seconds of training, from the teacher to the last student, mean over the seeds: ' + (
-        ', '.join(f'{name} {mean:.0f}' for name, mean in seconds.items() if mean) + '.')
+        ', '.join(f'{name} {np.mean(values):.0f}' for name, values in seconds.items() if values)
+        + '.')
 
 
 def draw(scores, steps, path):

@@ -7,6 +7,8 @@ from pathlib import Path
 from runtime.distributed import print0
 
 NUMBERS = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'num_images')
+# equal where scores compare
+PROTOCOL = ('reference', 'feature_network', 'num_images', 'reference_images', 'pixels')
 OTHERS = ('reference', 'reference_images', 'feature_network', 'pixels')
 
 

@@ -52,7 +52,7 @@ def test_names_of_curves_and_a_table(logs, capsys):
         ('none', 2.)}           # 3 was measured again after more steps
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(found) and len({line.count('|') for line in lines}) == 1
-    assert '| PD | 4 | 4.5 | 2.0 | 0.1 | - | - | 1 | r.npz | n | 50 | 8-bit |' in lines
+    assert '| PD | 4 | 4.5 | 2.0 | 0.1 | - | - | 1 | r.npz | n | 50 | 50 | 8-bit |' in lines
     named, = read(('our own', logs / '8to4/rdd/results.jsonl'))
     assert named['curve'] == 'our own'
     (logs / '4/results.jsonl').write_text('{"nfe": 4')

@@ -54,6 +54,7 @@ MISTAKES = {
     'PD.DMD starts from the last student of PD; list': '--methods=PD+DMD,PD',
     '"x=PD then PD.py" is not understood; .* "NAME=OTHER then train_d': 'x=PD then PD.py',
     '"x=PD.py--lr 1" is not understood; expected "NAME=SCRIPT FLAGS"': 'x=PD.py--lr 1',
+    '"DDIM=foo.py" is not understood; expected "NAME': '--method=DDIM=foo.py',
     'x starts from the last student of DDIM; list': 'x=DDIM then train_dmd.py',
     'train_dmd.py needs a teacher of 16 steps or more, found 8; give': '--methods=PD,PD+DMD',
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
@@ -104,7 +105,7 @@ def chain(tiny, tmp_path, monkeypatch):
     def chain(seed=0, method='PD', first=None, **changes):
         monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(**dict(dict(
             logdir=str(tmp_path), config='TINY', methods=['DDIM', 'PD'], baseline='PD', seeds=2,
-            jobs=2, until=1, train_flags='--lr=1', eval_flags='--num_images=4',
+            jobs=2, until=1, report=False, train_flags='--lr=1', eval_flags='--num_images=4',
             read_flags_from_files=flags.FLAGS.read_flags_from_files), **changes)))
         counts = dict(DDIM=[8, 4, 2, 1], PD=[4, 2, 1]).get(method, [1])
         _, script, extra = study.parsed(study.METHODS[method])
@@ -131,7 +132,7 @@ def made(chain, fails=''):
             (folder / name / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
-            results.append(folder / 'results.jsonl', RESULT)
+            results.append(folder / 'results.jsonl', dict(RESULT, seed=int(values['--seed'])))
             np.savez(values['--save_images'], np.zeros((4, 8, 8, 3), np.uint8))
         return 0
 
@@ -257,16 +258,40 @@ def test_the_report_keeps_seeds_apart(chain, tmp_path):
     chains = [chain(0), chain(1)]
     for it, fid, seconds in zip(chains, (1., 3.), (10, 30)):
         made(it)
-        results.append(it.folder / '1/results.jsonl', dict(RESULT, fid=fid))
+        for seed in (it.seed, 7):       # the last by hand, with another seed: not the study's
+            results.append(it.folder / '1/results.jsonl', dict(RESULT, seed=seed, fid=fid))
+            fid = 99.
         (it.folder / 'seconds.txt').write_text(f'{seconds}\n')
-    study.report(chains)
+    (chains[0].folder / '1/samples.npz').unlink()       # costs its picture alone
+    study.report([*chains])
     text = (tmp_path / 'table.md').read_text()
     assert '| 2.000 +- 12.706 |' in text and 'mean over the seeds: PD 20.' in text
 
 
+def test_seconds_are_those_of_finished_trainings(chain):
+    done, half = chain(0, seeds=4), chain(1, seeds=4)
+    made(done)
+    made(half, fails='ddim_eval.py 1')
+    for it in (done, half):
+        (it.folder / 'seconds.txt').write_text('600\n')
+    assert study.cost([done, half]).endswith(': PD 600.')
+
+
+@pytest.mark.parametrize('key, value', [('num_images', 4), ('reference_images', 30),
+                                        ('reference', 'other'), ('pixels', 'float')])
+def test_scores_of_two_protocols_are_refused(chain, tmp_path, key, value):
+    chains = [chain(0), chain(1)]
+    for it in chains:
+        made(it)
+    results.append(chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1, **{key: value}))
+    with pytest.raises(UserError, match=f'seed1/2/results.jsonl has a score with {key} {value}, '):
+        study.report(chains)
+    assert not (tmp_path / 'table.md').exists()
+
+
 def test_report_before_anything_is_scored(chain, tmp_path):
-    with pytest.raises(UserError, match='3 students are missing'):
-        study.report([chain()])
+    with pytest.raises(UserError, match='3 students are missing.*run the command without --report'):
+        study.report([chain(report=True)])
     assert '- PD, seed 0, 1 steps: not made yet' in (tmp_path / 'table.md').read_text()
     assert not (tmp_path / 'study.png').exists()
 

@@ -26,7 +26,6 @@ from score import results
 
 FLAGS = flags.FLAGS
 METHODS = dict(base='DDIM', pd='PD', rdd='RDD', dmd='DMD')
-PROTOCOL = ('reference', 'feature_network', 'num_images', 'pixels')     # equal where scores compare
 
 
 def define_flags():
@@ -63,7 +62,7 @@ def read(named, file_name, read_file):
                 if line.get(FLAGS.value) is None:       # no precision, in older results
                     continue
                 curve = line.get('method', folder) if folder.isdigit() else folder
-                title = ', '.join(f'{line[key]}' for key in PROTOCOL if key in line)
+                title = ', '.join(f'{line[key]}' for key in results.PROTOCOL if key in line)
                 found.append(dict(line, title=title, curve=name or METHODS.get(curve, f'{curve}')))
         if len(found) == before:
             raise cli.UserError(f'{path} has no {file_name} with {FLAGS.value}; give a run that is '
@@ -87,7 +86,7 @@ def with_table(lines):
     last = {tuple(map(line.get, keys)): line for line in lines}.values()
     found = sorted(last, key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
     columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'precision', 'recall',
-               'seed', *PROTOCOL)
+               'seed', *results.PROTOCOL)
     print(f'| {" | ".join(columns)} |\n|{" :--- |" * len(columns)}')
     for line in found:
         print(f'| {" | ".join(str(line.get(key, "-")) for key in columns)} |')
