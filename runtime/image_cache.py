@@ -24,7 +24,8 @@ def kept(root, split, img_size, paths, fill, beside=False):
     """The images that `fill` makes of files, from an array that is kept until a file changes.
 
     Args:
-        root, split, img_size: what the array holds; it takes the place of an older one.
+        root, split, img_size: what the array holds; it takes the place of an older one. Another
+            spelling of the same root, such as an absolute path, is the same array.
         fill: function that makes a `new_array` in the file that it is given.
         beside: keep it in `root` if possible.
     Returns:
@@ -33,12 +34,13 @@ def kept(root, split, img_size, paths, fill, beside=False):
     """
     digest = hashlib.sha256(f'{VERSION} {img_size}'.encode())
     for path in paths:
-        digest.update(os.fsencode(path))
+        digest.update(os.fsencode(os.path.relpath(path, root)))
         with contextlib.suppress(OSError):      # reported when the file is read
             stat = os.stat(path)
             digest.update(f'\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n'.encode())
     key = digest.hexdigest()[:16]
-    name = f'{split}_{img_size}.{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}'
+    place = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+    name = f'{split}_{img_size}.{place}'
     folders = [Path(root)] if beside else []
     try:
         folders.append(Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'rdd'))
@@ -59,29 +61,39 @@ def _open(folder, name, key, fill):
     """(images, labels) of the array in `folder`, which is made if it is missing or cut."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(UNFINISHED):        # of processes that were killed
-        with contextlib.suppress(OSError), _locked(left):
+        with contextlib.suppress(OSError), _locked(folder, left.name.rsplit('.', 4)[0], wait=False):
             shutil.rmtree(left)
     file = folder / f'{name}.{key}.npy'
-    try:
-        records = np.load(file, mmap_mode='r')
-    except (OSError, EOFError, ValueError):
-        for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
-            old.unlink(missing_ok=True)
-        with replacing(file) as temporary, open(temporary.parent / '.lock', 'w') as lock:
+    records = _load(file)
+    if records is None:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):      # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            fill(temporary)
-        records = np.load(file, mmap_mode='r')
+                stack.enter_context(_locked(folder, name))
+            records = _load(file)       # another process may have made it meanwhile
+            if records is None:
+                for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
+                    old.unlink(missing_ok=True)
+                with replacing(file) as temporary:
+                    fill(temporary)
+                records = np.load(file, mmap_mode='r')
     with warnings.catch_warnings():     # torch warns of memory that is read-only
         warnings.simplefilter('ignore', UserWarning)
         return torch.from_numpy(records['pixels']), torch.tensor(records['label'])
 
 
+def _load(file):
+    """The records of a file, mapped into memory; None if it is missing or cut."""
+    try:
+        return np.load(file, mmap_mode='r')
+    except (OSError, EOFError, ValueError):
+        return None
+
+
 @contextlib.contextmanager
-def _locked(folder):
-    """Hold the lock of a temporary folder; OSError if another process does."""
-    with open(folder / '.lock', 'a') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _locked(folder, name, wait=True):
+    """Hold the lock of an array that is made; OSError if another process does and not `wait`."""
+    with open(folder / f'.{name}.lock', 'a') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

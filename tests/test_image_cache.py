@@ -1,6 +1,8 @@
 """Decoded folders: once per machine, again when a file changes, also where nothing can be kept."""
 
 import os
+import threading
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -45,7 +47,7 @@ def reds(folder):
 
 
 def kept(folder):
-    return sorted((folder.parent / 'cache/rdd').iterdir())
+    return sorted((folder.parent / 'cache/rdd').glob('[!.]*'))      # without locks
 
 
 def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
@@ -89,6 +91,31 @@ def test_a_kept_array_that_is_cut(folder, decode, size):
     assert reds(folder) == REDS and decode.call_count == 12 and kept(folder) == [file]
 
 
+def test_another_spelling_of_the_folder_is_the_same(folder, decode, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / 'link').symlink_to(folder)
+    names = ['photos', './photos', 'photos/', folder, str(folder), './link']
+    assert len({read(name).fingerprint for name in names}) == 1
+    assert decode.call_count == 6 and len(kept(folder)) == 1
+
+
+def test_two_processes_decode_once(folder, decode, monkeypatch):
+    """The second one starts while the finished array of the first is put in its place."""
+    fsync, results = os.fsync, []
+
+    def slow(number):
+        if not results:
+            results.append(threading.Thread(target=lambda: results.append(reds(folder))))
+            results[0].start()
+            time.sleep(.3)
+        fsync(number)
+
+    monkeypatch.setattr(os, 'fsync', slow)
+    assert reds(folder) == REDS
+    results[0].join()
+    assert results[1:] == [REDS] and decode.call_count == 6 and len(kept(folder)) == 1
+
+
 def test_leftovers_of_killed_decodings(folder):
     """They go, but not while another process writes them, nor a user's own files."""
     reds(folder)
@@ -99,7 +126,7 @@ def test_leftovers_of_killed_decodings(folder):
         path.write_text('')
     left.mkdir()
     (left / file.name).write_text('half')
-    with image_cache._locked(left):
+    with image_cache._locked(left.parent, file.name.rsplit('.', 2)[0]):
         reds(folder)
         assert kept(folder) == sorted([file, left, *mine])
     reds(folder)
