@@ -27,7 +27,8 @@ from runtime.flags import given, require
 FLAGS = flags.FLAGS
 UNSEEN = ('img_size', 'num_heads', 'num_head_channels', 'new_attention_order', 'beta_schedule',
           'steps', 'rescale_timesteps', 'predict_xstart')       # what weights do not show
-LICENCES = {r'(edm|baseline)-(cifar10|ffhq|afhqv2|imagenet)-': 'cc-by-nc-sa-4.0',
+LICENCES = {r'(edm|baseline)-(cifar10|ffhq|afhqv2|imagenet)-(32x32|64x64)-(un)?cond-(vp|ve|adm)':
+            'cc-by-nc-sa-4.0',
             '|'.join(guided_diffusion.PRESETS): 'mit'}      # by the names of public files
 
 
@@ -58,8 +59,9 @@ def main():
     check_new_folder(output)
     if not file.is_file():
         raise UserError(f'--teacher {file} is no file; give the weights of a teacher')
-    kind = FLAGS.kind or kind_of(file)
-    settings = settings_of(kind, file)
+    name = FLAGS.preset or file.stem
+    kind = FLAGS.kind or kind_of(file, name)
+    settings = settings_of(kind, file, name)
     try:
         if kind == 'edm':
             state, weights = edm_pickle.teacher(file, FLAGS.steps)
@@ -69,8 +71,8 @@ def main():
         raise UserError(f'{file} has no U-Net of EDM or guided-diffusion: tensors or arguments are '
                         f'missing, or have other names; give another file')
     state.update(T=len(state['schedule']['betas']), time_scale=1, origin=file.stem, use='net_model')
-    state.update({'license': name for pattern, name in LICENCES.items()
-                  if re.match(pattern, file.stem)})
+    if licence_of(name):
+        state['license'] = licence_of(name)
     alpha_bar = alpha_bar_table(state['T'], state['schedule'])
     if alpha_bar[-1] < 0 or not (alpha_bar.diff() < 0).all():
         raise UserError(f'--steps is {FLAGS.steps}, which the schedule of {file} cannot have in '
@@ -87,33 +89,39 @@ def main():
           f'{FLAGS.output} --logdir ./logs/{output.name}')
 
 
-def kind_of(file):
-    """The --kind of a file, from its first bytes and its name."""
+def kind_of(file, name):
+    """The --kind of a file, from its first bytes and the name of its public original."""
     with open(file, 'rb') as opened:
         start = opened.read(4)
     if start[:2] != b'PK' and start != b'\x80\x02\x8a\x0a':       # neither form of torch.save
         return 'edm'
-    return 'consistency_models' if file.stem.startswith('edm_') else 'guided_diffusion'
+    return 'consistency_models' if name.startswith('edm_') else 'guided_diffusion'
 
 
-def settings_of(kind, file):
+def licence_of(name):
+    """The licence of the public file of this name; None if there is none."""
+    found = [licence for pattern, licence in LICENCES.items() if re.fullmatch(pattern, name)]
+    return found[0] if found else None
+
+
+def settings_of(kind, file, name):
     """{name: value} of the flags `UNSEEN`; if not given, those of a public file of this name.
 
     Raises:
         UserError: such a flag is given for a snapshot of EDM.
     """
-    for name in filter(given, UNSEEN):
-        if kind == 'edm' and name != 'steps':
-            raise UserError(f'--{name} is given and {file} is a snapshot of EDM, which states its '
+    for flag in filter(given, ('preset', *UNSEEN)):
+        if kind == 'edm' and flag != 'steps':
+            raise UserError(f'--{flag} is given and {file} is a snapshot of EDM, which states its '
                             f'settings; leave it out')
-    preset = {} if kind == 'edm' else guided_diffusion.PRESETS.get(FLAGS.preset or file.stem, {})
-    for name, value in preset.items():
-        if not given(name):
-            FLAGS[name].value = value
+    preset = {} if kind == 'edm' else guided_diffusion.PRESETS.get(name, {})
+    for flag, value in preset.items():
+        if not given(flag):
+            FLAGS[flag].value = value
     if not FLAGS.num_head_channels:
         FLAGS.num_heads = FLAGS.num_heads or 4
     FLAGS.steps = FLAGS.steps or (1000 if kind == 'guided_diffusion' else 1024)
-    return {name: FLAGS[name].value for name in UNSEEN}
+    return {flag: FLAGS[flag].value for flag in UNSEEN}
 
 
 def report(state, network, arch):

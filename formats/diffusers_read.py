@@ -218,15 +218,16 @@ def read_unet(folder, config, dropout):
 
 def read_schedule(folder):
     """The arguments of the `Diffusion` of the U-Net in a folder, and how it was trained."""
-    for file in (folder.parent / 'training.json', folder / 'training.json'):    # of an export
-        training = read_json(file) if file.is_file() else {}
-        if {'T', 'time_scale', 'mean_type', 'schedule'} <= set(training):
-            check(training, ENTRIES, file)
-            return training
-    for place in (folder.parent / 'scheduler', folder.parent.parent / 'scheduler',
-                  folder / 'scheduler', folder):
-        if (place / 'scheduler_config.json').is_file():
-            return read_scheduler(place / 'scheduler_config.json')
+    parent, config = folder.parent, 'scheduler/scheduler_config.json'
+    for file in (folder / 'training.json', folder / 'scheduler_config.json', folder / config,
+                 parent / 'training.json', parent / config, parent.parent / config):
+        if file.name == 'training.json':        # of an export
+            training = read_json(file) if file.is_file() else {}
+            if {'T', 'time_scale', 'mean_type', 'schedule'} <= set(training):
+                check(training, ENTRIES, file)
+                return training
+        elif file.is_file():
+            return read_scheduler(file)
     raise UserError(f'there is no scheduler_config.json, which defines the schedule, beside '
                     f'{folder}; give the folder of a whole pipeline of diffusers')
 

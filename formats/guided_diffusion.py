@@ -26,7 +26,6 @@ LSUN = dict(img_size=256, num_heads=1, beta_schedule='linear')
 PRESETS = {
     '64x64_diffusion': dict(EDM, img_size=64, beta_schedule='cosine'),
     '256x256_diffusion': GUIDED, '256x256_diffusion_uncond': GUIDED,
-    '512x512_diffusion': dict(GUIDED, img_size=512),
     'lsun_bedroom': GUIDED, 'lsun_cat': GUIDED, 'lsun_horse': GUIDED,
     'lsun_horse_nodropout': GUIDED,
     'cifar10_uncond_50M_500K': CIFAR10, 'cifar10_uncond_vlb_50M_500K': CIFAR10,

@@ -75,6 +75,13 @@ def find_images(root, split):
     """
     folder = _split_folder(root, split)
     found, left_out = _classes(folder)
+    beside = _beside(folder) if split == 'train' and folder != Path(root) else []
+    if beside and list(found) == ['all']:
+        raise UserError(f'{root} has images in {beside[0]} beside the folder {folder.name}, which '
+                        f'alone would be used; move all classes into {root}/train, one that is '
+                        f'called {folder.name} as well')
+    if beside:
+        left_out[f'beside {folder.name}'] = len(beside)
     classes, train = list(found), _named(root, 'train') if split == 'test' else None
     if train:
         classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
@@ -113,6 +120,16 @@ def _classes(folder):
         raise UserError(f'{folder} holds no images that can be used ({what}): expected '
                         f'{folder}/<class>/*.jpg (or png, ...)')
     return found, left_out
+
+
+def _beside(folder):
+    """The image files beside the folder of a split, and in folders there that are no split."""
+    names = [name for split in SPLITS.values() for equal in split for name in equal]
+    folders, images, _ = _listing(folder.parent)
+    for path in folders:
+        if os.path.basename(path).lower() not in names:
+            images += _listing(path)[1]
+    return images
 
 
 def _split_folder(root, split):

@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,8 +173,30 @@ def test_what_the_weights_do_not_show(name, words, wanted):
     """By flags, else by the public file of this name, else by a default."""
     with parsing(convert.define_flags) as parse:
         parse(*words.split())
-        found = convert.settings_of('guided_diffusion', Path(f'{name}.pt'))
+        found = convert.settings_of('guided_diffusion', Path('x.pt'), convert.FLAGS.preset or name)
     assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize('words, name, kind', [
+    ('', 'edm_mine', 'consistency_models'), ('', 'mine', 'guided_diffusion'),
+    ('--preset=edm_imagenet64_ema', 'mine', 'consistency_models'),
+    ('--preset=64x64_diffusion', 'edm_mine', 'guided_diffusion')])
+def test_a_preset_decides_what_a_renamed_file_is(tmp_path, monkeypatch, words, name, kind):
+    torch.save({}, tmp_path / f'{name}.pt')
+    asked = Mock(side_effect=UserError('read'))
+    monkeypatch.setattr(convert.guided_diffusion, 'teacher', asked)
+    with parsing(convert.define_flags) as parse, pytest.raises(UserError, match='read'):
+        parse(f'--teacher={tmp_path}/{name}.pt', f'--output={tmp_path}/out', *words.split())
+        convert.main()
+    assert asked.call_args[0][1] == kind
+
+
+@pytest.mark.parametrize('name, licence', [
+    ('lsun_cat', 'mit'), ('edm-imagenet-64x64-cond-adm', 'cc-by-nc-sa-4.0'),
+    ('edm-ffhq-64x64-uncond-ve', 'cc-by-nc-sa-4.0'),
+    ('lsun_cat_finetuned', None), ('edm-cifar10-mine', None)])
+def test_licences_go_by_the_whole_name(name, licence):
+    assert convert.licence_of(name) == licence
 
 
 def test_the_variance_of_a_songunet_is_left_out(tmp_path, convert_file):
@@ -329,7 +352,7 @@ def test_more_resolutions_and_blocks(tmp_path, convert_file):
 def test_students_are_the_same_wrapper(tmp_path):
     """A file of ten classes, converted, and a student of two steps from it."""
     arguments = dict(SONG, label_dim=10, augment_dim=0)
-    file = write(tmp_path / 'edm-cifar10-x.pkl', song_weights(arguments), **arguments)
+    file = write(tmp_path / 'edm-cifar10-32x32-cond-vp.pkl', song_weights(arguments), **arguments)
     pd = [*PD, f'--base_ckpt={tmp_path}/edm', '--teacher_steps=4', f'--logdir={tmp_path}/pd']
     results = fork_all(dict(run=[
         command(['convert.py'], f'--teacher={file}', f'--output={tmp_path}/edm'),
@@ -344,7 +367,7 @@ def test_students_are_the_same_wrapper(tmp_path):
     first, student = load_model(tmp_path / 'edm', steps=4), load_model(tmp_path / 'pd')
     assert (student.diffusion.T, student.diffusion.N, student.entries['step']) == (2, 1024, 2)
     assert student.diffusion.mean_type == 'xstart'
-    assert student.entries['origin'] == 'edm-cifar10-x'
+    assert student.entries['origin'] == 'edm-cifar10-32x32-cond-vp'
     assert student.network.entries['license'] == 'cc-by-nc-sa-4.0'
     x, t, y = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1024, 512]), torch.tensor([0, 9])
     with torch.no_grad():

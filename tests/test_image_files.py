@@ -156,6 +156,19 @@ def test_what_is_left_out(tmp_path):
         '2 without ending'}
 
 
+def test_images_beside_the_training_folder(tmp_path):
+    """Counted; refused where the folder holds no classes, as it may be a class called train."""
+    for name in ('train/a/1.png', 'more/1.png', 'more/2.png', 'loose.png', 'test/a/1.png'):
+        save(tmp_path / 'sets' / name)
+    assert '1 images of 1 classes' in read(tmp_path / 'sets').summary
+    assert read(tmp_path / 'sets').summary.endswith('left out: 3 beside train')
+    for name in ('car/1.png', 'Train/2.png'):
+        save(tmp_path / 'vehicles' / name)
+    refused(tmp_path / 'vehicles', r'images in .*/car/1.png beside the folder Train, which alone')
+    (tmp_path / 'vehicles/car').rename(tmp_path / 'vehicles/test')
+    assert read(tmp_path / 'vehicles').num_classes == 1
+
+
 def test_links(tmp_path):
     """A link to a folder is followed, each real folder is read once, and none above the classes."""
     for name in ('elsewhere/1.png', 'train/a/2.png', 'train/b/3.png', 'train/b/4.png'):

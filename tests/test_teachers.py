@@ -73,6 +73,21 @@ def test_ddim_of_diffusers(tmp_path, beta_schedule, prediction, steps):
     assert diffusion.times()[:-1] == (theirs.timesteps + 1).tolist()
 
 
+def test_a_schedule_of_its_own_comes_before_that_of_a_neighbour(tmp_path):
+    """A flat folder inside that of a pipeline; unet/ of a pipeline takes the one beside it."""
+    diffusers()
+    for place, count in (('mine', 10), ('scheduler', 20)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'scheduler_config.json').write_text(json.dumps(dict(
+            _class_name='DDIMScheduler', num_train_timesteps=count)))
+    (tmp_path / 'training.json').write_text(json.dumps(dict(
+        T=4, time_scale=1, mean_type='v', schedule='cosine')))
+    assert diffusers_read.read_schedule(tmp_path / 'mine')['T'] == 10
+    assert diffusers_read.read_schedule(tmp_path / 'unet')['T'] == 4        # of an export
+    (tmp_path / 'training.json').unlink()
+    assert diffusers_read.read_schedule(tmp_path / 'unet')['T'] == 20
+
+
 # Networks and students
 
 @pytest.mark.parametrize('config', [GOOGLE, dict(SMALL, num_class_embeds=10)],
