@@ -184,6 +184,7 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
                             f'--logdir')
         inputs[name] = checkpoint.digest(model.network.state_dict())
     if teacher:
+        inputs['teacher_steps'] = teacher.diffusion.T
         title = f'{method.upper()} {teacher.diffusion.T}->{diffusion.T}'
         if amp != choose(FLAGS.amp, device, diffusion.T):
             amp = choose(FLAGS.amp, device, diffusion.T)

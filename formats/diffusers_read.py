@@ -38,7 +38,9 @@ AVERAGE = ('decay', 'min_decay', 'optimization_step', 'update_after_step', 'use_
 PREDICTIONS = dict(sample='xstart', epsilon='epsilon', v_prediction='v')        # {theirs: ours}
 SCHEDULER = dict(
     num_train_timesteps=TIMES, trained_betas=(list, are_betas, 'null or betas in (0, 1)'),
-    prediction_type=(str, lambda value: value in PREDICTIONS, ' or '.join(PREDICTIONS)))
+    prediction_type=(str, lambda value: value in PREDICTIONS, ' or '.join(PREDICTIONS)),
+    timestep_type=(str, lambda value: value == 'discrete', 'discrete'),
+    use_flow_sigmas=(bool, lambda value: not value, 'false'))
 # Schedulers with betas and timesteps 0..N - 1; how they sample does not matter here
 SCHEDULERS = ('DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler', 'DPMSolverMultistepScheduler',
               'DPMSolverSinglestepScheduler', 'DEISMultistepScheduler', 'UniPCMultistepScheduler',

@@ -159,8 +159,7 @@ def read_run(logdir, key, fixed, inputs):
     before = dict(inputs, **(state.get('inputs') or {}))
     for name in inputs:
         if name != 'data' and before[name] != inputs[name]:
-            refuse(f'a run with another {name}, whose weights differ from those given now; give '
-                   f'the same')
+            refuse(f'a run with another {name} than the one given now; give the same')
     if before['data'] != inputs['data']:
         distributed.print0('note: resuming with other images than before (names, sizes or times '
                            'of change differ).')

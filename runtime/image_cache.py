@@ -16,7 +16,7 @@ from runtime import distributed
 from runtime.cli import UserError
 from runtime.files import replacing
 
-VERSION = 2     # count up when the same files become other pixels
+VERSION = 3     # count up when the same files become other pixels
 UNFINISHED = f'*.{"[0-9a-f]" * 16}.{"[0-9a-f]" * 16}.npy.????????.tmp'
 
 

@@ -235,6 +235,8 @@ def _rgb(image):
     if wide:
         pixels = np.asarray(image)
         grey = (pixels / (4095 / 255 if 'I;12' in layout else 257)).round().clip(0, 255)
+        if image.format == 'TIFF' and image.tag_v2.get(262) == 0:       # 0 is white
+            grey = 255 - grey
         return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert('RGB')
     if clear is not None and ('L;2' in layout or 'L;4' in layout):  # Pillow scales only pixels
         image.info['transparency'] = clear * (85 if 'L;2' in layout else 17)

@@ -40,7 +40,7 @@ def in_workers(function, items, num_workers):
             for process in multiprocessing.active_children():
                 process.kill()
             raise UserError('a process that reads images was killed, as happens when memory runs '
-                            'out; lower --num_workers and run the same command again', code=1)
+                            'out; set --num_workers 0 and run the same command again', code=1)
         finally:
             for future in ahead:
                 future.cancel()

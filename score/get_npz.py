@@ -42,7 +42,8 @@ def define_flags():
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
     flags.DEFINE_integer('batch_size', 128, 'images per process and step', lower_bound=1)
     flags.DEFINE_alias('batchsize', 'batch_size')       # its name in the released code
-    flags.DEFINE_integer('num_workers', 4, 'processes that decode image files', lower_bound=0)
+    flags.DEFINE_integer('num_workers', 4, '0: one process alone decodes image files',
+                         lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
                       'them out')
     define_feature_flags()
@@ -94,16 +95,20 @@ def check(name, root, img_size):
 
     A data set without image files is read as in training.
     """
-    paths = []
-    if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
-        paths = image_files.find_images(root, FLAGS.split)[0]
-    problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
-    for path, reason in problems:
-        print(f'{path} {reason}')
-    if problems:
+    try:
+        dataset = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train',
+                                    num_workers=FLAGS.num_workers)
+    except UserError:       # at the first file that cannot be used
+        paths = []
+        if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
+            paths = image_files.find_images(root, FLAGS.split)[0]
+        problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
+        for path, reason in problems:
+            print(f'{path} {reason}')
+        if not problems:
+            raise
         raise UserError(f'{len(problems)} of {len(paths)} files cannot be used, see above; replace '
                         f'them, or give --skip_bad_images', code=1)
-    dataset = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train')
     print(f'{dataset.summary}; every file can be used')
 
 
@@ -138,7 +143,10 @@ def up_to_date(path, origin):
         distributed.print0(f'note: overwriting {path}, which holds no features for precision and '
                            f'recall.')
     else:
-        distributed.print0(f'note: overwriting {path}, which was made otherwise: {words(before)}.')
+        how = f'otherwise: {words(before)}'
+        if words(before) == words(origin):
+            how = 'of other images, or before some of their files changed'
+        distributed.print0(f'note: overwriting {path}, which was made {how}.')
     return current
 
 

@@ -28,14 +28,14 @@ REFUSED = dict(
 def runs(tmp_path_factory):
     """Folder of a teacher with 16 steps, of students with other weights, and of the runs below."""
     folder = tmp_path_factory.mktemp('dmd')
-    for seed, name in enumerate(['16', '1', '2', '8', 'labels', 'eps', 'huge']):
+    for seed, name in enumerate(['16', '1', '2', '8', 'labels', 'eps', 'huge', '32']):
         T = int(name) if name.isdigit() else 16
-        weights = random_unet(seed, name == 'labels', 16)
+        weights = random_unet(seed, name == 'labels', max(T, 16))
         if name == 'huge':      # its gradient overflows
             weights['tail.2.weight'] *= 1e17
         (folder / name).mkdir()
         checkpoint.save(folder / name / 'ckpt.pt', dict(
-            net_model=weights, T=T, time_scale=16 // T, step=1,
+            net_model=weights, T=T, time_scale=max(1, 16 // T), step=1,
             img_size=8, mean_type='epsilon' if name == 'eps' else 'xstart'))
 
     def dmd(name, *more, **how):
@@ -52,6 +52,9 @@ def runs(tmp_path_factory):
                 dmd('killed', '--dropout=.2', f'--teacher_ckpt={folder}/16/ckpt.pt')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
         teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
+        again=[dmd('again', f'--base_ckpt={folder}/32', f'--teacher_ckpt={folder}/32',
+                   '--student_steps=1', '--total_steps=2', more)
+               for more in ('--teacher_steps=0', '--teacher_steps=16')],
         overflow=[dmd('overflow', f'--teacher_ckpt={folder}/huge', '--total_steps=2')])
     jobs.update((name, [dmd(f'bad/{name}', *words.replace('RUNS', str(folder)).split())])
                 for name, (_, words) in REFUSED.items())
@@ -134,6 +137,11 @@ def test_resuming_is_exact(runs):
     states = [checkpoint.read(folder / name) for name in ('dropped', 'killed')]
     assert {'fake_model', 'optim_fake', 'net_model', 'optim'} <= set(states[0])
     assert_same(*states, skip=('flags',))
+
+
+def test_a_resumed_run_keeps_the_grid_of_its_teacher(runs):
+    (first, _, _), (code, _, stderr) = runs[1]['again']
+    assert (first, code) == (0, 2) and 'a run with another teacher_steps than' in stderr
 
 
 @pytest.mark.parametrize('name', ['parts', 'two'])

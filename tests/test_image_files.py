@@ -92,6 +92,14 @@ def test_wide_pgm(tmp_path, top):
     assert image_files.decode(tmp_path / 'x.pgm', W)[1, 3].tolist() == list(range(0, 256, 17))
 
 
+@pytest.mark.parametrize('black, order', [(1, 1), (0, -1)])
+def test_tiff_of_16_bits_whose_zero_is_black_or_white(tmp_path, black, order):
+    row = np.linspace(0, 65535, W).round().astype(np.uint16)
+    Image.fromarray(np.tile(row, (W, 1))).save(tmp_path / 'x.tif', tiffinfo={262: black})
+    found = image_files.decode(tmp_path / 'x.tif', W)[1, 3].tolist()
+    assert found == list(range(0, 256, 17))[::order]
+
+
 TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
           5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
 

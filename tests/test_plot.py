@@ -71,7 +71,8 @@ def test_pictures(logs, values, monkeypatch):
     (logs / '64/metrics.jsonl').write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": null}\n'
                                            '{"step": 3, "loss": 2}\n{"step": 4, "lo')
     values.value = 'loss'
-    plot.main(['mine=64', '64'])
+    (logs / 'a=b').symlink_to('64')
+    plot.main(['mine=64', './a=b'])
     lines = [{line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
              for picture in drawn for axis in picture.axes]
     assert lines == [{'none': [[4, 2]]},

@@ -362,9 +362,9 @@ def test_another_teacher_or_classifier_is_refused(make, capsys):
 
     train(student(), 2)
     assert student().start == 1 and 'other images' not in capsys.readouterr().out
-    with pytest.raises(UserError, match='holds a run with another teacher, whose weights'):
+    with pytest.raises(UserError, match='holds a run with another teacher than the one'):
         student(of=1)
-    with pytest.raises(UserError, match='holds a run with another classifier, whose weights'):
+    with pytest.raises(UserError, match='holds a run with another classifier than the one'):
         student(by=1)
     student(images='second')
     assert 'note: resuming with other images than before' in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from diffusion import Diffusion
 from helpers import RESULT, assert_ran, command, fork_all, make_scorer, parsing
-from runtime import checkpoint, data
+from runtime import checkpoint, data, image_files
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
 from score import get_npz, metrics, results, sampling
@@ -313,6 +313,10 @@ def test_statistics_that_are_there(measure, capsys, tmp_path):
     measure(*words, '--img_size=16')
     assert 'note: overwriting' in capsys.readouterr().out
     assert load_statistics(tmp_path / 'a.npz').img_size == 16
+    save_statistics(tmp_path / 'a.npz', load_statistics(tmp_path / 'a.npz')._replace(
+        fingerprint='0'))
+    measure(*words, '--img_size=16')
+    assert 'which was made of other images, or before' in capsys.readouterr().out
     np.savez(str(tmp_path / 'mine.npz'), a=np.zeros(2))
     with pytest.raises(UserError, match='mine.npz exists and holds no statistics'):
         measure(*words, f'--output={tmp_path}/mine.npz')
@@ -328,12 +332,17 @@ def test_images_that_are_measured(monkeypatch, half, most, expected):
     assert get_npz.chosen_images(7).tolist() == expected
 
 
-def test_every_file_is_checked(measure, capsys, tmp_path):
+def test_every_file_is_checked(measure, capsys, tmp_path, monkeypatch):
+    """Once, if all can be used."""
     make_photos(tmp_path, count=6)
-    words = ['--check', '--dataset=folder', f'--data_root={tmp_path}', '--img_size=8']
+    decode = Mock(wraps=image_files.decode)
+    monkeypatch.setattr(image_files, 'decode', decode)
+    words = ['--check', '--dataset=folder', f'--data_root={tmp_path}', '--img_size=8',
+             '--num_workers=0']
     measure(*words)
     output = capsys.readouterr().out
     assert '6 images of 3 classes' in output and 'every file can be used' in output
+    assert decode.call_count == 6
     (tmp_path / 'train/a/0.png').write_bytes(b'no picture')
     with pytest.raises(UserError, match='1 of 6 files cannot be used') as caught:
         measure(*words)

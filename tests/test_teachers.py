@@ -306,6 +306,12 @@ def hostile(name):
     return save
 
 
+def of_class(name, **settings):
+    """A scheduler of a class, with settings that others lack."""
+    text = json.dumps(dict(_class_name=name, **settings))
+    return lambda folder: (folder / 'scheduler/scheduler_config.json').write_text(text)
+
+
 ODD = {
     'no scheduler_config.json': lambda f: shutil.rmtree(str(f / 'scheduler')),
     'is UNet2DConditionModel, expected': unet(_class_name='UNet2DConditionModel'),
@@ -326,6 +332,10 @@ ODD = {
     'ends with alpha 0': scheduler(rescale_betas_zero_snr=True),
     'prediction_type in .* is .flow., expected': scheduler(prediction_type='flow'),
     'no schedule that diffusers can compute .*mine': scheduler(beta_schedule='mine'),
+    'timestep_type in .* is .continuous., expected': of_class(
+        'EulerDiscreteScheduler', timestep_type='continuous'),
+    'use_flow_sigmas in .* is True, expected': of_class(
+        'DPMSolverMultistepScheduler', use_flow_sigmas=True),
     'num_train_timesteps in .* is .many., expected': scheduler(num_train_timesteps='many'),
     'num_train_timesteps in .* is 1000000000': scheduler(num_train_timesteps=10 ** 9),
     'trained_betas in .* is .*1.5': scheduler(trained_betas=[.1, 1.5, .1]),

@@ -29,7 +29,7 @@ METHODS = dict(base='DDIM', pd='PD', rdd='RDD', dmd='DMD')
 
 
 def define_flags():
-    flags.DEFINE_string('output', './plot.png', 'the picture, a png or pdf')
+    flags.DEFINE_string('output', './plot.png', 'the picture, a png; of curves also a pdf')
     flags.DEFINE_string('value', 'fid', 'fid, inception_score, precision or recall, or a name in '
                         'metrics.jsonl')
     flags.DEFINE_bool('samples', False, 'draw rows of samples instead of curves')
@@ -41,7 +41,7 @@ def define_flags():
 def main(words):
     if not words:
         raise cli.UserError('found no file or folder; as in: tools/plot.py ./logs/digits')
-    named = [word.rpartition('=')[::2] for word in words]       # (name or '', path)
+    named = [('', word) if Path(word).exists() else word.rpartition('=')[::2] for word in words]
     if FLAGS.samples:
         draw_samples(named)
     elif FLAGS.value in (*results.NUMBERS, 'precision', 'recall'):
@@ -57,11 +57,12 @@ def read(named, file_name, read_file):
     for name, path in named:
         path, before = Path(path).expanduser(), len(found)
         for file in sorted(path.rglob(file_name)) if path.is_dir() else [path]:
-            folder = file.resolve().parent.name
+            below = file_name == 'metrics.jsonl' and file.parent != path    # it names no method
+            folder = str(file.parent.relative_to(path)) if below else file.resolve().parent.name
             for line in read_file(file):
                 if line.get(FLAGS.value) is None:       # no precision, in older results
                     continue
-                curve = line.get('method', folder) if folder.isdigit() else folder
+                curve = (line.get('method') or folder) if folder.isdigit() else folder
                 title = ', '.join(f'{line[key]}' for key in results.PROTOCOL if key in line)
                 found.append(dict(line, title=title, curve=name or METHODS.get(curve, f'{curve}')))
         if len(found) == before:
@@ -112,7 +113,7 @@ def draw_curves(lines, x):
             if x == 'nfe':      # a dot for every seed
                 axis.scatter(places, values, 18, color=axis.lines[-1].get_color())
                 axis.set_xscale('log', base=2)
-                axis.set_yscale('log')
+                axis.set_yscale('log' if FLAGS.value == 'fid' else 'linear')
         axis.legend()
     Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FLAGS.output, dpi=150)
