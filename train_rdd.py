@@ -16,7 +16,7 @@ from diffusion import distillation_loss
 from formats.load import load_teacher
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p
 from runtime import cli, distributed, seeding
-from runtime.flags import require
+from runtime.flags import require, without_switch
 from runtime.optim import learning_rate
 from training import (define_distillation_flags, new_student, noisy_parts, sample_grid, stages,
                       start_run, teacher_and_images)
@@ -36,7 +36,7 @@ flags.DEFINE_enum('loss_type', 'mp2p', ['mp2p', 'is_p2p', 'm_p2p', 'none'], 'rel
                   'both, within the batch, to the memory queue, or none')
 flags.DEFINE_float('intra_weight', 1., 'weight of IS_P2P')
 flags.DEFINE_float('intra_temperature', 1., 'temperature of IS_P2P', 1e-6)
-flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: a quarter of the batch', 0)
+flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: batch_size / 4 or fewer', 0)
 flags.DEFINE_float('memory_weight', 0.1, 'weight of M_P2P')
 flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P', 1e-6)
 flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', 1, 10**6)
@@ -54,8 +54,8 @@ flags.DEFINE_float('gt_weight', 1., 'weight of --gt')
 
 def main():
     if not (FLAGS.feature or FLAGS.loss_type != 'none' or FLAGS.alpha or FLAGS.logits or FLAGS.gt):
-        raise cli.UserError('--nofeature --loss_type none leaves no loss to train with; add '
-                            '--feature, --logits, --gt or --alpha')
+        raise cli.UserError('--nofeature --loss_type none leaves no loss; add --feature or --logits')
+    without_switch(logits_weight='logits', gt_weight='gt', beta='alpha')
     largest = max(FLAGS.contrast_size, FLAGS.queue_update)
     if FLAGS.loss_type in ('mp2p', 'm_p2p') and largest > FLAGS.queue_size:
         raise cli.UserError(f'--queue_size {FLAGS.queue_size} is smaller than --contrast_size or '

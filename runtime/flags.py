@@ -39,6 +39,13 @@ def without_effect(**reasons):
             print0(f'note: --{name} has no effect: {reason}.')
 
 
+def without_switch(**switches):
+    """Name the flags that are set while their switch is off: `without_switch(beta='alpha')`."""
+    for name, switch in switches.items():
+        if given(name) and not FLAGS[switch].value:
+            print0(f'note: --{name} has no effect without --{switch}.')
+
+
 def folder_flag():
     """The flag that names the folder of a run in this script, for messages."""
     return '--logdir' if 'logdir' in FLAGS else '--result_path'

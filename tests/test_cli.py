@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags as absl_flags
 
-from helpers import ROOT, command, environment, fork_all
+from helpers import ROOT, command, environment, fork_all, parsing
+from runtime import flags
 
 PROGRAM = """
 from absl import flags
@@ -125,6 +127,19 @@ def test_other_errors_keep_their_traceback(done):
 def test_help(done):
     code, out, _ = done[0]['--help']
     assert code == 0 and "\n  --lr\n      the rate (default: '1.0')\n" in out
+
+
+@pytest.mark.parametrize('words, note', [
+    ([], False), (['--weight=10'], True), (['--weight=10', '--term'], False), (['--term'], False)])
+def test_a_weight_of_a_term_that_is_off_is_named(capsys, words, note):
+    def define():
+        absl_flags.DEFINE_bool('term', False, '')
+        absl_flags.DEFINE_float('weight', 1., '')
+
+    with parsing(define) as parse:
+        parse(*words)
+        flags.without_switch(weight='term')
+    assert capsys.readouterr().out == note * 'note: --weight has no effect without --term.\n'
 
 
 def test_tasks_of_slurm_are_no_processes(done):
