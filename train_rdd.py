@@ -54,7 +54,7 @@ flags.DEFINE_float('gt_weight', 1., 'weight of --gt')
 
 def main():
     if not (FLAGS.feature or FLAGS.loss_type != 'none' or FLAGS.alpha or FLAGS.logits or FLAGS.gt):
-        raise cli.UserError('--nofeature --loss_type none leaves no loss; add --feature or --logits')
+        raise cli.UserError('--nofeature --loss_type none leaves no loss; add --logits or --gt')
     without_switch(logits_weight='logits', gt_weight='gt', beta='alpha')
     largest = max(FLAGS.contrast_size, FLAGS.queue_update)
     if FLAGS.loss_type in ('mp2p', 'm_p2p') and largest > FLAGS.queue_size:

@@ -36,7 +36,7 @@ MISTAKES = dict(
     size=('--img_size is 9, expected a multiple of 2: the network halves it 1 times',
           'base --img_size=9'),
     level=(r'--attn is \[1, 2\], expected resolutions from 0 to 1', 'base --attn=2'),
-    no_terms=('--nofeature --loss_type none leaves no loss; add --feat',
+    no_terms=('--nofeature --loss_type none leaves no loss; add --logits',
               'rdd --nofeature --loss_type=none'),
     contrast=(r'--queue_size 64 is smaller than --contrast_size or --queue_update \(65\)',
               'rdd --contrast_size=65'),
