@@ -92,9 +92,17 @@ def _load(file):
 @contextlib.contextmanager
 def _locked(folder, name, wait=True):
     """Hold the lock of an array that is made; OSError if another process does and not `wait`."""
-    with open(folder / f'.{name}.lock', 'a') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    path, held = folder / f'.{name}.lock', False
+    while not held:
+        with open(path, 'a') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that had it removes the file, which another one may have made again
+            held = path.exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            if held:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
 
 
 def new_array(file, length, img_size):
