@@ -71,8 +71,8 @@ def main():
         raise UserError(f'{file} has no U-Net of EDM or guided-diffusion: tensors or arguments are '
                         f'missing, or have other names; give another file')
     state.update(T=len(state['schedule']['betas']), time_scale=1, origin=file.stem, use='net_model')
-    if licence_of(name):
-        state['license'] = licence_of(name)
+    if licence_of(file.stem):
+        state['license'] = licence_of(file.stem)
     alpha_bar = alpha_bar_table(state['T'], state['schedule'])
     if alpha_bar[-1] < 0 or not (alpha_bar.diff() < 0).all():
         raise UserError(f'--steps is {FLAGS.steps}, which the schedule of {file} cannot have in '

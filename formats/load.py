@@ -146,6 +146,9 @@ def choose_weights(state, wanted, file):
     base = state.get('time_scale', 1) == 1 and 'ema_model' in state
     automatic = state.get('use', 'ema_model' if base else 'net_model')
     name = dict(net='net_model', ema='ema_model', auto=automatic)[wanted]
+    other = dict(net_model='ema_model', ema_model='net_model').get(name)
+    if wanted != 'auto' and other in state and name not in state:
+        raise UserError(f'{file} has no {name}, only {other}; leave out --weights {wanted}')
     if not isinstance(state.get(name), dict):
         raise UserError(f'{file} is {kind_of_file(state)}, not a diffusion checkpoint with {name}; '
                         f'give what train_base.py, PD.py, train_rdd.py or convert.py wrote')

@@ -70,7 +70,7 @@ def test_other_forms_of_weights(loaded):
     model = loaded(net_model=wrapped, T=8, time_scale=1)
     assert model.weights_name == 'net_model' and bias(model) == .5 and not model.network.training
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.network.parameters())
-    with pytest.raises(UserError, match='with ema_model'):
+    with pytest.raises(UserError, match='no ema_model, only net_model; leave out --w'):
         loaded(net_model=wrapped, T=8, how=dict(weights='ema'))
 
 
