@@ -77,7 +77,14 @@ def stages(T):
     before = FLAGS.base_ckpt
     for steps in halvings(T, FLAGS.until, FLAGS.base_ckpt):
         folder = str(Path(FLAGS.logdir) / str(steps))
-        yield before, folder, FLAGS.total_steps * (2 if steps <= 2 else 1)
+        total_steps = FLAGS.total_steps * (2 if steps <= 2 else 1)
+        later = Path(FLAGS.logdir) / str(steps // 2)
+        done = checkpoint.read_newest(folder) if (later / 'ckpt.pt').exists() else None
+        if done and done.get('step', 0) < total_steps:
+            raise UserError(f'--total_steps {FLAGS.total_steps} would go on with the training of '
+                            f'the student in {folder}, from which the one in {later} was made; '
+                            f'remove {later} and what was made from it, or choose another --logdir')
+        yield before, folder, total_steps
         distributed.barrier()
         before = folder
 

@@ -113,7 +113,7 @@ def good_jobs(runs):
         **stopped(runs.rdd, 'rdd_kill', signal.SIGKILL),
         base_resumed=[runs.command(base, 'base_resumed', kill_after_save=True),
                       runs.command(base, 'base_resumed')],
-        until=[until, until],
+        until=[until, until, runs.command(runs.pd, 'stages', '--until=1', '--total_steps=2')],
         until_two=[runs.command(runs.pd, 'stages_two', '--until=2', '--total_steps=1',
                                 '--sample_step=1', ranks=2)],
         pd_eval=[runs.evaluation('pd', '--fid_float', '--batch_size=3'),
@@ -202,14 +202,21 @@ def test_the_start_that_an_average_keeps_is_said(runs):
 
 def test_stages(runs):
     """Students of 2 steps and 1 train twice as long; finished stages are left alone."""
-    assert_ran(runs.forked['until'])
-    first, second = (result[1] for result in runs.forked['until'])
+    assert_ran(runs.forked['until'][:2])
+    first, second = (result[1] for result in runs.forked['until'][:2])
     for T, time_scale, steps in ((4, 2, 1), (2, 4, 2), (1, 8, 2)):
         student = runs.ckpt(f'stages/{T}')
         assert (student['T'], student['time_scale'], student['step']) == (T, time_scale, steps)
         line = FINISHED.format(steps, re.escape(f'{runs.folder}/stages/{T}'))
         assert re.search(line, first, re.MULTILINE), first
     assert second.count('is finished') == 3 and 'starting' not in second
+
+
+def test_a_student_that_another_was_made_from_is_not_trained_further(runs):
+    code, _, stderr = runs.forked['until'][2]
+    assert code == 2 and 'Traceback' not in stderr
+    assert re.search('--total_steps 2 would go on .*stages/4, from which .*stages/2 was', stderr)
+    assert runs.ckpt('stages/4')['step'] == 1
 
 
 def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
