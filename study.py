@@ -109,6 +109,7 @@ def main():
     if not FLAGS.report:
         for chain in chains:
             chain.record_plan()
+        check_protocol(chains)
         run_all(chains)
     report(chains)
 
@@ -336,24 +337,35 @@ def run_all(chains):
         list(pool.map(run_chain, sorted(chains, key=lambda chain: chain.first is not None)))
 
 
+def check_protocol(chains):
+    """Refuse scores that do not compare; a reference may be given by several paths."""
+    first = None
+    for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
+        result = chain.result(T)
+        if not result:
+            continue
+        protocol = {key: result[key] for key in results.PROTOCOL}
+        protocol['reference'] = str(cli.find(result['reference']).resolve())
+        first = first or protocol
+        for key, value in protocol.items():
+            if value != first[key]:
+                raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} {value}, '
+                                f'others have {first[key]}; remove those files of one kind and run '
+                                f'the same command again, to score anew')
+
+
 def report(chains):
     """Write the table and the pictures of the students that are finished; name the others."""
     steps = sorted({T for chain in chains for T in chain.step_counts}, reverse=True)
     shape = len(FLAGS.methods), len(steps), FLAGS.seeds
     scores = {score: np.full(shape, np.nan) for score in SCORES}
     folder, missing, rows = Path(FLAGS.logdir), [], {T: {} for T in steps}
-    protocol = None
+    check_protocol(chains)
     for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
         result = chain.result(T)
         if not result:
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
             continue
-        protocol = protocol or result
-        for key in results.PROTOCOL:
-            if result[key] != protocol[key]:
-                raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} '
-                                f'{result[key]}, others have {protocol[key]}; remove those files '
-                                f'of one kind and run the same command again, to score anew')
         for score, values in scores.items():
             value = result.get(score)       # no precision without features in the reference
             values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = (

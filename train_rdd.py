@@ -36,7 +36,7 @@ flags.DEFINE_enum('loss_type', 'mp2p', ['mp2p', 'is_p2p', 'm_p2p', 'none'], 'rel
                   'both, within the batch, to the memory queue, or none')
 flags.DEFINE_float('intra_weight', 1., 'weight of IS_P2P')
 flags.DEFINE_float('intra_temperature', 1., 'temperature of IS_P2P', 1e-6)
-flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: batch_size / 4 or fewer', 0)
+flags.DEFINE_integer('relation_group', 0, 'images per IS_P2P group; 0: batch_size/4 if it fits', 0)
 flags.DEFINE_float('memory_weight', 0.1, 'weight of M_P2P')
 flags.DEFINE_float('contrast_temperature', 0.1, 'temperature of M_P2P', 1e-6)
 flags.DEFINE_integer('queue_size', 20000, 'pixels in the memory queue', 1, 10**6)

@@ -80,10 +80,10 @@ def stages(T):
         total_steps = FLAGS.total_steps * (2 if steps <= 2 else 1)
         later = Path(FLAGS.logdir) / str(steps // 2)
         done = checkpoint.read_newest(folder) if (later / 'ckpt.pt').exists() else None
-        if done and done.get('step', 0) < total_steps:
+        if done and done.get('step') in range(total_steps):
             raise UserError(f'--total_steps {FLAGS.total_steps} would go on with the training of '
-                            f'the student in {folder}, from which the one in {later} was made; '
-                            f'remove {later} and what was made from it, or choose another --logdir')
+                            f'the student in {folder}, but {later} holds a student of it already; '
+                            f'give the --total_steps of before, or choose another --logdir')
         yield before, folder, total_steps
         distributed.barrier()
         before = folder

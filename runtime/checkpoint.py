@@ -162,7 +162,7 @@ def read_run(logdir, key, fixed, inputs):
             refuse(f'a run with another {name} than the one given now; give the same')
     if before['data'] != inputs['data']:
         distributed.print0('note: resuming with other images than before (names, sizes or times '
-                           'of change differ).')
+                           'of change differ, or they were read by an earlier version).')
     return state
 
 

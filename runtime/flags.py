@@ -166,7 +166,7 @@ def define_data_flags():
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', 1, 1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that read images ahead; 0: none, and '
-                         'one process alone decodes image files', 0)
+                         'one process decodes image files, else all cores do', 0)
     flags.DEFINE_bool('skip_bad_images', False, 'name and leave out images that cannot be read')
 
 

@@ -95,9 +95,16 @@ def _locked(folder, name, wait=True):
     path, held = folder / f'.{name}.lock', False
     while not held:
         with open(path, 'a') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f'waiting for another process that makes {folder / name}', flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             # the process that had it removes the file, which another one may have made again
-            held = path.exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            with contextlib.suppress(FileNotFoundError):
+                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
             if held:
                 try:
                     yield

@@ -48,12 +48,16 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
                             f'--skip_bad_images')
 
     images, _, key = kept(root, split, img_size, paths, fill)
+    return dict(images=images, labels=labels, num_classes=len(classes), key=key,
+                summary=summary(root, split, paths, labels, classes, left_out))
+
+
+def summary(root, split, paths, labels, classes, left_out):
+    """One line on what `find_images` found."""
     counts = np.bincount(labels, minlength=len(classes))
-    summary = (f'{root}, {split}: {len(paths)} images of {len(classes)} classes ({counts.min()} to '
-               f'{counts.max()} each), {_listed(map(_ending, paths))}')
-    if left_out:
-        summary += f'; left out: {_listed(left_out)}'
-    return dict(images=images, labels=labels, num_classes=len(classes), key=key, summary=summary)
+    text = (f'{root}, {split}: {len(paths)} images of {len(classes)} classes ({counts.min()} to '
+            f'{counts.max()} each), {_listed(map(_ending, paths))}')
+    return f'{text}; left out: {_listed(left_out)}' if left_out else text
 
 
 def _listed(found):
@@ -75,13 +79,15 @@ def find_images(root, split):
     """
     folder = _split_folder(root, split)
     found, left_out = _classes(folder)
-    beside = _beside(folder) if split == 'train' and folder != Path(root) else []
-    if beside and list(found) == ['all']:
-        raise UserError(f'{root} has images in {beside[0]} beside the folder {folder.name}, which '
-                        f'alone would be used; move all classes into {root}/train, one that is '
-                        f'called {folder.name} as well')
-    if beside:
-        left_out[f'beside {folder.name}'] = len(beside)
+    if split == 'train' and folder != Path(root):
+        loose, beside = _beside(folder)
+        if beside and not _listing(folder)[0]:
+            other = os.path.basename(os.path.dirname(beside[0]))
+            raise UserError(f'{root} has images in the folders {other} and {folder.name}; if these '
+                            f'are classes, move both into {root}/train, and if {folder.name} alone '
+                            f'is meant, move {other} out of {root}')
+        if loose + beside:
+            left_out[f'beside {folder.name}'] = len(loose + beside)
     classes, train = list(found), _named(root, 'train') if split == 'test' else None
     if train:
         classes = [os.path.basename(top) for top in _listing(train)[0]] or ['all']
@@ -123,13 +129,14 @@ def _classes(folder):
 
 
 def _beside(folder):
-    """The image files beside the folder of a split, and in folders there that are no split."""
+    """The image files beside the folder of a split, and those in folders that are no split."""
     names = [name for split in SPLITS.values() for equal in split for name in equal]
-    folders, images, _ = _listing(folder.parent)
+    (folders, loose, _), images = _listing(folder.parent), []
     for path in folders:
         if os.path.basename(path).lower() not in names:
-            images += _listing(path)[1]
-    return images
+            with contextlib.suppress(OSError):      # it may not be read, and is not used
+                images += _listing(path)[1]
+    return loose, images
 
 
 def _split_folder(root, split):

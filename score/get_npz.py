@@ -42,8 +42,8 @@ def define_flags():
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
     flags.DEFINE_integer('batch_size', 128, 'images per process and step', lower_bound=1)
     flags.DEFINE_alias('batchsize', 'batch_size')       # its name in the released code
-    flags.DEFINE_integer('num_workers', 4, '0: one process alone decodes image files',
-                         lower_bound=0)
+    flags.DEFINE_integer('num_workers', 4, '0: one process decodes image files; else '
+                         'all cores do', lower_bound=0)
     flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
                       'them out')
     define_feature_flags()
@@ -95,21 +95,18 @@ def check(name, root, img_size):
 
     A data set without image files is read as in training.
     """
-    try:
-        dataset = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train',
-                                    num_workers=FLAGS.num_workers)
-    except UserError:       # at the first file that cannot be used
-        paths = []
-        if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
-            paths = image_files.find_images(root, FLAGS.split)[0]
-        problems = list(image_files.decode_all(paths, img_size, FLAGS.num_workers))
+    if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
+        found = image_files.find_images(root, FLAGS.split)
+        problems = list(image_files.decode_all(found[0], img_size, FLAGS.num_workers))
         for path, reason in problems:
             print(f'{path} {reason}')
-        if not problems:
-            raise
-        raise UserError(f'{len(problems)} of {len(paths)} files cannot be used, see above; replace '
-                        f'them, or give --skip_bad_images', code=1)
-    print(f'{dataset.summary}; every file can be used')
+        if problems:
+            raise UserError(f'{len(problems)} of {len(found[0])} files cannot be used, see above; '
+                            f'replace them, or give --skip_bad_images', code=1)
+        summary = image_files.summary(root, FLAGS.split, *found)
+    else:
+        summary = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train').summary
+    print(f'{summary}; every file can be used')
 
 
 def chosen_images(length):
@@ -145,7 +142,7 @@ def up_to_date(path, origin):
     else:
         how = f'otherwise: {words(before)}'
         if words(before) == words(origin):
-            how = 'of other images, or before some of their files changed'
+            how = 'of other images, of files that have changed, or by an earlier version'
         distributed.print0(f'note: overwriting {path}, which was made {how}.')
     return current
 

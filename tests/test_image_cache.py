@@ -47,7 +47,7 @@ def reds(folder):
 
 
 def kept(folder):
-    return sorted((folder.parent / 'cache/rdd').glob('[!.]*'))      # without locks
+    return sorted((folder.parent / 'cache/rdd').iterdir())
 
 
 def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
@@ -116,6 +116,27 @@ def test_two_processes_decode_once(folder, decode, monkeypatch):
     assert results[1:] == [REDS] and decode.call_count == 6 and len(kept(folder)) == 1
 
 
+def test_one_holds_a_lock_at_a_time(tmp_path, capsys):
+    """Though its file goes with every holder, and others wait for it."""
+    inside, most = [], []
+
+    def hold():
+        for _ in range(30):
+            with image_cache._locked(tmp_path, 'x'):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 120 and not list(tmp_path.iterdir())
+    assert f'waiting for another process that makes {tmp_path}/x' in capsys.readouterr().out
+
+
 def test_leftovers_of_killed_decodings(folder):
     """They go, but not while another process writes them, nor a user's own files."""
     reds(folder)
@@ -126,9 +147,10 @@ def test_leftovers_of_killed_decodings(folder):
         path.write_text('')
     left.mkdir()
     (left / file.name).write_text('half')
-    with image_cache._locked(left.parent, file.name.rsplit('.', 2)[0]):
+    name = file.name.rsplit('.', 2)[0]
+    with image_cache._locked(left.parent, name):
         reds(folder)
-        assert kept(folder) == sorted([file, left, *mine])
+        assert kept(folder) == sorted([file, left, *mine, left.with_name(f'.{name}.lock')])
     reds(folder)
     assert kept(folder) == sorted([file, *mine])
     (folder / 'a/2.bmp').write_bytes(b'no image')

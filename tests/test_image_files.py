@@ -170,11 +170,14 @@ def test_images_beside_the_training_folder(tmp_path):
         save(tmp_path / 'sets' / name)
     assert '1 images of 1 classes' in read(tmp_path / 'sets').summary
     assert read(tmp_path / 'sets').summary.endswith('left out: 3 beside train')
-    for name in ('car/1.png', 'Train/2.png'):
+    for name in ('car/1.png', 'Train/2.png', 'logo.png'):
         save(tmp_path / 'vehicles' / name)
-    refused(tmp_path / 'vehicles', r'images in .*/car/1.png beside the folder Train, which alone')
+    refused(tmp_path / 'vehicles', 'images in the folders car and Train; if these are classes, ')
     (tmp_path / 'vehicles/car').rename(tmp_path / 'vehicles/test')
-    assert read(tmp_path / 'vehicles').num_classes == 1
+    assert read(tmp_path / 'vehicles').summary.endswith('left out: 1 beside Train')
+    for name in ('car/1.png', 'train/all/2.png'):
+        save(tmp_path / 'one' / name)
+    assert read(tmp_path / 'one').num_classes == 1
 
 
 def test_links(tmp_path):

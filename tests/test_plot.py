@@ -72,7 +72,9 @@ def test_pictures(logs, values, monkeypatch):
                                            '{"step": 3, "loss": 2}\n{"step": 4, "lo')
     values.value = 'loss'
     (logs / 'a=b').symlink_to('64')
-    plot.main(['mine=64', './a=b'])
+    plot.main(['mine=64/metrics.jsonl', './a=b'])
+    with pytest.raises(UserError, match='typo has no metrics.jsonl with loss'):
+        plot.main(['typo'])
     lines = [{line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
              for picture in drawn for axis in picture.axes]
     assert lines == [{'none': [[4, 2]]},

@@ -283,8 +283,11 @@ def test_scores_of_two_protocols_are_refused(chain, tmp_path, key, value):
     chains = [chain(0), chain(1)]
     for it in chains:
         made(it)
+    same = dict(RESULT, seed=1, reference=str(ROOT / RESULT['reference']))
+    results.append(chains[1].folder / '2/results.jsonl', same)
+    study.check_protocol(chains)        # another path of one reference
     results.append(chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1, **{key: value}))
-    with pytest.raises(UserError, match=f'seed1/2/results.jsonl has a score with {key} {value}, '):
+    with pytest.raises(UserError, match=f'seed1/2/results.jsonl has a score with {key} .*{value}'):
         study.report(chains)
     assert not (tmp_path / 'table.md').exists()
 

@@ -57,7 +57,7 @@ def read(named, file_name, read_file):
     for name, path in named:
         path, before = Path(path).expanduser(), len(found)
         for file in sorted(path.rglob(file_name)) if path.is_dir() else [path]:
-            below = file_name == 'metrics.jsonl' and file.parent != path    # it names no method
+            below = file_name == 'metrics.jsonl' and path.is_dir() and file.parent != path
             folder = str(file.parent.relative_to(path)) if below else file.resolve().parent.name
             for line in read_file(file):
                 if line.get(FLAGS.value) is None:       # no precision, in older results
