@@ -1,11 +1,11 @@
 """The formulas of the method once more, plain and slow, in float64: what the scripts must compute.
 
-From the product come the networks, the seeds of dropout, and `Diffusion`, which test_diffusion.py
-and test_parity.py check. Images, times, noise and chosen pixels are given, see record.py; gradients
-are those of autograd.
+From the product come networks, images, keys of random numbers, the losses with closed forms, and
+`Diffusion`: other tests check them. Gradients are those of autograd.
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -13,9 +13,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from classifier import build_classifier
 from diffusion import Diffusion, distillation_loss
-from losses import MemoryP2P
+from losses import MemoryP2P, diversity, entropy, feature_kl
 from model import UNet
-from runtime import seeding
+from runtime import data, seeding
+
+# 64 channels somewhere: with 32, group norm has one channel per group and wipes out t and y
+NET = dict(ch=32, ch_mult=[2, 1], attn=[1], num_res_blocks=1)
 
 
 def double(tensor):
@@ -24,7 +27,7 @@ def double(tensor):
 
 def unet(weights, T, conditional=False, dropout=0.):
     """The tiny network of the tests in float64, in eval mode."""
-    net = UNet(T, 32, [2, 1], [1], 1, dropout, conditional).double()
+    net = UNet(T, **NET, dropout=dropout, conditional=conditional).double()
     net.load_state_dict(weights)
     return net.to(memory_format=torch.channels_last).eval()     # dropout draws in this order
 
@@ -110,103 +113,134 @@ def moments(module, saved, wd):
     return found
 
 
-# One step of a script
+# Training of a U-Net
 
-def step_terms(flags, grid, net, part, features, memory, queue):
-    """{name: (weight, loss)} of one part of a batch, for whichever script the flags are of.
+class Training:
+    """What a script makes of its flags, step by step.
 
     Args:
         flags: all flags by name, and `script`.
-        net, features: the network in training, the classifier.
-        part: images, noise, times, labels; `x_target`, `e_target` of the teacher.
-        memory, queue: `MemoryP2P`, whose head is trained, or None; the rows compared with.
+        images: the data set. teacher: its checkpoint. features: the classifier, see above.
     """
-    x_0, eps, t = double(part['x_0']), double(part['eps']), part['t']
-    x, e = grid.predict(net, grid.add_noise(x_0, eps, t), t, part['y'])
-    if flags['script'] == 'train_base.py':
-        kind = 'eps' if flags['mean_type'] == 'epsilon' else flags['loss_type']
-        return dict(loss=(1, distillation_loss(x, e, x_0, eps, kind).mean()))
-    target = part['x_target'], part['e_target']
-    if flags['script'] == 'PD.py':
-        return dict(loss=(1, distillation_loss(x, e, *target, flags['loss_type']).mean()))
-    logits, f_S, map_S = features(x)
-    _, f_T, map_T = features(part['x_target'])
-    terms = {}
-    if flags['feature']:
-        terms['loss_feature'] = flags['feature_weight'], kl(f_T / flags['temperature'], f_S).mean()
-    if flags['loss_type'] in ('mp2p', 'is_p2p'):
-        quarter = flags['batch_size'] // 4      # of the whole batch, where parts are that large
-        group = flags['relation_group'] or (
-            quarter if quarter and len(x) % quarter == 0 else len(x))
-        terms['loss_intra'] = flags['intra_weight'], intra_loss(
-            map_S, map_T, flags['intra_temperature'], group)
-    if memory:
-        terms['loss_memory'] = flags['memory_weight'], memory_loss(
-            memory.project_head(map_S), map_T, queue, flags['contrast_temperature'])
-    if flags['alpha']:
-        log_p = logits.log_softmax(1)
-        terms['entropy'] = flags['alpha'] * flags['beta'], -(log_p.exp() * log_p).sum(1).mean()
-        p = log_p.exp().mean(0)
-        terms['diversity'] = flags['alpha'] * (1 - flags['beta']), (p * p.log()).sum()
-    if flags['logits']:
-        terms['loss_pd'] = flags['logits_weight'], distillation_loss(x, e, *target, 'both').mean()
-    if flags['gt']:
-        terms['loss_gt'] = flags['gt_weight'], distillation_loss(x, e, x_0, eps, 'both').mean()
-    return terms
 
+    def __init__(self, flags, images, teacher, features):
+        f = self.flags = SimpleNamespace(**flags)
+        self.images, self.features, self.teacher = images, features, None
+        if f.script == 'train_base.py':
+            self.grid = Diffusion(f.T, f.time_scale, f.mean_type)
+            return
+        self.weights = teacher.get('ema_model', teacher['net_model'])
+        self.grid = Diffusion(teacher['T'] // 2, 2 * teacher['time_scale'], f.mean_type)
+        self.teacher_grid = self.grid.with_steps(teacher['T'], teacher['mean_type'])
+        self.teacher = unet(self.weights, self.grid.N, f.conditional).requires_grad_(False)
 
-def expected_step(flags, step, before, parts, chosen=None, contrast=None, teacher=None,
-                  teacher_type=None, features=None, teacher_step=1, N=8):
-    """What a step must log and leave behind.
+    def first_state(self):
+        """The checkpoint before the first step."""
+        f, state = self.flags, dict(optim=dict(state={}), optim_head=dict(state={}))
+        torch.manual_seed(seeding.mix(f.seed, seeding.WEIGHTS))
+        if self.features and f.loss_type in ('mp2p', 'm_p2p'):
+            state['memory'] = self.memory().state_dict()
+        weights = self.weights if self.teacher else UNet(
+            self.grid.N, **NET, conditional=f.conditional).state_dict()
+        return dict(state, net_model=weights, ema_model=weights)
 
-    Args:
+    def memory(self):
+        return MemoryP2P(64, self.flags.queue_size, self.flags.contrast_size,
+                         layout=self.flags.queue_layout)
+
+    def drawn(self, stream, count, number, step):
+        """`number` of 0 .. count - 1, none twice."""
+        rng = seeding.generator('cpu', self.flags.seed, stream, step)
+        return torch.randperm(count, generator=rng)[:number]
+
+    def parts(self, step):
+        """x_0, y, t, eps, z_t and the targets of each part: rows of one batch."""
+        f, grid = self.flags, self.grid
+        x_0, y = next(data.batches(self.images, f.batch_size, f.seed, torch.device('cpu'),
+                                   step - 1))
+        rng = seeding.generator('cpu', f.seed, seeding.NOISE, grid.T, step)
+        first = 1 if self.teacher else 0
+        t = grid.visited[torch.randint(first, grid.T + 1, (len(y),), generator=rng)]
+        eps = torch.randn(x_0.shape, generator=rng)
+        chunks = [v.chunk(f.grad_accum) for v in (x_0.double(), y, t, eps.double())]
+        for x_0, y, t, eps in zip(*chunks):
+            part = SimpleNamespace(x_0=x_0, y=y, t=t, eps=eps, z_t=grid.add_noise(x_0, eps, t))
+            if self.teacher:
+                part.x_target = self.teacher_grid.two_step_target(self.teacher, part.z_t, t, y)
+                part.e_target = grid.eps_of(part.z_t, part.x_target, t)
+            yield part
+
+    def terms(self, net, part, memory, queue):
+        """{name: (weight, loss)} of a part; queue: the rows that the memory is compared with."""
+        f, (x, e) = self.flags, self.grid.predict(net, part.z_t, part.t, part.y)
+        images = x, e, part.x_0, part.eps
+        if f.script == 'train_base.py':
+            kind = 'eps' if f.mean_type == 'epsilon' else f.loss_type
+            return dict(loss=(1, distillation_loss(*images, kind).mean()))
+        targets = x, e, part.x_target, part.e_target
+        if f.script == 'PD.py':
+            return dict(loss=(1, distillation_loss(*targets, f.loss_type).mean()))
+        logits, f_S, map_S = self.features(x)
+        _, f_T, map_T = self.features(part.x_target)
+        terms = {}
+        if f.feature:
+            terms['loss_feature'] = f.feature_weight, feature_kl(f_S, f_T, f.temperature)
+        if f.loss_type in ('mp2p', 'is_p2p'):
+            quarter = f.batch_size // 4         # of the whole batch, where parts are that large
+            fits = quarter and len(x) % quarter == 0
+            group = f.relation_group or (quarter if fits else len(x))
+            loss = intra_loss(map_S, map_T, f.intra_temperature, group)
+            terms['loss_intra'] = f.intra_weight, loss
+        if memory:
+            loss = memory_loss(memory.project_head(map_S), map_T, queue, f.contrast_temperature)
+            terms['loss_memory'] = f.memory_weight, loss
+        if f.alpha:
+            terms['entropy'] = f.alpha * f.beta, entropy(logits)
+            terms['diversity'] = f.alpha * (1 - f.beta), diversity(logits.softmax(1).mean(0))
+        if f.logits:
+            terms['loss_pd'] = f.logits_weight, distillation_loss(*targets).mean()
+        if f.gt:
+            terms['loss_gt'] = f.gt_weight, distillation_loss(*images).mean()
+        return terms
+
+    def step(self, step, before):
+        """What a step must log, and leave behind.
+
         before: checkpoint before the step.
-        parts: what the recorder kept of it.
-        chosen, contrast: pixels that enter the queue, rows of it that are compared with.
-        teacher: its network, with outputs `teacher_type` and steps of `teacher_step` grid points.
-        N: last point of the grid.
-    Returns:
-        logged {name: value}; after: dict of moments and, with a queue, of queue, pointer,
-        head_moments, running (mean, var).
-    """
-    grid = Diffusion(N, mean_type=flags['mean_type'])
-    net = unet(before['net_model'], N, flags['conditional'], flags['dropout']).train()
-    after, memory, queue = {}, None, None
-    for part in parts if teacher is not None else ():
-        diffusion, t = grid.with_steps(N // teacher_step, teacher_type), part['t']
-        with torch.no_grad():
-            z = grid.add_noise(double(part['x_0']), double(part['eps']), t)
-            part['x_target'] = diffusion.two_step_target(teacher, z, t, part['y'])
-            part['e_target'] = grid.eps_of(z, part['x_target'], t)
-    if chosen is not None:
-        memory = MemoryP2P(before['memory']['queue'].shape[1], flags['queue_size'],
-                           flags['contrast_size'], layout=flags['queue_layout']).double()
-        memory.load_state_dict(before['memory'])
-        map_T = torch.cat([features(part['x_target'])[2] for part in parts])
-        after['queue'], after['pointer'] = enqueued(
-            memory.queue, before['memory']['_extra_state']['pointer'], map_T, chosen,
-            flags['queue_layout'])
-        queue = after['queue'][contrast]
-    total, logged = 0., {}
-    for number, part in enumerate(parts):
-        torch.manual_seed(seeding.mix(flags['seed'], seeding.DROPOUT, step, 0, number))
-        terms = step_terms(flags, grid, net, part, features, memory, queue)
-        loss = sum(weight * value for weight, value in terms.values())
-        total = total + loss / len(parts)
-        values = {name: value for name, (_, value) in terms.items()}
-        for name, value in dict(values, loss=loss).items():
-            logged[name] = logged.get(name, 0.) + value.item() / len(parts)
-    total.backward()
-    limit = flags['grad_clip'] or math.inf
-    logged['grad_norm'] = clip_grad_norm_(net.parameters(), limit).item()
-    logged['lr'] = rate(step, flags['lr'], flags['warmup'], flags['total_steps'],
-                        flags['script'] != 'train_base.py')
-    after['moments'] = moments(net, before['optim'], flags['wd'])
-    if memory:
-        after['head_moments'] = moments(memory, before['optim_head'], flags['wd'])
-        norm = memory.project_head[1]
-        after['running'] = norm.running_mean, norm.running_var
-    return logged, after
+        Returns:
+            logged {name: value}; after: dict of moments and, with a queue, of queue, contrast,
+            pointer, head_moments, running (mean, var).
+        """
+        f, parts, after, memory, queue = self.flags, list(self.parts(step)), {}, None, None
+        net = unet(before['net_model'], self.grid.N, f.conditional, f.dropout).train()
+        if 'memory' in before:
+            memory = self.memory().double()
+            memory.load_state_dict(before['memory'])
+            map_T = torch.cat([self.features(part.x_target)[2] for part in parts])
+            chosen = self.drawn(seeding.PIXELS, map_T[:, 0].numel(), f.queue_update, step)
+            after['queue'], after['pointer'] = enqueued(memory.queue, memory.pointer, map_T, chosen,
+                                                        f.queue_layout)
+            after['contrast'] = memory.contrast if f.queue_layout == 'released' else self.drawn(
+                seeding.CONTRAST, f.queue_size, f.contrast_size, step)
+            queue = after['queue'][after['contrast']]
+        total, logged = 0., {}
+        for number, part in enumerate(parts):
+            torch.manual_seed(seeding.mix(f.seed, seeding.DROPOUT, step, 0, number))
+            terms = self.terms(net, part, memory, queue)
+            loss = sum(weight * value for weight, value in terms.values())
+            total = total + loss / len(parts)
+            values = {name: value for name, (_, value) in terms.items()}
+            for name, value in dict(values, loss=loss).items():
+                logged[name] = logged.get(name, 0.) + value.item() / len(parts)
+        total.backward()
+        logged['grad_norm'] = clip_grad_norm_(net.parameters(), f.grad_clip or math.inf).item()
+        logged['lr'] = rate(step, f.lr, f.warmup, f.total_steps, self.teacher is not None)
+        after['moments'] = moments(net, before['optim'], f.wd)
+        if memory:
+            after['head_moments'] = moments(memory, before['optim_head'], f.wd)
+            norm = memory.project_head[1]
+            after['running'] = norm.running_mean, norm.running_var
+        return logged, after
 
 
 # Training of a classifier
@@ -221,6 +255,6 @@ def classifier_trained(state, batches, rates, wd, nesterov):
     for (x, y), lr in zip(batches, rates):
         optim.param_groups[0]['lr'] = lr
         optim.zero_grad()
-        cross_entropy(net(double(x))[0], y).backward()
+        cross_entropy(net(x.double())[0], y).backward()
         optim.step()
     return net

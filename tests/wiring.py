@@ -1,26 +1,19 @@
-"""Inputs of the wiring tests: teachers, a classifier, pictures; and comparisons of tensors."""
+"""Inputs of the tests of whole scripts: teachers, a classifier, pictures; command lines."""
 
-import functools
-
-import numpy as np
 import torch
 from PIL import Image
 
 import oracle
 from classifier import build_classifier
+from helpers import command
 from model import UNet
 from runtime import checkpoint
-
-# 64 channels somewhere: with 32, group norm has one channel per group and wipes out t and y
-NET = dict(ch=32, ch_mult=[2, 1], attn=[1], num_res_blocks=1)
-PATHS = ('base_ckpt', 'classifier_path', 'data_root', 'logdir', 'fid_cache', 'feature_network',
-         'save_images', 'result_path', 'output')      # flags that name a file of these tests
 
 
 def random_unet(seed, conditional, T=8):
     """Weights without structure: every part of the network matters."""
     torch.manual_seed(seed)
-    net = UNet(T, **NET, conditional=conditional)
+    net = UNet(T, **oracle.NET, conditional=conditional)
     for name, p in net.named_parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape)
@@ -28,7 +21,7 @@ def random_unet(seed, conditional, T=8):
 
 
 def make_inputs(folder):
-    """Teachers and a classifier, as the scripts would find them."""
+    """Teachers, a classifier and pictures, as the scripts would find them."""
     teachers = dict(teacher={}, coarse=dict(T=4, time_scale=2), labels={},
                     epsilon=dict(mean_type='epsilon'))
     for name, more in teachers.items():
@@ -43,13 +36,13 @@ def make_inputs(folder):
     for name, value in net.state_dict().items():
         if 'norm' in name and value.is_floating_point():
             value.copy_(0.5 + torch.rand(value.shape))
-        if name == 'stage4.norm.weight':
-            value.mul_(3)
-        if name == 'fc.weight':
+        if name in ('stage4.norm.weight', 'fc.weight'):
             value.mul_(4)
     (folder / 'classifier').mkdir()
     checkpoint.save(folder / 'classifier/ckpt.pt', dict(
         model=net.state_dict(), name='convnet_small', mean=[.3, .4, .5], std=[.4, .5, .6]))
+    make_photos(folder / 'photos')
+    make_photos(folder / 'photos', 'test', 60)
 
 
 def make_photos(folder, split='train', count=24):
@@ -62,39 +55,14 @@ def make_photos(folder, split='train', count=24):
         Image.fromarray(pixels.numpy()).save(str(path))
 
 
-@functools.lru_cache(None)
-def photos(folder, split='train'):
-    """Images as a script must see them, the centre of each, and their labels."""
-    images, labels = [], []
-    for label, name in enumerate('abc'):
-        for path in sorted((folder / f'{split}/{name}').iterdir()):
-            pixels = torch.from_numpy(np.array(Image.open(str(path)))).permute(2, 0, 1)
-            images.append(pixels[:, :, 2:10].float() / 127.5 - 1)
-            labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
-
-
-def words(flags, folder):
-    """Flags as words of a command line; names of inputs become their paths.
-
-    A student of an eps teacher predicts v by default; v is not given, since it would contradict the
-    teacher.
-    """
+def started(folder, flags, **how):
+    """The command that runs the script of `flags` in `folder`; flags that are None are left out."""
+    argv = [flags['script']]
     for name, value in flags.items():
-        students_own = name == 'mean_type' and value == 'v' and 'base_ckpt' in flags
-        if name == 'script' or value is None or students_own:
-            continue
-        if isinstance(value, bool):
-            yield f'--{name}' if value else f'--no{name}'
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            yield f'--{name}={folder / item if name in PATHS else item}'
-
-
-@functools.lru_cache(9)
-def load(file):
-    """A file that these tests have written; fast, because it may hold anything."""
-    return torch.load(str(file), weights_only=False)
+        if name != 'script' and value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [f'--{name}={item}' for item in values]
+    return command(argv, cwd=str(folder), **how)
 
 
 def near(found, expected, rtol, floor=1e-12):
