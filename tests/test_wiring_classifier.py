@@ -1,7 +1,6 @@
 """Training of a classifier and evaluation of a model against the formulas in float64.
 
-As in test_wiring.py: the values of numbers are unlike their defaults in `plain`, and all others in
-`other`.
+As in test_wiring.py: the values of numbers are unlike their defaults in `plain`.
 """
 
 import json
@@ -10,39 +9,42 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import pad
 
 import oracle
+from classifier import build_classifier
+from classifier.augment import Augment, random_crop
 from diffusion import Diffusion
-from helpers import assert_ran, command, fork_all
-from runtime import data, distributed
+from helpers import assert_ran, fork_all
+from runtime import checkpoint, data, distributed, seeding
 from score.metrics import ActivationStats, frechet_distance, precision_recall
-from wiring import load, make_inputs, make_photos, near, photos, words
+from wiring import make_inputs, near, started
 
+CPU = torch.device('cpu')
 TRAIN = dict(script='classifier/train.py', model='convnet_small', dataset='folder',
              data_root='photos', img_size=8, num_workers=0, epoch=4, recipe='plain', batchsize=8,
              init_lr=0.01, wd=0.02, normalize05=False, seed=3)
 TRAINING = dict(
     plain={}, released=dict(recipe='released'),
-    other=dict(init_lr=0.02, wd=0., epoch=3, batchsize=6, seed=4, normalize05=True))
+    other=dict(wd=0., batchsize=6, seed=4, normalize05=True))
 EVAL = dict(script='ddim_eval.py', logdir='labels', stride=2, num_images=20, batch_size=8,
             sample_size=4, seed=0, weights='auto', fid_cache='stats.npz',
             feature_network='classifier', fid_float=False)
 EVALUATION = dict(
     plain={}, student=dict(logdir='coarse'), epsilon=dict(logdir='epsilon', weights='ema'),
-    other=dict(logdir='teacher', stride=1, seed=1, weights='net', num_images=30, fid_float=True,
-               fid_cache='other.npz'))
+    other=dict(logdir='teacher', stride=1, seed=1, weights='net', num_images=30, fid_float=True))
 MEASURE = dict(script='score/get_npz.py', dataset='folder', data_root='photos', img_size=8,
-               feature_network='classifier', batchsize=5, num_workers=0)
-STATISTICS = dict(half=dict(half=2), test=dict(split='test'))
-CASES = {f'{script}-{name}': dict(first, **change)
-         for script, first, changes in (('train', TRAIN, TRAINING), ('eval', EVAL, EVALUATION))
-         for name, change in changes.items()}
+               feature_network='classifier', batchsize=5, num_workers=0, half=2, split='test')
+
+
+def photos(folder, train):
+    """Images in [-1, 1] in float64, and their labels."""
+    found = data.make_dataset('folder', folder / 'photos', 8, train)
+    return found.images.double() / 127.5 - 1, found.labels
 
 
 def classified(folder, images):
     """Logits, features and maps of images in [-1, 1], by the classifier that scores."""
-    stored = load(folder / 'classifier/ckpt.pt')
+    stored = checkpoint.read(folder / 'classifier')
     return oracle.classifier(stored, stored['mean'], stored['std'])(images.double())
 
 
@@ -51,27 +53,18 @@ def folder(tmp_path_factory):
     """The runs of all cases, each in a folder with its name; statistics of a data set."""
     folder = tmp_path_factory.mktemp('wiring_classifier')
     make_inputs(folder)
-    make_photos(folder / 'photos')
-    make_photos(folder / 'photos', 'test', 60)
-    generator = np.random.default_rng(0)
-    _, real, _ = classified(folder, photos(folder / 'photos', 'test')[0])
-    for name in ('stats', 'other'):
-        features = generator.normal(size=(200, 64)) + 1
-        np.savez(str(folder / f'{name}.npz'), mu=features.mean(0), sigma=np.cov(features.T),
-                 features=real.numpy(), class_counts=[22] * 9 + [2])
-    jobs = {}
-    for case, flags in CASES.items():
-        more = dict(result_path=case)
-        if flags['script'] == 'ddim_eval.py':       # each in a folder of its own
-            shutil.copytree(str(folder / flags['logdir']), str(folder / case))
-            more = dict(save_images=f'{case}.npz', logdir=case)
-        jobs[case] = ['tests/record.py', str(folder / f'{case}.record'), flags['script'],
-                      *words(dict(flags, **more), folder)]
-    for name, more in STATISTICS.items():
-        flags = dict(MEASURE, output=f'{name}.npz', **more)
-        jobs[name] = [flags['script'], *words(flags, folder)]
-    results = fork_all({name: [command(argv, env=dict(XDG_CACHE_HOME=str(folder)))]
-                        for name, argv in jobs.items()})
+    features = np.random.default_rng(0).normal(size=(200, 64)) + 1
+    _, real, _ = classified(folder, photos(folder, train=False)[0])
+    np.savez(str(folder / 'stats.npz'), mu=features.mean(0), sigma=np.cov(features.T),
+             features=real.numpy(), class_counts=[22] * 9 + [2])
+    jobs = dict(measured=dict(MEASURE, output=folder / 'measured.npz'))
+    for name, change in TRAINING.items():
+        jobs[name] = dict(TRAIN, result_path=folder / f'train-{name}', **change)
+    for name, change in EVALUATION.items():
+        flags = dict(EVAL, **change)
+        shutil.copytree(str(folder / flags['logdir']), str(folder / f'eval-{name}'))
+        jobs[f'eval-{name}'] = dict(flags, logdir=f'eval-{name}', save_images=f'{name}.npz')
+    results = fork_all({name: [started(folder, flags)] for name, flags in jobs.items()})
     for result in results.values():
         assert_ran(result)
     yield folder
@@ -84,67 +77,53 @@ def rates(flags, steps, per_epoch):
     """Plain: half a cosine from the full rate on. Released: divided by 10 after half and after
     three quarters of the epochs."""
     if flags['recipe'] == 'plain':
-        return [oracle.rate(step, flags['init_lr'], 0, per_epoch * flags['epoch'], True)
-                for step in range(1, steps + 1)]
-    epochs = [(step - 1) // per_epoch for step in range(1, steps + 1)]
-    return [flags['init_lr'] / (100 if e >= 3 else 10 if e >= 2 else 1) for e in epochs]
+        return [oracle.rate(step, flags['init_lr'], 0, steps, True) for step in range(1, steps + 1)]
+    return [flags['init_lr'] / by for by in (1, 1, 10, 100) for _ in range(per_epoch)]
+
+
+def batches(flags, dataset, steps):
+    """Yield images and labels of all steps: augmented, or moved by up to a pixel."""
+    size, seed, plain = flags['batchsize'], flags['seed'], flags['recipe'] == 'plain'
+    augment = None if plain else Augment(8, seed)
+    stream = data.batches(dataset, size, seed, CPU, augment=augment)
+    for step in range(1, steps + 1):
+        x_0, y = next(stream)
+        if plain:
+            rng = seeding.generator('cpu', seed, seeding.CROP, step)
+            x_0 = random_crop(x_0, 1, size, slice(size), rng)
+        yield x_0, y
 
 
 @pytest.mark.parametrize('case', TRAINING)
 def test_training(folder, case):
-    flags, record = CASES[f'train-{case}'], load(folder / f'train-{case}.record')
+    flags = dict(TRAIN, **TRAINING[case])
     name = flags['model'] + ('_normalize05' if flags['normalize05'] else '')
-    state = load(folder / f'train-{case}/folder/{name}/ckpt.pt')
+    state = checkpoint.read(folder / f'train-{case}/folder/{name}')
     per_epoch = 24 // flags['batchsize']
     steps = per_epoch * flags['epoch']
-    assert state['step'] == state['total_steps'] == steps == len(record['inputs'])
-    images, labels = photos(folder / 'photos')
-    pixels = (images.double() + 1) / 2
+    assert state['step'] == state['total_steps'] == steps
+    pixels = (photos(folder, train=True)[0] + 1) / 2
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), unbiased=False)
     if flags['normalize05']:
         mean = std = torch.full((3,), 0.5)
     assert state['mean'] == pytest.approx(mean.tolist(), abs=1e-4)
     assert state['std'] == pytest.approx(std.tolist(), abs=1e-4) and state['num_classes'] == 3
-    if flags['recipe'] == 'plain':
-        check_images(record['inputs'], images, labels)
-    else:       # cutout: a part of every image is black, seldom all of it
-        black = [(image == -1).all(0).float().mean().item()
-                 for x, _ in record['inputs'] for image in x]
-        assert min(black) >= 4 / 64 and np.median(black) < 0.4
-    state_before = dict(model=record['initial'], name=flags['model'], mean=state['mean'],
-                        std=state['std'])
+    torch.manual_seed(seeding.mix(flags['seed'], seeding.WEIGHTS))
+    before = build_classifier(flags['model'], 3).state_dict()
+    start = dict(state, model=before)
+    dataset = data.make_dataset('folder', folder / 'photos', 8, train=True)
     rate = rates(flags, steps, per_epoch)
-    net = oracle.classifier_trained(state_before, record['inputs'], rate, flags['wd'],
-                                    flags['recipe'] == 'plain')
+    net = oracle.classifier_trained(start, batches(flags, dataset, steps), rate, flags['wd'],
+                                    nesterov=flags['recipe'] == 'plain')
     for key, value in net.state_dict().items():
         if value.is_floating_point():
-            moved = value - oracle.double(record['initial'][key])
-            found = oracle.double(state['model'][key]) - oracle.double(record['initial'][key])
+            moved = value - oracle.double(before[key])
+            found = oracle.double(state['model'][key]) - oracle.double(before[key])
             assert near(found, moved, 5e-2, 1e-5), key      # a ReLU at 0 may round either way
     assert state['optim']['param_groups'][0]['lr'] == pytest.approx(rate[-1])
-    images, labels = photos(folder / 'photos', 'test')
-    right = net.eval()(images.double())[0].argmax(1) == labels
+    images, labels = photos(folder, train=False)
+    right = net.eval()(images)[0].argmax(1) == labels
     assert state['accuracy'] == pytest.approx(right.double().mean().item(), abs=1.01 / 60)
-
-
-def check_images(inputs, images, labels):
-    """Mirrored or not, moved by up to a pixel over black. Every image once in a pass."""
-    both = pad(torch.stack([images, images.flip(3)]), (1,) * 4, value=-1.)
-    windows = {(m, i, j): both[m, :, :, i:i + 8, j:j + 8] for m in (0, 1) for i in range(3)
-               for j in range(3)}
-    seen, changes, of_row = [], set(), {}
-    for x, y in inputs:
-        for row, (image, label) in enumerate(zip(x, y)):
-            (key, number), = [(key, n) for key, window in windows.items()
-                              for n in (window == image).flatten(1).all(1).nonzero().flatten()]
-            assert labels[number] == label
-            changes.add(key)
-            of_row.setdefault(row, set()).add(key[1:])
-            seen.append(number.item())
-    assert len(changes) == len(windows)
-    assert all(len(moves) > 1 for moves in of_row.values())     # other ones in other steps
-    for i in range(0, len(seen), 24):
-        assert sorted(seen[i:i + 24]) == list(range(24))
 
 
 @pytest.mark.parametrize('processes, accum', [(1, 1), (1, 2), (2, 1)])
@@ -153,35 +132,30 @@ def test_augmentation_of_the_right_images(monkeypatch, processes, accum):
     images = data.Images('x', 'train', 1, [0] * 9, 1, torch.zeros(9, 3, 1, 1).byte())
     monkeypatch.setattr(distributed, 'world_size', lambda: processes)
     monkeypatch.setattr(distributed, 'rank', lambda: processes - 1)
-    batches = data.batches(images, 4, 0, torch.device('cpu'), 2, accum,
+    batches = data.batches(images, 4, 0, CPU, 2, accum,
                            augment=lambda image, position: image + position)
     found = torch.cat([next(batches)[0] for _ in range(2 * accum)])
     expected = [10, 11, 14, 15] if processes == 2 else list(range(8, 16))       # the second one's
     assert ((found[:, 0, 0, 0] + 1) * 127.5).round().tolist() == expected
 
 
-# Statistics of a data set
+# Evaluation
 
-@pytest.mark.parametrize('name', STATISTICS)
-def test_statistics(folder, name):
+def test_statistics(folder):
     """Mean and covariance of the features of the chosen images."""
-    images = photos(folder / 'photos', 'test')[0] if name == 'test' else (
-        photos(folder / 'photos')[0][1::2])
-    _, feature, _ = classified(folder, images)
-    with np.load(str(folder / f'{name}.npz')) as file:
-        assert file['num_images'] == len(images)
+    _, feature, _ = classified(folder, photos(folder, train=False)[0][1::2])
+    with np.load(str(folder / 'measured.npz')) as file:
+        assert file['num_images'] == 30
         np.testing.assert_allclose(file['mu'], feature.mean(0).numpy(), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(file['sigma'], np.cov(feature.T.numpy()), rtol=1e-3, atol=1e-4)
 
 
-# Evaluation
-
-@pytest.mark.parametrize('case', [f'eval-{case}' for case in EVALUATION])
+@pytest.mark.parametrize('case', EVALUATION)
 def test_evaluation(folder, case):
     """Images, labels, Frechet distance and Inception score."""
-    flags, record = CASES[case], load(folder / f'{case}.record')
-    state = load(folder / case / 'ckpt.pt')
-    result = json.loads((folder / case / 'results.jsonl').read_text())
+    flags = dict(EVAL, **EVALUATION[case])
+    state = checkpoint.read(folder / flags['logdir'])
+    result = json.loads((folder / f'eval-{case}/results.jsonl').read_text())
     with np.load(str(folder / f'{case}.npz')) as file:
         saved = {key: torch.from_numpy(file[key]) for key in file.files}
     T, time_scale = state['T'], state['time_scale']
@@ -189,16 +163,13 @@ def test_evaluation(folder, case):
     name = 'net_model' if flags['weights'] == 'net' or 'ema_model' not in state else 'ema_model'
     conditional, y = flags['logdir'] == 'labels', saved.get('arr_1')
     assert (y is not None) == conditional
-    if conditional:     # those of the first of the steps of every batch
-        assert torch.equal(torch.cat(record['labels'][::T // stride]), y)
+    if conditional:
         assert len(y) == number and len(set(y.tolist())) > 5
         assert result['labels'] == 'as in the reference'
-    grid = Diffusion(T * time_scale, mean_type=state['mean_type'])
-    x_T = oracle.double(torch.cat(record['x_T']))
-    assert x_T.shape == (number, 3, 8, 8)
-    assert len(x_T.flatten(1).unique(dim=0)) == number      # no image twice
+    grid = Diffusion(T, time_scale, state['mean_type'])
+    x_T = seeding.noise_of_images(flags['seed'], range(number), (3, 8, 8), 'cpu').double()
     net = oracle.unet(state[name], T * time_scale, conditional).requires_grad_(False)
-    x = grid.sample(net, x_T, stride * time_scale, clip=True, y=y)
+    x = grid.sample(net, x_T, stride, y=y)
     pixels = saved['arr_0'].permute(0, 3, 1, 2)
     assert pixels.shape == x.shape and pixels.dtype == torch.uint8
     assert (pixels - (x + 1) * 127.5).abs().max() < 0.51
@@ -217,6 +188,3 @@ def test_evaluation(folder, case):
     protocol = dict(weights=name, seed=flags['seed'], num_images=number, stride=stride,
                     nfe=T // stride)
     assert {key: result[key] for key in protocol} == protocol
-    if case == 'eval-other':
-        others = oracle.double(torch.cat(load(folder / 'eval-plain.record')['x_T']))
-        assert not (x_T[:, None] == others).flatten(2).all(2).any()     # no noise in common
