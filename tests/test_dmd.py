@@ -43,7 +43,8 @@ def runs(tmp_path_factory):
                         f'--logdir={folder}/{name}', '--total_steps=4'], *more, **how)
 
     jobs = dict(
-        defaults=[dmd('defaults', '--total_steps=2', '--grad_clip=0')],
+        defaults=[dmd('defaults', f'--base_ckpt={folder}/16', '--student_steps=1',
+                      '--total_steps=2', '--grad_clip=0')],
         other=[dmd('other', f'--base_ckpt={folder}/2', '--total_steps=2', '--grad_clip=0',
                    '--fake_updates=3', '--fake_lr=2e-4', '--adam_beta1=.5', '--adam_beta2=.9',
                    '--t_min=.3', '--t_max=.6', '--noweighting', '--regression_weight=.5')],
@@ -51,7 +52,6 @@ def runs(tmp_path_factory):
         killed=[dmd('killed', '--dropout=.2', kill_after_save=True),
                 dmd('killed', '--dropout=.2', f'--teacher_ckpt={folder}/16/ckpt.pt')],
         parts=[dmd('parts', '--grad_accum=2')], two=[dmd('two', ranks=2)],
-        teacher=[dmd('teacher', '--base_ckpt', f'{folder}/16', '--student_steps=1')],
         again=[dmd('again', f'--base_ckpt={folder}/32', f'--teacher_ckpt={folder}/32',
                    '--student_steps=1', '--total_steps=2', more)
                for more in ('--teacher_steps=0', '--teacher_steps=16')],
@@ -68,12 +68,11 @@ def test_two_steps(runs, name, T, low, high, updates, fake_lr, betas, weighting,
     """Losses and weights of both networks by the equations of the paper, with torch's Adam."""
     folder, results = runs
     assert_ran(results[name])
+    start = '2' if T == 2 else '16'
     G, G_start, mu_real, mu_fake = (load_model(folder / file).network
-                                    for file in (str(T), str(T), '16', '16'))
-    sampler = Diffusion(T, 16 // T, 'xstart')
-    alpha, sigma = Diffusion(16, 1, 'xstart').at(torch.arange(17), torch.float32)
-    optim_G, optim_fake = (trained(network, lr, betas)
-                           for network, lr in ((G, 1e-3), (mu_fake, fake_lr)))
+                                    for file in (start, start, '16', '16'))
+    alpha, sigma = Diffusion(16).at(torch.arange(17), torch.float32)
+    optim_G, optim_fake = trained(G, 1e-3, betas), trained(mu_fake, fake_lr, betas)
     lines = log_of(folder / name)
     for step, rate, line in zip((1, 2), (1e-3, .5e-3), lines):      # a cosine to 0
         def draw(number):
@@ -85,28 +84,28 @@ def test_two_steps(runs, name, T, low, high, updates, fake_lr, betas, weighting,
         losses_fake = []
         for k in range(updates):
             t, x_T, noisy = draw(k + 1)
-            x = sampler.evaluation(G, x_T, (step + k) % T).detach().clamp(-1, 1)
+            x = evaluation(G, T, x_T, (step + k) % T).detach().clamp(-1, 1)
             losses_fake.append((mu_fake(noisy(x), t) - x).square().mean())
             update(optim_fake, losses_fake[-1])
         t, x_T, noisy = draw(updates + 1)
-        x = sampler.evaluation(G, x_T, step % T)
+        x = evaluation(G, T, x_T, step % T)
         with torch.no_grad():
             x_real, x_fake = mu_real(noisy(x), t), mu_fake(noisy(x), t)
             g = x_fake - x_real
             if weighting:
                 g = g / (x - x_real).abs().mean((1, 2, 3), keepdim=True)
-            x_start = sampler.evaluation(G_start, x_T, step % T)
-        distance = (x - x_start).square().mean()
+        distance = (x - evaluation(G_start, T, x_T, step % T).detach()).square().mean()
         optim_G.param_groups[0]['lr'] = rate
         update(optim_G, (x * g).mean() + regression * distance)
+        norm = torch.stack([p.grad.norm() for p in G.parameters() if p.grad is not None]).norm()
         assert line['loss_fake'] == pytest.approx(sum(losses_fake).item() / updates, rel=1e-4)
         assert line['loss_dmd'] == pytest.approx(g.square().mean().item() / 2, rel=1e-3)
-        norm = torch.stack([p.grad.norm() for p in G.parameters() if p.grad is not None]).norm()
         assert line['grad_norm'] == pytest.approx(norm.item(), rel=1e-3)
         if regression:      # 0 in the first step: G is at its start
             assert line['loss_regression'] == pytest.approx(distance.item(), rel=1e-2)
     assert len(lines) == 2
     state = checkpoint.read(folder / name)
+    assert (state['T'], state['time_scale'], state['method']) == (T, 16 // T, 'dmd')
     for key, network in dict(net_model=G, fake_model=mu_fake).items():
         for parameter, p in network.named_parameters():
             far = (state[key][parameter] - p.detach()).abs() > 2e-5
@@ -114,6 +113,18 @@ def test_two_steps(runs, name, T, low, high, updates, fake_lr, betas, weighting,
                 assert not far.any(), (key, parameter)
             elif p.grad.abs().max() > 1e-8:     # others are 0 up to rounding: Adam steps at random
                 assert far.float().mean() < .05, (key, parameter)
+
+
+def evaluation(network, T, z, number):
+    """Image that evaluation `number` of T of the sampler predicts, with the gradient of the last.
+
+    Its steps are from 16, or from 16 over 8.
+    """
+    sampler, times = Diffusion(T, 16 // T), [torch.full((len(z),), t) for t in (16, 8)]
+    if number:
+        with torch.no_grad():
+            z = sampler.ddim_step(network, z, *times)
+    return network(z, times[number])
 
 
 def trained(network, lr, betas):
@@ -153,15 +164,6 @@ def test_parts_and_processes_change_only_rounding(runs, name):
             assert line[key] == pytest.approx(expected[key], rel=.02), (line['step'], key)
 
 
-@pytest.mark.parametrize('name, T', [('other', 2), ('teacher', 1)])
-def test_steps_of_the_student(runs, name, T):
-    """Those that it had, or --student_steps of a model that was not distilled."""
-    folder, results = runs
-    assert_ran(results[name])
-    state = checkpoint.read(folder / name)
-    assert (state['T'], state['time_scale'], state['method']) == (T, 16 // T, 'dmd')
-
-
 def test_a_fake_network_that_diverges_ends_the_run(runs):
     """Though the loss and the gradient of G stay finite."""
     (code, _, stderr), = runs[1]['overflow']
@@ -173,20 +175,3 @@ def test_refused(runs, name):
     (code, _, stderr), = runs[1][name]
     assert code == 2 and 'Traceback' not in stderr
     assert re.search(REFUSED[name][0], stderr), stderr
-
-
-def test_evaluation_of_a_sampler():
-    """The last one is where the sampler ends, up to its noise level at index 0; gradient there."""
-    diffusion, calls = Diffusion(4, 4, 'xstart'), []
-
-    def network(z, t, y):
-        calls.append(torch.is_grad_enabled())
-        return (.3 * z + t[0] / 16).clamp(-1, 1)
-
-    x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    alpha, sigma = diffusion.at(torch.zeros(2, dtype=torch.long), torch.float32)
-    x = diffusion.evaluation(network, x_T, 3)
-    assert calls == [False, False, False, True]
-    image = diffusion.sample(network, x_T)
-    assert torch.allclose(image, alpha * x, atol=4 * sigma.max().item())
-    assert torch.equal(diffusion.evaluation(network, x_T, 0), network(x_T, torch.full((2,), 16), 0))
