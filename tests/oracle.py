@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from classifier import build_classifier
+from classifier import build_classifier, load_classifier
 from diffusion import Diffusion, distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl
 from model import UNet
-from runtime import data, seeding
+from runtime import checkpoint, data, seeding
 
 # 64 channels somewhere: with 32, group norm has one channel per group and wipes out t and y
 NET = dict(ch=32, ch_mult=[2, 1], attn=[1], num_res_blocks=1)
@@ -30,16 +30,6 @@ def unet(weights, T, conditional=False, dropout=0.):
     net = UNet(T, **NET, dropout=dropout, conditional=conditional).double()
     net.load_state_dict(weights)
     return net.to(memory_format=torch.channels_last).eval()     # dropout draws in this order
-
-
-def classifier(state, mean, std):
-    """A trained classifier in float64, for images in [-1, 1] that it wants with this mean, std."""
-    net = build_classifier(state['name'], state['model']['fc.weight'].shape[0]).double()
-    net.load_state_dict(state['model'])
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
-    # the network itself was built with 0.5, which changes nothing
-    net.register_forward_pre_hook(lambda _, inputs: (((inputs[0] + 1) / 2 - mean) / std,))
-    return net.eval().requires_grad_(False)
 
 
 # Relations
@@ -116,23 +106,23 @@ def moments(module, saved, wd):
 # Training of a U-Net
 
 class Training:
-    """What a script makes of its flags, step by step.
+    """What a script makes of its flags {name: value} in a folder of `wiring.make_inputs`."""
 
-    Args:
-        flags: all flags by name, and `script`.
-        images: the data set. teacher: its checkpoint. features: the classifier, see above.
-    """
-
-    def __init__(self, flags, images, teacher, features):
+    def __init__(self, folder, flags):
         f = self.flags = SimpleNamespace(**flags)
-        self.images, self.features, self.teacher = images, features, None
+        self.images = data.make_dataset(f.dataset, folder / 'photos', 8, train=True)
+        self.teacher, self.features = None, None
         if f.script == 'train_base.py':
             self.grid = Diffusion(f.T, f.time_scale, f.mean_type)
             return
-        self.weights = teacher.get('ema_model', teacher['net_model'])
-        self.grid = Diffusion(teacher['T'] // 2, 2 * teacher['time_scale'], f.mean_type)
-        self.teacher_grid = self.grid.with_steps(teacher['T'], teacher['mean_type'])
+        state = checkpoint.read(folder / f.base_ckpt)
+        self.weights = state.get('ema_model', state['net_model'])
+        self.grid = Diffusion(state['T'] // 2, 2 * state['time_scale'], f.mean_type)
+        self.teacher_grid = self.grid.with_steps(state['T'], state['mean_type'])
         self.teacher = unet(self.weights, self.grid.N, f.conditional).requires_grad_(False)
+        if f.script == 'train_rdd.py':
+            half = [0.5] * 3 if f.classifier_normalisation == '05' else None
+            self.features = load_classifier(folder / 'classifier', mean=half, std=half).double()
 
     def first_state(self):
         """The checkpoint before the first step."""
@@ -145,8 +135,8 @@ class Training:
         return dict(state, net_model=weights, ema_model=weights)
 
     def memory(self):
-        return MemoryP2P(64, self.flags.queue_size, self.flags.contrast_size,
-                         layout=self.flags.queue_layout)
+        f = self.flags
+        return MemoryP2P(64, f.queue_size, f.contrast_size, layout=f.queue_layout)
 
     def drawn(self, stream, count, number, step):
         """`number` of 0 .. count - 1, none twice."""
@@ -154,10 +144,9 @@ class Training:
         return torch.randperm(count, generator=rng)[:number]
 
     def parts(self, step):
-        """x_0, y, t, eps, z_t and the targets of each part: rows of one batch."""
+        """Yield x_0, y, t, eps, z_t and the targets of each part: rows of one batch."""
         f, grid = self.flags, self.grid
-        x_0, y = next(data.batches(self.images, f.batch_size, f.seed, torch.device('cpu'),
-                                   step - 1))
+        x_0, y = next(data.batches(self.images, f.batch_size, f.seed, 'cpu', step - 1))
         rng = seeding.generator('cpu', f.seed, seeding.NOISE, grid.T, step)
         first = 1 if self.teacher else 0
         t = grid.visited[torch.randint(first, grid.T + 1, (len(y),), generator=rng)]
@@ -170,8 +159,8 @@ class Training:
                 part.e_target = grid.eps_of(part.z_t, part.x_target, t)
             yield part
 
-    def terms(self, net, part, memory, queue):
-        """{name: (weight, loss)} of a part; queue: the rows that the memory is compared with."""
+    def terms(self, net, part, memory, V):
+        """{name: (weight, loss)} of a part; V: the rows of the queue that it is compared with."""
         f, (x, e) = self.flags, self.grid.predict(net, part.z_t, part.t, part.y)
         images = x, e, part.x_0, part.eps
         if f.script == 'train_base.py':
@@ -192,7 +181,7 @@ class Training:
             loss = intra_loss(map_S, map_T, f.intra_temperature, group)
             terms['loss_intra'] = f.intra_weight, loss
         if memory:
-            loss = memory_loss(memory.project_head(map_S), map_T, queue, f.contrast_temperature)
+            loss = memory_loss(memory.project_head(map_S), map_T, V, f.contrast_temperature)
             terms['loss_memory'] = f.memory_weight, loss
         if f.alpha:
             terms['entropy'] = f.alpha * f.beta, entropy(logits)
@@ -204,29 +193,26 @@ class Training:
         return terms
 
     def step(self, step, before):
-        """What a step must log, and leave behind.
+        """What a step must log; network and memory with their gradients, and the new queue.
 
         before: checkpoint before the step.
-        Returns:
-            logged {name: value}; after: dict of moments and, with a queue, of queue, contrast,
-            pointer, head_moments, running (mean, var).
         """
-        f, parts, after, memory, queue = self.flags, list(self.parts(step)), {}, None, None
+        f, parts, logged, memory, V = self.flags, list(self.parts(step)), {}, None, None
         net = unet(before['net_model'], self.grid.N, f.conditional, f.dropout).train()
         if 'memory' in before:
             memory = self.memory().double()
             memory.load_state_dict(before['memory'])
             map_T = torch.cat([self.features(part.x_target)[2] for part in parts])
             chosen = self.drawn(seeding.PIXELS, map_T[:, 0].numel(), f.queue_update, step)
-            after['queue'], after['pointer'] = enqueued(memory.queue, memory.pointer, map_T, chosen,
-                                                        f.queue_layout)
-            after['contrast'] = memory.contrast if f.queue_layout == 'released' else self.drawn(
-                seeding.CONTRAST, f.queue_size, f.contrast_size, step)
-            queue = after['queue'][after['contrast']]
-        total, logged = 0., {}
+            memory.queue, memory.pointer = enqueued(memory.queue, memory.pointer, map_T, chosen,
+                                                    f.queue_layout)
+            if f.queue_layout == 'pixels':
+                memory.contrast = self.drawn(seeding.CONTRAST, f.queue_size, f.contrast_size, step)
+            V = memory.queue[memory.contrast]
+        total = 0.
         for number, part in enumerate(parts):
             torch.manual_seed(seeding.mix(f.seed, seeding.DROPOUT, step, 0, number))
-            terms = self.terms(net, part, memory, queue)
+            terms = self.terms(net, part, memory, V)
             loss = sum(weight * value for weight, value in terms.values())
             total = total + loss / len(parts)
             values = {name: value for name, (_, value) in terms.items()}
@@ -234,27 +220,25 @@ class Training:
                 logged[name] = logged.get(name, 0.) + value.item() / len(parts)
         total.backward()
         logged['grad_norm'] = clip_grad_norm_(net.parameters(), f.grad_clip or math.inf).item()
-        logged['lr'] = rate(step, f.lr, f.warmup, f.total_steps, self.teacher is not None)
-        after['moments'] = moments(net, before['optim'], f.wd)
-        if memory:
-            after['head_moments'] = moments(memory, before['optim_head'], f.wd)
-            norm = memory.project_head[1]
-            after['running'] = norm.running_mean, norm.running_var
-        return logged, after
+        logged['lr'] = rate(step, f.lr, f.warmup, f.total_steps, decay=self.teacher is not None)
+        return logged, net, memory
 
 
 # Training of a classifier
 
-def classifier_trained(state, batches, rates, wd, nesterov):
-    """The network after SGD on `batches` [(x, y)] at `rates`.
+def classifier_trained(state, weights, batches, rates, wd, nesterov, accum):
+    """The network after SGD from `weights` on `batches` [(x, y)], in `accum` parts, at `rates`.
 
-    state: `name`, `model` (weights before), `mean`, `std`.
+    state: its checkpoint.
     """
-    net = classifier(state, state['mean'], state['std']).requires_grad_(True).train()
+    net = build_classifier(state['name'], state['num_classes'], state['mean'], state['std'])
+    net.load_state_dict(weights)
+    net = net.double().train()
     optim = torch.optim.SGD(net.parameters(), 1., 0.9, weight_decay=wd, nesterov=nesterov)
-    for (x, y), lr in zip(batches, rates):
+    for (x_0, y), lr in zip(batches, rates):
         optim.param_groups[0]['lr'] = lr
         optim.zero_grad()
-        cross_entropy(net(x.double())[0], y).backward()
+        for x, labels in zip(x_0.double().chunk(accum), y.chunk(accum)):
+            (cross_entropy(net(x)[0], labels) / accum).backward()
         optim.step()
     return net

@@ -1,7 +1,6 @@
 """Every number taken from the published code, reproduced.
 
-Networks are filled with numpy's random numbers by the name of each parameter, so that no weights
-need to be stored; see fixtures/README.md.
+Networks are filled with random numbers by the name of each parameter: see fixtures/README.md.
 """
 
 import functools
@@ -26,26 +25,21 @@ with np.load(str(FIXTURES / 'reference_numbers.npz')) as file:
     REFERENCE = dict(file)
 STATE_DICTS = json.loads(gzip.decompress((FIXTURES / 'state_dict_keys.json.gz').read_bytes()))
 
-# Weights and inputs
 
-def fill(network, seed):
+def fill(network, seed=1000):
     """Numbers by (name of the parameter, seed) into `network`; returns it in eval mode."""
-    state = network.state_dict()
-    for key, value in state.items():
-        if not torch.is_tensor(value) or key in ('time_embedding.timembedding.0.weight', 'queue'):
+    for key, value in network.state_dict().items():
+        table = key in ('time_embedding.timembedding.0.weight', 'queue')
+        if table or not torch.is_tensor(value) or not value.is_floating_point():
             continue
-        if not value.is_floating_point():
-            state[key] = torch.zeros_like(value, device='cpu') if value.is_meta else value
-            continue
-        n = arr((zlib.crc32(key.encode()) + seed) % 2 ** 32, *value.shape).numpy()
+        n = arr((zlib.crc32(key.encode()) + seed) % 2 ** 32, *value.shape)
         if key.endswith('running_var'):
-            n = 0.5 + abs(n)
-        elif value.dim() >= 2:
-            n = n / np.sqrt(np.prod(value.shape[1:]))
+            n = 0.5 + n.abs()
+        elif n.dim() >= 2:
+            n = n / np.sqrt(n[0].numel())
         else:
             n = key.endswith('weight') + 0.1 * n        # 1 + .. in a normalisation
-        state[key] = torch.from_numpy(np.asarray(n, dtype=np.float32))
-    network.load_state_dict(state, assign=True)
+        value.copy_(n)
     return network.eval().requires_grad_(False)
 
 
@@ -60,9 +54,7 @@ def unet(seed=1000, conditional=False):
 
 @functools.lru_cache(None)
 def classifier(name):
-    with torch.device('meta'):      # without the initialisation that `fill` would overwrite
-        network = build_classifier(name, 10)
-    return fill(network, 1000)
+    return fill(build_classifier(name, 10))
 
 
 # What our modules compute: a function for each first word of an entry, called with the others
@@ -117,8 +109,7 @@ def is_p2p(tau, what):
 
 
 def m_p2p(what):
-    memory = MemoryP2P(64, queue_size=200, contrast_size=50)
-    fill(memory, 1000).train().requires_grad_(True)
+    memory = fill(MemoryP2P(64, queue_size=200, contrast_size=50)).train().requires_grad_(True)
     memory.queue.copy_(torch.nn.functional.normalize(arr(1007, 200, 64), dim=1))
     if what == 'contrast_rows':     # before any draw: the fixed rows of the published code
         return memory.contrast
@@ -127,7 +118,7 @@ def m_p2p(what):
 
 def classified(name, what):
     outputs = classifier(name)(arr(1008, 2, 3, 32, 32))
-    return dict(zip(('logits', 'feature', 'feature_map'), outputs))[what]
+    return outputs[('logits', 'feature', 'feature_map').index(what)]
 
 
 def frechet(_):
@@ -139,7 +130,7 @@ def frechet(_):
 def inception(what):
     probs, stats = (3 * arr(1011, 1000, 20)).softmax(1), ActivationStats(1000)
     stats.update(probs[:, :0], probs, torch.arange(1000))
-    return dict(zip(('mean', 'std'), stats.inception_score()))[what]
+    return stats.inception_score()[('mean', 'std').index(what)]
 
 
 IMAGES = functools.partial(arr, 1001, 2, 3, 32, 32)
@@ -148,12 +139,10 @@ GROUPS = dict(
     unet_small=lambda _: unet()(IMAGES(), torch.tensor([1, 64])),
     unet_cond=lambda _: unet(conditional=True)(IMAGES(), torch.tensor([1, 64]),
                                                torch.tensor([1, 7])),
-    unet_full=lambda _: fill(NETWORKS['unet_cifar10'](), 1000)(IMAGES(), torch.tensor([1, 1024])),
+    unet_full=lambda _: fill(NETWORKS['unet_cifar10']())(IMAGES(), torch.tensor([1, 1024])),
     ddim=ddim, base_loss=base_loss, pd_loss=pd_loss, rdd=rdd, is_p2p=is_p2p, m_p2p=m_p2p,
     classifier=classified, fid=frechet, **{'is': inception})
 
-
-# Comparison
 
 # Patterns of entries and their largest absolute error; for others, 1e-5 of the largest value.
 # Without clipping, x_0 = (z_t - sigma_t eps) / alpha_t, alpha_T = 8e-4: rounding of the network,
@@ -180,8 +169,6 @@ def test_reference(name):
     assert error.max() <= (absolute or [1e-5 * abs(expected).max()])[0]
     assert (error > 1e-4).sum() <= 4 or not name.startswith('ddim')     # of 6144 values
 
-
-# Published checkpoints
 
 NETWORKS = {name: functools.partial(build_classifier, name, 10) for name in STATE_DICTS}
 NETWORKS.update(

@@ -11,7 +11,7 @@ import torch
 
 import oracle
 from helpers import assert_ran, fork_all, log_of
-from runtime import checkpoint, data, seeding
+from runtime import checkpoint, seeding
 from wiring import make_inputs, near, started
 
 TRAINING = dict(
@@ -60,8 +60,8 @@ CHANGES = dict(
 CASES = {f'{method}-{name}': dict(first, **change)
          for method, first in (('base', BASE), ('pd', PD), ('rdd', RDD))
          for name, change in CHANGES[method].items()}
-# the same once more as the second half of a run that began with other flags
-RESUMED = {'base': dict(BASE, total_steps=3), 'rdd': dict(RDD, total_steps=3)}
+# a run that began with other flags
+CASES.update({'base-resumed': dict(BASE, total_steps=3), 'rdd-resumed': dict(RDD, total_steps=3)})
 BEFORE = dict(lr=5e-3, wd=0.1, total_steps=1)
 TWO = 'base-plain', 'pd-plain', 'rdd-parts'    # also on two processes
 
@@ -78,12 +78,12 @@ def folder(tmp_path_factory):
             given['mean_type'] = None       # the default after a teacher of eps
         return started(folder, given, **how)
 
-    jobs = {case: [run(case, flags)] for case, flags in CASES.items()}
+    jobs = {}
+    for case, flags in CASES.items():
+        first = [run(case, dict(flags, **BEFORE))] if case.endswith('resumed') else []
+        jobs[case] = [*first, run(case, flags)]
     for case in TWO:
         jobs[f'{case}_two'] = [run(f'{case}_two', CASES[case], ranks=2)]
-    for name, flags in RESUMED.items():
-        jobs[f'{name}_resumed'] = [run(f'{name}_resumed', dict(flags, **change))
-                                   for change in (BEFORE, {})]
     jobs['bf16'] = [run('bf16', dict(CASES['rdd-plain'], amp='bf16'))]
     for results in fork_all(jobs).values():
         assert_ran(results)
@@ -91,55 +91,45 @@ def folder(tmp_path_factory):
     shutil.rmtree(str(folder))
 
 
-def training(folder, flags):
-    """The `Training` of a case, and its state before the first step."""
-    images = data.make_dataset(flags['dataset'], folder / 'photos', 8, train=True)
-    teacher, features = None, None
-    if 'base_ckpt' in flags:
-        teacher = checkpoint.read(folder / flags['base_ckpt'])
-    if 'classifier' in flags:
-        stored, half = checkpoint.read(folder / 'classifier'), 3 * [0.5]
-        mean_std = stored['mean'], stored['std']
-        if flags['classifier_normalisation'] == '05':
-            mean_std = half, half
-        features = oracle.classifier(stored, *mean_std)
-    return oracle.Training(flags, images, teacher, features)
-
-
-def check_steps(folder, name, flags, start=0):
-    """Every step of a run after step `start` against the oracle."""
-    run, log = training(folder, flags), log_of(folder / name)
-    before = checkpoint.read(folder / f'{name}/ckpt_{start}.pt') if start else run.first_state()
+@pytest.mark.parametrize('name', [*CASES, *(f'{case}_two' for case in TWO)])
+def test_steps(folder, name):
+    flags = CASES[name.replace('_two', '')]
+    run, log, start = oracle.Training(folder, flags), log_of(folder / name), 0
+    before, decay = run.first_state(), flags['ema_decay']
+    if name.endswith('resumed'):
+        start, before = 1, checkpoint.read(folder / f'{name}/ckpt_1.pt')
     assert [line['step'] for line in log] == list(range(1, flags['total_steps'] + 1))
     for step in range(start + 1, flags['total_steps'] + 1):
         after = checkpoint.read(folder / f'{name}/ckpt_{step}.pt')
-        logged, expected = run.step(step, before)
+        logged, network, memory = run.step(step, before)
         logged.update(step=step, bad_steps=0)
         assert set(log[step - 1]) == set(logged)
         for key, value in logged.items():
             assert log[step - 1][key] == pytest.approx(value, rel=3e-4, abs=1e-6), (step, key)
-        check_optimised(before['net_model'], after['net_model'], after['optim'],
-                        expected['moments'], logged['lr'], step)
-        decay = flags['ema_decay']
+        states = [state[key] for key in ('net_model', 'optim') for state in (before, after)]
+        check_optimised(network, *states, logged['lr'], flags['wd'], step)
         assert ('ema_model' in after) == (decay > 0)
         for key in after.get('ema_model', ()):
             mixed = decay * oracle.double(before['ema_model'][key]) + (
                 1 - decay) * oracle.double(after['net_model'][key])
             assert (after['ema_model'][key] - mixed).abs().max() < 1e-6, key
-        assert ('memory' in after) == ('queue' in expected)
-        if 'memory' in after:
-            check_memory(before['memory'], after, expected, flags, step)
+        assert ('memory' in after) == (memory is not None)
+        if memory:
+            check_memory(memory, after['memory'])
+            states = [state[key] for key in ('memory', 'optim_head') for state in (before, after)]
+            check_optimised(memory, *states, flags['lr'], flags['wd'], step)
         assert (after['T'], after['time_scale']) == (run.grid.T, run.grid.time_scale)
         before = after
 
 
-def check_optimised(before, after, optim, expected, lr, step):
+def check_optimised(network, before, after, optim_before, optim, lr, wd, step):
     """Moments as expected, and weights that moved as their own moments say.
 
     The classifier has ReLUs: a pixel that is 0 but for rounding changes a gradient a little. Adam
     divides a gradient by its size: one that is 0 but for rounding moves weights as much as any
     other, so that the weights themselves cannot be compared with the oracle's.
     """
+    expected = oracle.moments(network, optim_before, wd)
     largest = max(m.norm() for m, _ in expected.values())
     assert len(optim['state']) == len(expected)
     for i, (name, (m, v)) in enumerate(expected.items()):
@@ -153,45 +143,13 @@ def check_optimised(before, after, optim, expected, lr, step):
         assert near(new - old, -lr * m / (v.sqrt() + 1e-8), 1e-3, 1e-6 * (1 + old.norm())), name
 
 
-def check_memory(before, after, expected, flags, step):
-    memory = after['memory']
-    assert (memory['queue'] - expected['queue']).abs().max() < 1e-4
-    assert memory['_extra_state'] == dict(pointer=expected['pointer'],
-                                          layout=flags['queue_layout'])
-    assert torch.equal(memory['contrast'], expected['contrast'])
-    for what, value in zip(('mean', 'var'), expected['running']):
-        assert near(memory[f'project_head.1.running_{what}'], value, 1e-4)
-    check_optimised(before, memory, after['optim_head'], expected['head_moments'], flags['lr'],
-                    step)
-
-
-@pytest.mark.parametrize('case', list(CASES))
-def test_steps(folder, case):
-    check_steps(folder, case, CASES[case])
-
-
-@pytest.mark.parametrize('name', list(RESUMED))
-def test_resumed_with_other_flags(folder, name):
-    """Rates and weight decay of the command, moments of the file, for both optimisers."""
-    check_steps(folder, f'{name}_resumed', RESUMED[name], start=1)
-
-
-@pytest.mark.parametrize('one', TWO)
-def test_two_processes(folder, one):
-    """Losses, gradients, queue and running averages are those of the whole batch."""
-    a, b = log_of(folder / one), log_of(folder / f'{one}_two')
-    assert len(a) == len(b)
-    for ours, theirs in zip(a, b):
-        assert theirs == pytest.approx(ours, rel=1e-3)
-    a, b = (checkpoint.read(folder / name) for name in (one, f'{one}_two'))
-    for key in {'optim', 'optim_head'} & set(a):
-        largest = max(entry['exp_avg'].norm() for entry in a[key]['state'].values())
-        for i, entry in a[key]['state'].items():
-            assert near(b[key]['state'][i]['exp_avg'], entry['exp_avg'], 2e-2, 2e-3 * largest)
-    if 'memory' in a:
-        for key in ('queue', 'contrast', 'project_head.1.running_mean',
-                    'project_head.1.running_var'):
-            assert near(b['memory'][key].float(), a['memory'][key].float(), 2e-2), key
+def check_memory(expected, found):
+    assert (found['queue'] - expected.queue).abs().max() < 1e-4
+    assert found['_extra_state'] == expected.get_extra_state()
+    assert torch.equal(found['contrast'], expected.contrast)
+    for what in ('mean', 'var'):
+        key = f'project_head.1.running_{what}'
+        assert near(found[key], expected.state_dict()[key], 1e-4)
 
 
 def test_bf16(folder):
