@@ -6,21 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
-def filtered(x, taps):
-    """Sum of neighbours along both axes, weighted by `taps`, without padding."""
-    for axis in (2, 3):
-        length = x.shape[axis] - len(taps) + 1
-        x = sum(tap / sum(taps) * x.narrow(axis, i, length) for i, tap in enumerate(taps))
-    return x
-
-
-def resampled(x, taps, direction):
-    pad = (len(taps) - 1) // 2
+def resampled(x, taps, direction, pad=None):
+    """Twice or half the size: neighbours along both axes are weighted by `taps`."""
+    pad = (len(taps) - 1) // 2 if pad is None else pad
+    taps = torch.tensor(taps).to(x) / sum(taps)
+    kernel = taps.outer(taps).expand(x.shape[1], 1, -1, -1)
     if direction == 'down':
-        return filtered(F.pad(x, [pad] * 4), taps)[:, :, ::2, ::2]
-    wide = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
-    wide[:, :, ::2, ::2] = 4 * x
-    return filtered(F.pad(wide, [len(taps) - 1 - pad, pad] * 2), taps)
+        return F.conv2d(x, kernel, stride=2, padding=pad, groups=x.shape[1])
+    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=pad, groups=x.shape[1])
 
 
 def attention(qkv, order, head):
@@ -38,13 +31,10 @@ def linear(w, name, x):
 
 def unet(w, x, emb, last, taps=(1, 1), gain=1., eps=1e-5, groups=None, order='edm', head=None,
          aux=None):
-    """Two resolutions with a block each; attention where it has weights.
+    """Two resolutions with a block each, of weights w in the names of EDM; attention if it has any.
 
-    Args:
-        w: {name: tensor}, in the names of EDM. emb: of noise level and label, (B, emb_ch).
-        last: name of the output layers. gain: of every sum of two branches.
-        groups: of group norms; None: one per four channels, up to 32.
-        order, head: see `attention`; head None: one. aux: what is added at the lower resolution.
+    last: name of the output layers. gain: of every sum of two branches. groups: of group norms;
+    None: one per four channels, up to 32. head None: one. aux: added at the lower resolution.
     """
     def norm(name, x):
         number = groups or min(32, x.shape[1] // 4)
@@ -107,7 +97,7 @@ def song(w, arguments, x, noise, y):
     if arguments['encoder_type'] == 'residual':     # convolution first, then the filter
         kernel, bias = (w[f'enc.8x8_aux_residual.{kind}'] for kind in ('weight', 'bias'))
         aux = F.conv2d(x, kernel, bias, padding=1 + (len(taps) - 1) // 2)
-        aux = filtered(aux, taps)[:, :, ::2, ::2]
+        aux = resampled(aux, taps, 'down', pad=0)
     return unet(w, x, emb, 'dec.16x16_aux', taps, gain=math.sqrt(.5), eps=1e-6, aux=aux)
 
 
@@ -124,9 +114,7 @@ def adm_weights(widths=(32, 64), blocks=1, attention=(1,), updown=True, scale_sh
                 outputs=6, labels=4, edm=False):
     """Random weights of that U-Net, always the same; in the names of guided-diffusion, or of EDM.
 
-    Args:
-        widths: of each level, with `blocks` blocks. attention: levels that have it.
-        updown: whether blocks change the size, or convolutions alone.
+    attention: levels that have it. updown: whether blocks change the size, or convolutions alone.
     """
     generator, w = torch.Generator().manual_seed(1), {}
     now, emb_ch = widths[0], 4 * widths[0]

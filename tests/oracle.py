@@ -8,7 +8,7 @@ import math
 from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import clip_grad_norm_
 
 from classifier import build_classifier, load_classifier
@@ -19,10 +19,6 @@ from runtime import checkpoint, data, seeding
 
 # 64 channels somewhere: with 32, group norm has one channel per group and wipes out t and y
 NET = dict(ch=32, ch_mult=[2, 1], attn=[1], num_res_blocks=1)
-
-
-def double(tensor):
-    return tensor.detach().to(torch.float64) if tensor.is_floating_point() else tensor
 
 
 def unet(weights, T, conditional=False, dropout=0.):
@@ -40,44 +36,38 @@ def kl(a, b):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def unit_rows(image):
-    """(H * W, C) unit vectors of the pixels of one map (C, H, W)."""
-    rows = image.flatten(1).t()
-    return rows / (rows * rows).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+def unit_rows(maps):
+    """(B, H * W, C) unit vectors of the pixels of maps (B, C, H, W)."""
+    return normalize(maps.flatten(2).mT, dim=2)
 
 
 def intra_loss(map_S, map_T, tau, group):
     """IS_P2P: a double loop over the images of each group."""
-    S, T = ([unit_rows(image) for image in m] for m in (map_S, map_T))
     rows = []
-    for first in range(0, len(S), group):
-        members = range(first, first + group)
-        for i in members:
-            for j in members:
-                rows.append(kl(T[i] @ T[j].t() / tau, S[i] @ S[j].t() / tau))
+    for S, T in zip(unit_rows(map_S).split(group), unit_rows(map_T).split(group)):
+        for i in range(group):
+            for j in range(group):
+                rows.append(kl(T[i] @ T[j].mT / tau, S[i] @ S[j].mT / tau))
     return torch.cat(rows).mean()
 
 
 def memory_loss(map_head, map_T, V, tau):
     """M_P2P: every pixel against the rows V of the queue."""
-    rows = [kl(unit_rows(t) @ V.t() / tau, unit_rows(s) @ V.t() / tau)
-            for s, t in zip(map_head, map_T)]
-    return torch.cat(rows).mean()
+    return kl(unit_rows(map_T) @ V.mT / tau, unit_rows(map_head) @ V.mT / tau).mean()
 
 
 def enqueued(queue, pointer, map_T, chosen, layout):
     """(queue, pointer) after the `chosen` pixels of the whole batch (B, C, H, W) have entered."""
-    queue, length, end = queue.clone(), len(queue), pointer + len(chosen)
-    rows = torch.cat([unit_rows(image) for image in map_T])
-    at_end = layout == 'released' and end >= length     # its last rows are written, then pointer 0
+    length, end, first = len(queue), pointer + len(chosen), pointer
+    rows = unit_rows(map_T).flatten(0, 1)
     if layout == 'released':    # the map (B, C, H, W) in memory, read as if it were (C, B, H, W)
-        maps = torch.stack([unit_rows(image).t() for image in map_T])
-        rows = maps.view(maps.shape[1], -1).t()
-        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    first = length - len(chosen) if at_end else pointer
-    for k, n in enumerate(chosen.tolist()):
-        queue[(first + k) % length] = rows[n]
-    return queue, 0 if at_end else end % length
+        scrambled = unit_rows(map_T).mT.contiguous().view(queue.shape[1], -1)
+        rows = normalize(scrambled.mT, dim=1)
+        if end >= length:       # its last rows are written, then pointer 0
+            first, end = length - len(chosen), 0
+    queue = queue.clone()
+    queue[(first + torch.arange(len(chosen))) % length] = rows[chosen]
+    return queue, end % length
 
 
 # Optimisation
@@ -89,17 +79,14 @@ def rate(step, lr, warmup, total_steps, decay):
 
 
 def moments(module, saved, wd):
-    """{parameter: (m, v)} after a step of Adam by their gradients; decay is L2, in the gradient.
-
-    saved: state dict of the optimiser before it.
-    """
+    """{parameter: (m, v)} after a step of Adam from its state `saved`; decay is in the gradient."""
     found = {}
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     for i, (name, p) in enumerate(trained):
-        old = saved['state'].get(i, dict(exp_avg=p * 0, exp_avg_sq=p * 0))
         g = p.grad + wd * p.detach()
-        found[name] = (0.9 * double(old['exp_avg']) + 0.1 * g,
-                       0.999 * double(old['exp_avg_sq']) + 0.001 * g ** 2)
+        old = saved['state'].get(i, dict(exp_avg=g * 0, exp_avg_sq=g * 0))
+        found[name] = (0.9 * old['exp_avg'].double() + 0.1 * g,
+                       0.999 * old['exp_avg_sq'].double() + 0.001 * g ** 2)
     return found
 
 
@@ -117,7 +104,7 @@ class Training:
             return
         state = checkpoint.read(folder / f.base_ckpt)
         self.weights = state.get('ema_model', state['net_model'])
-        self.grid = Diffusion(state['T'] // 2, 2 * state['time_scale'], f.mean_type)
+        self.grid = Diffusion(state['T'] // 2, 2 * state['time_scale'], f.mean_type or 'v')
         self.teacher_grid = self.grid.with_steps(state['T'], state['mean_type'])
         self.teacher = unet(self.weights, self.grid.N, f.conditional).requires_grad_(False)
         if f.script == 'train_rdd.py':
@@ -193,10 +180,7 @@ class Training:
         return terms
 
     def step(self, step, before):
-        """What a step must log; network and memory with their gradients, and the new queue.
-
-        before: checkpoint before the step.
-        """
+        """What a step must log; network and memory with their gradients, and the new queue."""
         f, parts, logged, memory, V = self.flags, list(self.parts(step)), {}, None, None
         net = unet(before['net_model'], self.grid.N, f.conditional, f.dropout).train()
         if 'memory' in before:
@@ -215,8 +199,7 @@ class Training:
             terms = self.terms(net, part, memory, V)
             loss = sum(weight * value for weight, value in terms.values())
             total = total + loss / len(parts)
-            values = {name: value for name, (_, value) in terms.items()}
-            for name, value in dict(values, loss=loss).items():
+            for name, (_, value) in dict(terms, loss=(1, loss)).items():
                 logged[name] = logged.get(name, 0.) + value.item() / len(parts)
         total.backward()
         logged['grad_norm'] = clip_grad_norm_(net.parameters(), f.grad_clip or math.inf).item()
@@ -227,10 +210,7 @@ class Training:
 # Training of a classifier
 
 def classifier_trained(state, weights, batches, rates, wd, nesterov, accum):
-    """The network after SGD from `weights` on `batches` [(x, y)], in `accum` parts, at `rates`.
-
-    state: its checkpoint.
-    """
+    """The network of the checkpoint `state` after SGD from `weights`, in `accum` parts a step."""
     net = build_classifier(state['name'], state['num_classes'], state['mean'], state['std'])
     net.load_state_dict(weights)
     net = net.double().train()

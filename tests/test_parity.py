@@ -84,10 +84,6 @@ def halving(mean_type):
     return (*student.predict(unet(1050), z_t, t), x_target, student.eps_of(z_t, x_target, t))
 
 
-def pd_loss(mean_type, loss_type):
-    return distillation_loss(*halving(mean_type), loss_type).mean()
-
-
 def rdd(mean_type, what):
     x_pred, _, x_target, _ = halving(mean_type)
     if what.startswith('x_'):
@@ -104,10 +100,6 @@ def value_or_grad(loss, what):
     return value if what == 'loss' else torch.autograd.grad(value, map_S)[0]
 
 
-def is_p2p(tau, what):
-    return value_or_grad(functools.partial(intra_sample_p2p, temperature=float(tau[3:])), what)
-
-
 def m_p2p(what):
     memory = fill(MemoryP2P(64, queue_size=200, contrast_size=50)).train().requires_grad_(True)
     memory.queue.copy_(torch.nn.functional.normalize(arr(1007, 200, 64), dim=1))
@@ -118,7 +110,7 @@ def m_p2p(what):
 
 def classified(name, what):
     outputs = classifier(name)(arr(1008, 2, 3, 32, 32))
-    return outputs[('logits', 'feature', 'feature_map').index(what)]
+    return outputs[['logits', 'feature', 'feature_map'].index(what)]
 
 
 def frechet(_):
@@ -140,9 +132,11 @@ GROUPS = dict(
     unet_cond=lambda _: unet(conditional=True)(IMAGES(), torch.tensor([1, 64]),
                                                torch.tensor([1, 7])),
     unet_full=lambda _: fill(NETWORKS['unet_cifar10']())(IMAGES(), torch.tensor([1, 1024])),
-    ddim=ddim, base_loss=base_loss, pd_loss=pd_loss, rdd=rdd, is_p2p=is_p2p, m_p2p=m_p2p,
+    is_p2p=lambda tau, what: value_or_grad(
+        functools.partial(intra_sample_p2p, temperature=float(tau[3:])), what),
+    pd_loss=lambda mean_type, kind: distillation_loss(*halving(mean_type), kind).mean(),
+    ddim=ddim, base_loss=base_loss, rdd=rdd, m_p2p=m_p2p,
     classifier=classified, fid=frechet, **{'is': inception})
-
 
 # Patterns of entries and their largest absolute error; for others, 1e-5 of the largest value.
 # Without clipping, x_0 = (z_t - sigma_t eps) / alpha_t, alpha_T = 8e-4: rounding of the network,
