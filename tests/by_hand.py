@@ -185,20 +185,16 @@ def adm_weights(widths=(32, 64), blocks=1, attention=(1,), updown=True, scale_sh
 
 
 def noise_levels(kind):
-    """(sigma, c_skip, c_out, c_in, c_noise, levels of iDDPM) of four images.
-
-    Sigma as a function of time, where the network has the inverse.
-    """
-    time, u = torch.tensor([.01, .2, .6, .97]), None
-    if kind == 'VPPrecond':
-        s, c_noise = torch.expm1(.5 * 19.9 * time ** 2 + .1 * time).sqrt(), 999 * time
-    elif kind == 'iDDPMPrecond':
-        u, index = torch.linspace(9, 0, 1001) ** 2, torch.tensor([998, 700, 300, 5])
-        s, c_noise = u[index] * 1.0001, 999. - index
-    else:
-        s = 10. ** (4 * time - 2)
-        c_noise = dict(VEPrecond=(s / 2).log(), EDMPrecond=s.log() / 4,
-                       consistency_models=250 * s.log())[kind]
+    """(sigma, c_skip, c_out, c_in, c_noise, levels of iDDPM) of four images."""
+    time, index = torch.tensor([.01, .2, .6, .97]), torch.tensor([998, 700, 300, 5])
+    u = torch.linspace(9, 0, 1001) ** 2 if kind == 'iDDPMPrecond' else None
+    s = 10. ** (4 * time - 2)
+    if kind == 'VPPrecond':     # of which the network has the inverse
+        s = torch.expm1(.5 * 19.9 * time ** 2 + .1 * time).sqrt()
+    elif u is not None:
+        s = u[index] * 1.0001
+    c_noise = dict(VPPrecond=999 * time, VEPrecond=(s / 2).log(), iDDPMPrecond=999. - index,
+                   EDMPrecond=s.log() / 4, consistency_models=250 * s.log())[kind]
     level = s[:, None, None, None]
     if kind in ('VPPrecond', 'iDDPMPrecond'):
         return s, 1, -level, (1 + level ** 2) ** -.5, c_noise, u

@@ -126,7 +126,6 @@ class Training:
         return MemoryP2P(64, f.queue_size, f.contrast_size, layout=f.queue_layout)
 
     def drawn(self, stream, count, number, step):
-        """`number` of 0 .. count - 1, none twice."""
         rng = seeding.generator('cpu', self.flags.seed, stream, step)
         return torch.randperm(count, generator=rng)[:number]
 

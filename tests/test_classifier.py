@@ -18,6 +18,7 @@ from runtime.cli import UserError
 NETWORK = build_classifier('convnet_small', 10)
 WEIGHTS = NETWORK.state_dict()
 NAMED = dict(model=WEIGHTS, name='convnet_small')
+NAN = torch.full((10,), torch.nan)
 
 
 @pytest.mark.parametrize('name, size, features, key', [
@@ -61,18 +62,14 @@ def test_features_of_one_pixel_are_said(tmp_path, capsys):
         assert ('has one pixel for images of 4 pixels' in capsys.readouterr().out) == said
 
 
-def with_bias(bias):
-    return dict(model=dict(WEIGHTS, **{'fc.bias': bias}))
-
-
 @pytest.mark.parametrize('words, expected, state', [
     ('10 classes, expected 100', ('convnet_small', 100), NAMED),
     ('does not name its network', (), dict(model=WEIGHTS)),
     ('holds the classifier convnet_small, expected resnet18', ('resnet18',), NAMED),
     ('holds the classifier 3, expected one of', (), dict(NAMED, name=3)),
     ('resnet18: conv1.weight is absent, expected .64, 3, 3', ('resnet18',), dict(model=WEIGHTS)),
-    ('convnet_small: fc.bias is str, expected .10,', ('convnet_small',), with_bias('b')),
-    ('fc.bias of .* holds NaN', ('convnet_small',), with_bias(torch.full((10,), torch.nan))),
+    ('fc.bias is str, expected .10,', (), dict(NAMED, model={**WEIGHTS, 'fc.bias': 'b'})),
+    ('fc.bias of .* holds NaN', (), dict(NAMED, model={**WEIGHTS, 'fc.bias': NAN})),
     ('mean in .* is .0.5., expected three numbers from 0 to 1', (), dict(NAMED, mean=[.5])),
     ('std in .*, expected three numbers from 1e-06 to 1', (), dict(NAMED, std=[0., .5, .5])),
     ('refused', ('convnet_small',), NETWORK),       # a pickle of more than weights
@@ -93,8 +90,6 @@ def test_unknown_network():
     with pytest.raises(UserError, match='no classifier "densenet999"; .* densenet201'):
         build_classifier('densenet999', 10)
 
-
-# Images
 
 def test_mean_and_std_of_some_images():
     """They are spread over the set."""
@@ -130,8 +125,6 @@ def test_augment_crops_with_grey_mirrors_and_cuts_out():
         tuple(range(max(0, c - 2), min(8, c + 2))) for c in range(8)}
 
 
-# Training, as a user runs it
-
 WORDS = ('classifier/train.py --dataset=digits --model=convnet_small --seed=5 --batchsize=32 '
          '--epoch=1 --num_workers=0').split()
 # the error, and flags of a command that goes on after a step
@@ -166,8 +159,7 @@ def ran(tmp_path_factory):
 
 
 def test_stopped_with_its_workers_and_resumed_exactly(ran):
-    """The signal goes to the processes that load images as well. Goes on from another working
-    directory."""
+    """The signal goes to its workers as well; it goes on from another working directory."""
     results, folder = ran
     assert_ran(results['stopped'], [143, 0])
     assert_ran(results['whole'])

@@ -57,8 +57,6 @@ def classifier(name):
     return fill(build_classifier(name, 10))
 
 
-# What our modules compute: a function for each first word of an entry, called with the others
-
 def ddim(mean_type, numbers):
     T, time_scale, stride, clip = map(int, re.findall(r'\d+', numbers))
     diffusion = Diffusion(T, time_scale, mean_type)
@@ -125,6 +123,7 @@ def inception(what):
     return stats.inception_score()[('mean', 'std').index(what)]
 
 
+# what our modules compute, by the first word of an entry; called with the others
 IMAGES = functools.partial(arr, 1001, 2, 3, 32, 32)
 GROUPS = dict(
     alphas_bar_T1024=lambda: alpha_bar_table(1024), alphas_bar_T64=lambda: alpha_bar_table(64),
@@ -143,14 +142,6 @@ GROUPS = dict(
 # up to 4e-6, grows to 5e-3 in x_0 of size 6000; the last clip hides it in all but a few values.
 # cfd is a KL of 7e-5 over 1024 channels: log-probabilities near -7 are rounded by up to 5e-7.
 TOLERANCES = (('ddim/epsilon/.*clip0', 5e-3), ('rdd/.*/cfd', 5e-7), ('unet|ddim|classifier', 1e-4))
-
-
-@pytest.fixture(autouse=True, scope='module')
-def flush_denormal():
-    """No slow numbers below 1e-38, which attention over images of size 6000 leaves."""
-    torch.set_flush_denormal(True)
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize('name', sorted(REFERENCE))

@@ -91,10 +91,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('name', [*CASES, *(f'{case}_two' for case in TWO)])
 def test_steps(folder, name):
     flags = CASES[name.replace('_two', '')]
-    run, log, start = oracle.Training(folder, flags), log_of(folder / name), 0
-    before, decay = run.first_state(), flags['ema_decay']
-    if name.endswith('resumed'):
-        start, before = 1, checkpoint.read(folder / f'{name}/ckpt_1.pt')
+    run, log = oracle.Training(folder, flags), log_of(folder / name)
+    start, decay = int(name.endswith('resumed')), flags['ema_decay']
+    before = checkpoint.read(folder / f'{name}/ckpt_1.pt') if start else run.first_state()
     assert [line['step'] for line in log] == list(range(1, flags['total_steps'] + 1))
     for step in range(start + 1, flags['total_steps'] + 1):
         after = checkpoint.read(folder / f'{name}/ckpt_{step}.pt')
