@@ -176,7 +176,6 @@ def test_stopped_with_its_workers_and_resumed_exactly(ran):
 
 @pytest.mark.parametrize('sentence', REFUSED)
 def test_refused(ran, sentence):
-    """Flags that a run cannot change; one class."""
     (first, *_), *others = ran[0]['refused']
     code, _, err = others[list(REFUSED).index(sentence)]
     assert first == 0 and code == 2 and 'Traceback' not in err

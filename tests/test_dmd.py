@@ -26,7 +26,6 @@ REFUSED = dict(
     # the fake network diverges, though the loss and the gradient of G stay finite
     overflow=('not finite', '--teacher_ckpt=RUNS/huge --total_steps=2'),
     none=('--teacher_ckpt is missing', '--teacher_ckpt='),
-    # after a run with all the steps of that teacher
     grid=('a run with another teacher_steps than', f'{OF_32} --total_steps=2',
           f'{OF_32} --total_steps=2 --teacher_steps=16'))
 

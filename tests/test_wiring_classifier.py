@@ -60,9 +60,9 @@ def folder(tmp_path_factory):
         flags = dict(EVAL, **change)
         shutil.copytree(str(folder / flags['logdir']), str(folder / f'eval-{name}'))
         jobs[f'eval-{name}'] = dict(flags, logdir=f'eval-{name}', save_images=f'{name}.npz')
-    results = fork_all({name: [started(folder, flags, ranks=2 if name.endswith('two') else 1)]
-                        for name, flags in jobs.items()})
-    for result in results.values():
+    commands = {name: [started(folder, flags, ranks=2 if name.endswith('two') else 1)]
+                for name, flags in jobs.items()}
+    for result in fork_all(commands).values():
         assert_ran(result)
     return folder
 
@@ -77,8 +77,7 @@ def rates(flags, steps):
 def batches(flags, dataset, steps):
     """Yield images and labels of all steps: augmented, or moved by up to a pixel over black."""
     size, seed, plain = flags['batchsize'], flags['seed'], flags['recipe'] == 'plain'
-    augment = None if plain else Augment(8, seed)
-    stream = data.batches(dataset, size, seed, 'cpu', augment=augment)
+    stream, augment = data.batches(dataset, size, seed, 'cpu'), Augment(8, seed)
     for step in range(1, steps + 1):
         x_0, y = next(stream)
         if plain:
@@ -87,6 +86,11 @@ def batches(flags, dataset, steps):
             padded = pad(x_0, (1,) * 4, value=-1.)
             x_0 = torch.stack([image[:, top:top + 8, left:left + 8]
                                for image, (top, left) in zip(padded, corners)])
+        else:
+            first = (step - 1) * size       # place in the stream of all images
+            chosen = dataset.images[data.indices_of_step(len(dataset), size, seed, step - 1)]
+            changed = [augment(image, place) for place, image in enumerate(chosen, first)]
+            x_0 = torch.stack(changed).float() / 127.5 - 1
         yield x_0, y
 
 
@@ -137,7 +141,6 @@ def test_evaluation(folder, case):
     number, y = flags['num_images'], saved.get('arr_1')
     assert (y is not None) == (flags['logdir'] == 'labels')
     if y is not None:
-        assert len(y) == number and len(set(y.tolist())) > 5
         assert result['labels'] == 'as in the reference'
     x_T = seeding.noise_of_images(flags['seed'], range(number), (3, 8, 8), 'cpu').double()
     model.network.double()
