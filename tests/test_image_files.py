@@ -49,16 +49,14 @@ def test_modes(mode, colour, expected):
     np.testing.assert_allclose(found, expected, atol=1)
 
 
-def test_palettes(tmp_path):
+@pytest.mark.parametrize('transparency, last_two', [
+    (None, [[0, 255, 0], [1, 2, 3]]), (1, [[255] * 3, [1, 2, 3]]), (b'\xff\0\0', [[255] * 3] * 2)])
+def test_palettes(tmp_path, transparency, last_two):
     picture = Image.fromarray(np.arange(W * W).reshape(W, W).astype(np.uint8) % 3, 'P')
     picture.putpalette([200, 40, 40, 0, 255, 0, 1, 2, 3])
-    red, white, dark = [200, 40, 40], [255] * 3, [1, 2, 3]
-    for name, clear, seen in [('0.png', {}, [red, [0, 255, 0], dark]),
-                              ('1.png', dict(transparency=1), [red, white, dark]),
-                              ('1.gif', dict(transparency=1), [red, white, dark]),
-                              ('2.png', dict(transparency=b'\xff\0\0'), [red, white, white])]:
-        picture.save(tmp_path / name, **clear)
-        assert image_files.decode(tmp_path / name, W)[:, 0, :3].T.tolist() == seen, name
+    picture.save(tmp_path / 'x.png', transparency=transparency)
+    found = image_files.decode(tmp_path / 'x.png', W)[:, 0, :3]
+    assert found.T.tolist() == [[200, 40, 40], *last_two]
 
 
 @pytest.mark.parametrize('depth, channels', [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3),
@@ -66,8 +64,8 @@ def test_palettes(tmp_path):
 def test_one_transparent_colour_of_any_depth(tmp_path, depth, channels):
     """A PNG of a ramp from black to white, in which one of the values stands for transparent."""
     def chunk(name, data):
-        checksum = struct.pack('>I', zlib.crc32(name + data))
-        return struct.pack('>I', len(data)) + name + data + checksum
+        checksum = zlib.crc32(name + data)
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', checksum)
 
     header = struct.pack('>IIBBBBB', W, W, depth, channels - 1, 0, 0, 0)
     values = [i * 2 ** depth // W for i in range(W)]
@@ -77,9 +75,9 @@ def test_one_transparent_colour_of_any_depth(tmp_path, depth, channels):
                      else round(value * 255 / (2 ** depth - 1)) for value in values])
     for i in (0, 5, 15):
         clear = struct.pack('>H', values[i]) * channels
-        (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join([
-            chunk(b'IHDR', header), chunk(b'tRNS', clear), chunk(b'IDAT', zlib.compress(rows)),
-            chunk(b'IEND', b'')]))
+        (tmp_path / 'x.png').write_bytes(
+            b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'tRNS', clear)
+            + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
         found = image_files.decode(tmp_path / 'x.png', W)[:, 7]
         assert found.tolist() == [np.where(grey == grey[i], 255, grey).tolist()] * 3
 
@@ -106,32 +104,27 @@ TURNED = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTO
 
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif'])
 def test_orientation(tmp_path, ending):
-    """Every viewer shows these with a red quarter at the top left and a green one beside it."""
+    """Every viewer shows these with a white bar at the top left."""
     upright = np.zeros((8, 8, 3), np.uint8)
-    upright[:4, :4, 0] = 250
-    upright[:4, 4:, 1] = 250
+    upright[:2, :4] = 255
+    file, exif = tmp_path / f'x.{ending}', Image.Exif()
     for orientation, how in TURNED.items():
-        exif = Image.Exif()
         exif[0x0112] = orientation
-        stored = Image.fromarray(upright).transpose(how)
-        stored.save(tmp_path / f'x.{ending}', exif=exif, quality=100)
-        found = image_files.decode(tmp_path / f'x.{ending}', 8)
-        quarters = (found[:, 1::4, 1::4] > 125).reshape(3, 4).T.tolist()
-        assert quarters == [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]], orientation
+        Image.fromarray(upright).transpose(how).save(file, exif=exif, quality=100)
+        found = image_files.decode(file, 8).transpose(1, 2, 0)
+        assert np.array_equal(found > 125, upright > 125), orientation
     Image.fromarray(upright).save(tmp_path / 'x.png', exif=b'damaged')      # turns nothing
     assert np.array_equal(image_files.decode(tmp_path / 'x.png', 8).transpose(1, 2, 0), upright)
 
 
 def test_size_and_frames(tmp_path):
     """The shorter side is resized, the centre cropped; the first of several pictures counts."""
-    wide = np.zeros((8, 24, 3), np.uint8)
-    wide[:, 8:16] = 200
-    Image.fromarray(wide).resize((48, 16), Image.NEAREST).save(tmp_path / 'wide.png')
-    found = image_files.decode(tmp_path / 'wide.png', 8)
-    assert found.shape == (3, 8, 8) and (found[:, :, 1:7] == 200).all()
-    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200
+    frames = [Image.fromarray(wide), Image.new('RGB', (48, 16), 'blue')]
     frames[0].save(tmp_path / 'x.gif', save_all=True, append_images=frames[1:])
-    assert image_files.decode(tmp_path / 'x.gif', 8)[:, 4, 4].tolist() == [255, 0, 0]
+    found = image_files.decode(tmp_path / 'x.gif', 8)
+    assert found.shape == (3, 8, 8) and (found[:, :, 1:7] == 200).all()
 
 
 # Files
@@ -151,16 +144,15 @@ def test_folder(tmp_path):
 
 
 def test_what_is_left_out(tmp_path):
-    for name in ('a/1.png', '.x/1.png', '@eaDir/1.png', '__MACOSX/1.png', '#recycle/1.png',
-                 'lost+found/1.png', '$RECYCLE.BIN/1.png', 'System Volume Information/1.png',
-                 'a/._1.png', 'a/.thumbs/1.png', 'a/Thumbs.db', 'loose.png', 'a/x.heic', 'a/y.HEIC',
-                 'a/z.eps', 'a/labels'):
+    for name in ('a/1.png', '.x/1.png', '@eaDir/1.png', '__MACOSX/1.png', '$RECYCLE.BIN/1.png',
+                 'a/._1.png', 'a/Thumbs.db', 'loose.png', 'a/x.heic', 'a/y.HEIC', 'a/z.eps',
+                 'a/labels'):
         save(tmp_path / name)
     (tmp_path / 'a/gone').symlink_to('nowhere')
     found = read(tmp_path)
     assert len(found) == found.num_classes == 1
     assert set(found.summary.split('left out: ')[1].split(', ')) == {
-        '10 hidden or of the system', '2 .heic', '1 beside the class folders', '1 .eps',
+        '6 hidden or of the system', '2 .heic', '1 beside the class folders', '1 .eps',
         '2 without ending'}
 
 
@@ -175,9 +167,6 @@ def test_images_beside_the_training_folder(tmp_path):
     refused(tmp_path / 'vehicles', 'images in the folders car and Train; if these are classes, ')
     (tmp_path / 'vehicles/car').rename(tmp_path / 'vehicles/test')
     assert read(tmp_path / 'vehicles').summary.endswith('left out: 1 beside Train')
-    for name in ('car/1.png', 'train/all/2.png'):
-        save(tmp_path / 'one' / name)
-    assert read(tmp_path / 'one').num_classes == 1
 
 
 def test_links(tmp_path):
@@ -234,12 +223,11 @@ def test_refusals(tmp_path):
         (tmp_path / kind.__name__).mkdir()
         Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / kind.__name__ / 'x.tif')
     signed = 'x.tif .*32-bit or signed numbers of unknown range: save it with 8 or 16'
-    for root, words, train in [
-            ('empty', 'holds no images .*it is empty', True), ('none', 'no such folder', True),
-            ('hollow', 'the class folders cat are empty', True), ('other', '1 .heic', True),
-            ('hollow', 'no test images', False), ('float32', signed, True),
-            ('int32', signed, True)]:
-        refused(tmp_path / root, words, train)
+    refused(tmp_path / 'hollow', 'no test images', train=False)
+    for root, words in dict(
+            empty='holds no images .*it is empty', none='no such folder', other='1 .heic',
+            hollow='the class folders cat are empty', float32=signed, int32=signed).items():
+        refused(tmp_path / root, words)
 
 
 # Damage
@@ -270,22 +258,18 @@ def test_bad_images(tmp_path, capsys, monkeypatch, workers):
             num_workers=workers)
 
 
-@pytest.mark.parametrize('error, reason', [(MemoryError(), 'MemoryError'),
-                                           (RecursionError('deep\nstack'), 'deep')])
-def test_whatever_a_file_raises(tmp_path, monkeypatch, error, reason):
+def test_whatever_a_file_raises(tmp_path, monkeypatch):
     save(tmp_path / 'a/1.png')
-    monkeypatch.setattr(Image, 'open', Mock(side_effect=error))
-    refused(tmp_path, rf'a/1.png cannot be read as an image \({reason}\); .* --skip_bad_images')
+    monkeypatch.setattr(Image, 'open', Mock(side_effect=RecursionError('deep\nstack')))
+    refused(tmp_path, r'a/1.png cannot be read as an image \(deep\); .* --skip_bad_images')
     refused(tmp_path, 'none of the 1 images', skip_bad_images=True)
 
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
     sys.stdout.reconfigure(errors='backslashreplace')      # as scripts do
     folder, name = os.fsdecode(b'z\xe9ro'), os.fsdecode(b'caf\xe9.png')
-    save(tmp_path / 'train' / folder / '1.png')
-    save(tmp_path / 'train/b' / name)
-    (tmp_path / 'train/b' / f'2{name}').write_bytes(b'no image')
-    found = read(tmp_path, skip_bad_images=True)
-    assert len(found) == found.num_classes == 2
+    save(tmp_path / folder / '1.png')
+    (tmp_path / folder / name).write_bytes(b'no image')
+    assert len(read(tmp_path, skip_bad_images=True)) == 1
     assert 'caf\\udce9.png cannot be read' in capsys.readouterr().out
     refused(tmp_path, 'cannot be read')
