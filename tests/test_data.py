@@ -19,20 +19,15 @@ from runtime.loader import in_workers
 CPU = torch.device('cpu')
 
 
-def ramps(length=16, flip=True):
+def ramps():
     """Images that a mirror changes: column j of image i is 10 i + j."""
-    images = torch.arange(length)[:, None, None, None] * 10 + torch.arange(2)
+    images = torch.arange(16)[:, None, None, None] * 10 + torch.arange(2)
     images = images.expand(-1, 3, 2, -1).to(torch.uint8).contiguous()
-    return data.Images('ramps', 'train', 2, torch.arange(length), length, images, flip)
+    return data.Images('ramps', 'train', 2, torch.arange(16), 16, images)
 
 
 def first(count, *args, **kwargs):
     return list(itertools.islice(batches(*args, **kwargs), count))
-
-
-def joined(parts):
-    """Images, labels, ... of all parts."""
-    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 def test_order_and_mirrors_are_fixed():
@@ -60,14 +55,15 @@ def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum, work
         parts.append(first(2 * accum, ramps(), 8, 5, CPU, **how))
         assert_same(parts[-1][accum:], first(accum, ramps(), 8, 5, CPU, 1, **how))      # resumed
     # part 0 of process 0, part 0 of process 1, part 1 of process 0, ..
-    assert_same(joined(itertools.chain(*zip(*parts))), joined(whole))
+    in_order = [part for together in zip(*parts) for part in together]
+    for found, expected in zip(zip(*in_order), zip(*whole)):        # images, labels
+        assert torch.equal(torch.cat(found), torch.cat(expected))
 
 
 # The data set
 
-@pytest.mark.parametrize('labels, found', [([0, 3], '2 labels from 0 to 3'),
-                                           ([-1, 0], '2 labels from -1 to 0'),
-                                           ([0, 1, 2], '2 images and 3 labels')])
+@pytest.mark.parametrize('labels, found', [
+    ([0, 3], 'from 0 to 3'), ([-1, 0], 'from -1 to 0'), ([0, 1, 2], '2 images and 3 labels')])
 def test_labels_that_do_not_fit(labels, found):
     with pytest.raises(UserError, match=f'{found}.*, expected one for each, from 0 to 2'):
         data.Images('x', 'train', 1, labels, 3, torch.zeros(2, 3, 1, 1).byte())
@@ -75,15 +71,13 @@ def test_labels_that_do_not_fit(labels, found):
 
 def test_fingerprint():
     """It changes with pixels, or the key that stands for them, labels and their order."""
-    sets = [ramps() for _ in range(7)]
+    sets = [ramps() for _ in range(6)]
     sets[1].images[3, 2, 1, 1] += 1
-    sets[2].labels[3] = 4
-    sets[3].images, sets[3].labels = sets[3].images.flip(0), sets[3].labels.flip(0)
-    sets[4].images, sets[4].key = None, 'ab'        # the pixels are not read
-    sets[5].labels, sets[5].key = sets[5].labels.flip(0), 'ab'
-    sets[6].key = 'cd'
-    assert len({one.fingerprint for one in sets}) == 7
-    assert ramps(flip=False).fingerprint == sets[0].fingerprint
+    sets[2].images, sets[2].labels = sets[2].images.flip(0), sets[2].labels.flip(0)
+    sets[3].images, sets[3].key = None, 'ab'        # the pixels are not read
+    sets[4].labels, sets[4].key = sets[4].labels.flip(0), 'ab'
+    sets[5].key = 'cd'
+    assert len({one.fingerprint for one in sets}) == 6
 
 
 # Workers
@@ -92,14 +86,14 @@ def test_fingerprint():
 def test_an_error_comes_out_of_a_worker_as_it_was(workers):
     def count_to_five(i):
         if i == 5:
-            raise UserError('item 5\nwith more text', code=1)
+            raise UserError('item 5', code=1)
         return i
 
     results = in_workers(count_to_five, itertools.count(), workers)
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match='item 5') as caught:
         next(results)
-    assert str(caught.value) == 'item 5\nwith more text' and caught.value.code == 1
+    assert caught.value.code == 1
     assert not multiprocessing.active_children()        # the workers have ended
 
 
@@ -107,11 +101,9 @@ def test_a_worker_that_is_killed():
     results = in_workers(time.sleep, itertools.repeat(.05), 2)
     next(results)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    began = time.monotonic()
     with pytest.raises(UserError, match='was killed.*set --num_workers 0'):
-        for _ in results:
-            pass
-    assert time.monotonic() - began < 10 and not multiprocessing.active_children()
+        list(results)
+    assert not multiprocessing.active_children()
 
 
 def test_too_little_shared_memory(monkeypatch):
