@@ -1,14 +1,13 @@
 """torchvision's ImageNet classifiers behind our interface, small and with random weights."""
 
 import re
-import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from classifier import load_imagenet
-from runtime import checkpoint, torchvision_cpu
+from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision
 
@@ -72,14 +71,3 @@ def test_refusals(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words) as caught:
             load_imagenet(f'imagenet_{name}', file and tmp_path / file)
         assert '\n' not in str(caught.value) and caught.value.code == 1 + (name != 'resnet34')
-
-
-def test_a_torchvision_that_fails_for_another_reason_is_not_repaired(tmp_path, monkeypatch):
-    (tmp_path / 'torchvision').mkdir()
-    (tmp_path / 'torchvision/__init__.py').write_text('raise RuntimeError("something else")')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
-    repairs = len(torchvision_cpu.libraries)
-    with pytest.raises(RuntimeError, match='something else'):
-        torchvision.__wrapped__()
-    assert len(torchvision_cpu.libraries) == repairs

@@ -40,22 +40,6 @@ def test_intra_is_the_double_loop(group, chunk, tau):
     assert map_T.grad is None
 
 
-def test_memory_is_its_definition(monkeypatch):
-    """Gradients reach the student and the head alone; in chunks of two pixels."""
-    monkeypatch.setattr(losses, 'CHUNK_ENTRIES', 12)
-    memory = MemoryP2P(4, 12, 5, contrast_temperature=0.2)
-    memory.choose_contrast(gen)
-    map_S, map_T = randn(2, 4, 2, 2).requires_grad_(), randn(2, 4, 2, 2).requires_grad_()
-    projected = memory.project_head(map_S)
-    expected = oracle.memory_loss(projected, map_T, memory.queue[memory.contrast], 0.2)
-    expected_grad, = torch.autograd.grad(expected, map_S, retain_graph=True)
-    loss = memory(projected, map_T)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert (map_S.grad - expected_grad).abs().max() < 1e-4 * expected_grad.abs().max()
-    assert all(p.grad is not None for p in memory.parameters()) and map_T.grad is None
-
-
 @pytest.mark.parametrize('group', [None, 8])
 def test_one_chunk_of_similarities_is_held(group, monkeypatch):
     log_softmax = Mock(wraps=losses.F.log_softmax)
