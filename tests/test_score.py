@@ -65,7 +65,7 @@ def streamed(features, probs, cuts=(), splits=10):
     return stats
 
 
-def test_inception_score_bounds():
+def test_bounds_and_refusals():
     def inception_score(probs):
         return streamed(probs[:, :0], probs).inception_score()
 
@@ -74,6 +74,10 @@ def test_inception_score_bounds():
     assert inception_score(one_hot[:1]) == pytest.approx((1, 0))      # fewer images than splits
     with pytest.raises(UserError, match='not finite'):
         inception_score(one_hot * np.nan)
+    stats = streamed(one_hot, one_hot)
+    stats.total = 200
+    with pytest.raises(UserError, match='100 images were scored, expected 200'):
+        stats.reduce()
 
 
 @pytest.mark.parametrize('number, borders, kept', [
@@ -92,13 +96,6 @@ def test_stats_match_numpy(monkeypatch, number, borders, kept, cuts):
     scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in np.split(probs, borders)]
     assert stats.inception_score() == pytest.approx((np.mean(scores), np.std(scores)))
     assert np.array_equal(stats.features, features[kept].astype(np.float32))
-
-
-def test_images_that_no_process_has_scored():
-    stats = streamed(torch.zeros(5, 3), torch.full((5, 4), .25))
-    stats.total = 20
-    with pytest.raises(UserError, match='5 images were scored, expected 20'):
-        stats.reduce()
 
 
 # Networks
