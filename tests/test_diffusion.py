@@ -17,12 +17,13 @@ def smooth(z_t, t, y=None):
     return torch.tanh(z_t.roll(1, 3) + t[:, None, None, None] / 1000)
 
 
-@pytest.mark.parametrize('schedule', ['cosine', clean_linear()])
+@pytest.mark.parametrize('end', ['cosine', 'clean'])
 @pytest.mark.parametrize('of, to', [
     ('xstart', 'xstart'), ('epsilon', 'xstart'), ('epsilon', 'v'), ('v', 'epsilon')])
-def test_student_step_lands_where_two_teacher_steps_do(of, to, schedule):
+def test_student_step_lands_where_two_teacher_steps_do(of, to, end):
     """From the first to the last step; x of an eps teacher, divided by a tiny alpha, is clipped."""
-    teacher = Diffusion(8, mean_type=of, N=1000, schedule=schedule)
+    teacher = Diffusion(8, mean_type=of, N=1000,
+                        schedule=clean_linear() if end == 'clean' else end)
     student, z_t = teacher.with_steps(4, to), randn(4, 3, 4, 4)
     t, mid, s = (torch.tensor([250, 500, 750, 1000]) - ago for ago in (0, 125, 250))
     x_target = teacher.two_step_target(smooth, z_t, t)
@@ -35,6 +36,8 @@ def test_student_step_lands_where_two_teacher_steps_do(of, to, schedule):
     output = dict(xstart=x_target, epsilon=eps, v=alpha_t * eps - sigma_t * x_target)[to]
     landed = student.ddim_step(lambda *a: output, z_t, t, student.before(t), clip=False)
     assert ((landed - z_s).abs().amax((1, 2, 3)) / z_s.abs().amax((1, 2, 3))).max() < 1e-9
+    one_step = teacher.ddim_step(smooth, z_t, t, s, clip=of == 'epsilon')
+    assert (one_step - z_s).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('mean_type', ['xstart', 'epsilon'])
@@ -61,12 +64,15 @@ def test_a_perfect_network_is_sampled_exactly(mean_type, stride):
 def test_times_are_rounded_and_nested(N, T):
     diffusion, times = Diffusion(T, N=N), [round(k * N / T) for k in range(T + 1)]
     assert diffusion.visited.tolist() == times == diffusion.times()[::-1]
+    assert times[0] == 0 and times[-1] == N and len(set(times)) == T + 1
     assert diffusion.before(torch.tensor(times)).tolist() == [0] + times[:-1]
     if T % 2 == 0:
         student = diffusion.with_steps(T // 2)
         assert student.visited.tolist() == times[::2] == diffusion.times(2)[::-1]
-        assert torch.equal(student.alpha, diffusion.alpha)
-    assert Diffusion(**diffusion.arguments()).times() == diffusion.times()
+        assert student.N == N and torch.equal(student.alpha, diffusion.alpha)
+    again = Diffusion(**diffusion.arguments())
+    assert again.times() == diffusion.times() and torch.equal(again.sigma, diffusion.sigma)
+    assert ('N' in diffusion.arguments()) == (N % T > 0)
 
 
 def test_schedules():
@@ -76,7 +82,7 @@ def test_schedules():
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     for found in (linear.alpha, clean.alpha[1:]):
         torch.testing.assert_close(found ** 2, (1 - beta).cumprod(0), rtol=1e-4, atol=0)
-    assert clean.alpha[0] == 1 and clean.sigma[0] == 0
+    assert clean.alpha[0] == 1 and clean.sigma[0] == 0 and len(clean.alpha) == 1001
 
 
 def test_predict_leaves_autocast_precision():
