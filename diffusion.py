@@ -15,17 +15,12 @@ def alpha_bar_table(N, schedule='cosine'):
     f(i) = cos^2((i / (N + 1) + s) / (1 + s) * pi / 2) with s = 0.008; beta_i = min(1 - f(i + 1) /
     f(i), 0.999); alpha_bar = cumprod(1 - beta). Index 0 is one step into the schedule: sigma is
     0.0063 there for N = 1024, not 0. Published checkpoints were trained on this table.
-    'linear' is that of DDPM (Ho et al. 2020), for checkpoints of pytorch-ddpm: beta from 1e-4 to
-    0.02 in N + 1 equal steps.
-    dict(name=, betas=): a schedule from diffusers. Index 0 is the clean image (alpha_bar = 1),
+    dict(name=, betas=): a schedule of other projects. Index 0 is the clean image (alpha_bar = 1),
     index k uses betas[k - 1]. In float32, as diffusers has trained its networks.
     """
     if isinstance(schedule, dict):
         alpha_bar = torch.cumprod(1 - torch.tensor(schedule['betas'], dtype=torch.float32), dim=0)
         return torch.cat([torch.ones(1), alpha_bar]).double()
-    if schedule == 'linear':
-        beta = torch.linspace(1e-4, 0.02, N + 1, dtype=torch.float64)
-        return torch.cumprod(1 - beta, dim=0)
     i = torch.arange(N + 2, dtype=torch.float64) / (N + 1)
     f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -33,7 +28,7 @@ def alpha_bar_table(N, schedule='cosine'):
 
 
 def clean_linear(N=1000):
-    """DDPM's betas from 1e-4 to 0.02 for times 1..N of a network; index 0 is the clean image."""
+    """Schedule of DDPM (Ho et al. 2020): betas from 1e-4 to 0.02 for times 1..N of a network."""
     return dict(name='linear', betas=torch.linspace(1e-4, 0.02, N).tolist())
 
 

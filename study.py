@@ -60,8 +60,7 @@ SCORES = dict(fid='Frechet distance', inception_score='Inception score', precisi
 OWN_FLAGS = {'seed', 'base_ckpt', 'teacher_ckpt', 'logdir', 'until', 'teacher_steps',
              'student_steps', 'save_images', 'stride'}
 # flags with the folders of students, or the number of their steps
-WHERE = tuple(f'--{name}=' for name in ('until', 'base_ckpt', 'teacher_ckpt', 'logdir',
-                                        'student_steps', 'save_images', 'stride'))
+WHERE = tuple(f'--{name}=' for name in OWN_FLAGS - {'seed', 'teacher_steps'})
 
 
 def define_flags():

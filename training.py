@@ -181,7 +181,8 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
         memory: `MemoryP2P`, whose head is trained.
     """
     device, inputs = diffusion.alpha.device, {}
-    title, amp = f'{method} T={diffusion.T}', choose(FLAGS.amp, device)
+    title = f'{method} T={diffusion.T}'
+    amp = choose(FLAGS.amp, device, steps=diffusion.T if teacher else 0)
     for name, model in dict(teacher=teacher, start=start).items():
         if model is None:
             continue
@@ -193,8 +194,7 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
     if teacher:
         inputs['teacher_steps'] = teacher.diffusion.T
         title = f'{method.upper()} {teacher.diffusion.T}->{diffusion.T}'
-        if amp != choose(FLAGS.amp, device, diffusion.T):
-            amp = choose(FLAGS.amp, device, diffusion.T)
+        if amp != choose(FLAGS.amp, device):
             distributed.print0(f'note: --amp auto means float32 here: a student with {diffusion.T} '
                                f'steps needs its precision.')
     if classifier:

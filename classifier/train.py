@@ -25,7 +25,8 @@ from classifier.frozen import NORMALISATIONS
 from classifier.networks import NETWORKS, build_classifier
 from runtime import checkpoint, cli, data, distributed, seeding
 from runtime.cli import UserError
-from runtime.flags import FIXED, define_data_flags, define_device_flags, define_run_flags
+from runtime.flags import (FIXED, define_data_flags, define_device_flags, define_image_size,
+                           define_run_flags)
 from runtime.optim import learning_rate, sgd
 from runtime.run import Run, due, training_data
 
@@ -40,9 +41,7 @@ def define_flags():
     flags.DEFINE_alias('batchsize', 'batch_size')       # the names of the released code
     flags.DEFINE_alias('init_lr', 'lr')
     flags.DEFINE_enum('model', 'resnet18', list(NETWORKS), 'network to train')
-    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
-                         '28 for fashion_mnist, 64 for imagenet64, 32 for others',
-                         lower_bound=8, upper_bound=4096)
+    define_image_size(least=8)
     flags.DEFINE_integer('epoch', 300, 'passes over the training images; a checkpoint after each, '
                          'unless --save_step is given', lower_bound=1)
     flags.DEFINE_enum('recipe', None, ['released', 'plain'], 'how to augment and to lower the '

@@ -65,7 +65,7 @@ def are_betas(value):
 def is_schedule(value):
     if isinstance(value, dict):
         return isinstance(value.get('name'), str) and are_betas(value.get('betas'))
-    return value in ('cosine', 'linear')
+    return value == 'cosine'
 
 
 MOST_TIMES = 10 ** 6
@@ -75,7 +75,7 @@ TEXT = (str, lambda value: True, 'text')
 # entry: (its type, whether a value of this type is accepted, what is expected)
 ENTRIES = dict(
     T=TIMES, time_scale=TIMES, N=TIMES,
-    schedule=(object, is_schedule, 'cosine, linear, or a name with betas in (0, 1)'),
+    schedule=(object, is_schedule, 'cosine, or a name with betas in (0, 1)'),
     mean_type=(str, lambda value: value in MEAN_TYPES, ' or '.join(MEAN_TYPES)),
     use=(str, lambda value: value in ('net_model', 'ema_model'), 'net_model or ema_model'),
     img_size=(int, lambda value: 1 <= value <= 4096, 'a whole number from 1 to 4096'),

@@ -4,13 +4,13 @@ Their U-Net (Dhariwal & Nichol 2021, 2105.05233), a DhariwalUNet in EDM, is a UN
 diffusers with other names. C is the width of an attention layer, d that of a head.
 """
 
-import math
 import re
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from diffusion import alpha_bar_table
 from formats import edm
 from formats.entries import betas_of
 from formats.load import choose_weights, kind_of_file
@@ -216,9 +216,8 @@ def schedule(name, steps, rescaled):
     """
     if name == 'linear':
         betas = torch.linspace(.1 / steps, 20 / steps, steps, dtype=torch.float64)
+        alpha_bar = torch.cumprod(1 - betas, 0)
     else:
-        f = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        f = torch.cos((f + .008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=.999)
-    alpha_bar = torch.cumprod(1 - betas, 0)[::steps // 1000 if rescaled else 1]
+        alpha_bar = alpha_bar_table(steps - 1)
+    alpha_bar = alpha_bar[::steps // 1000 if rescaled else 1]
     return dict(name=name, betas=betas_of(alpha_bar))

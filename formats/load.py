@@ -49,7 +49,7 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
     if diffusers_read.main_file(path) and not checkpoint.find(path).exists():
         model = diffusers_read.read(path, dropout, img_size)
     else:
-        model = read_checkpoint(path, weights, dropout, mean_type, img_size, clean=steps > 0)
+        model = read_checkpoint(path, weights, dropout, mean_type, img_size)
     if model.diffusion.mean_type == 'epsilon' and model.diffusion.alpha[-1] == 0:
         raise UserError(f'the schedule of {model.file} ends with alpha 0, where eps does not '
                         f'determine the image; give a model that predicts v or x_0')
@@ -103,12 +103,11 @@ def check_flags(model, names=(*ARCHITECTURE, 'mean_type', 'img_size')):
 
 # Checkpoints
 
-def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
+def read_checkpoint(path, wanted, dropout, mean_type, img_size):
     """The `Model` in the folder of a run or in a file; arguments as of `load_model`.
 
-    Files of pytorch-ddpm have no T. Their table of 1000 times is a grid 0..999 with DDPM's linear
-    schedule, sampled in 999 steps or divisors of them; with `clean`, these are times 1..1000 after
-    an index 0 for the clean image.
+    Files of pytorch-ddpm have no T. Their times 0..999 with DDPM's linear schedule become 1..1000,
+    after an index 0 for the clean image.
     """
     file = checkpoint.find(path)
     if not file.exists() and re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(path)):
@@ -118,15 +117,15 @@ def read_checkpoint(path, wanted, dropout, mean_type, img_size, clean):
     state = checkpoint.read(file)
     check(state, ENTRIES, file)
     name, weights = choose_weights(state, wanted, file)
-    if clean and 'T' not in state and TABLE in weights:
+    if 'T' not in state and TABLE in weights:
         weights[TABLE] = torch.cat([weights[TABLE][:1], weights[TABLE]])
     network, arch = build(state, weights, dropout, f'the {name} in {file}')
     entries = {key: value for key, value in state.items() if key not in LARGE}
     if 'T' not in state:
-        entries.update(schedule=clean_linear(arch['T']) if clean else 'linear', T=arch['T'],
+        entries.update(schedule=clean_linear(arch['T']), T=arch['T'],
                        mean_type=state.get('mean_type', 'epsilon'))
         distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
-                           f'schedule, eps, {arch["T"]} steps on a grid 0..{arch["T"]}.')
+                           f'schedule, eps, {arch["T"]} steps.')
     network.entries = dict(network.entries, **{key: state[key] for key in ('origin', 'license')
                                                if key in state})
     diffusion = schedule_of(dict(dict(mean_type=mean_type), **entries), arch['T'], file)

@@ -38,7 +38,8 @@ class Commands:
             raise UserError(f'stopped by {signal.Signals(number).name}; run the same command again '
                             f'to go on', code=128 + number)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)
+            if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
+                signal.signal(number, stop)
         return self
 
     def __exit__(self, kind, *_):

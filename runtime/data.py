@@ -12,7 +12,6 @@ from runtime import distributed, image_files, published_sets, seeding
 from runtime.cli import UserError
 from runtime.loader import in_workers
 
-DATASETS = ('digits', 'fashion_mnist', 'cifar10', 'imagenet64', 'folder')
 IMG_SIZE = dict(digits=8, fashion_mnist=28, imagenet64=64)   # without a flagfile; others 32
 ON_DEVICE = 512 * 2 ** 20       # bytes of pixels up to which a set lives on the device
 LARGEST = 2 ** 32               # bytes of pixels that a small set may be enlarged to
@@ -57,14 +56,12 @@ class Images:
 def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=False):
     """The training or test split of data set `name`, whose files are in the folder `root`.
 
-    UserError: unknown name, files that are missing or unusable, no test split.
+    UserError: files that are missing or unusable, no test split.
     Args:
         num_workers: 0: this process decodes image files; else all cores do, once.
         skip_bad_images: print the image files that cannot be read, and leave them out.
     """
     split = 'train' if train else 'test'
-    if name not in DATASETS:
-        raise UserError(f'--dataset {name} is unknown; choose one of {", ".join(DATASETS)}')
     found = None
     if name == 'imagenet64':
         found = published_sets.read_batches(root, split, img_size)

@@ -10,6 +10,7 @@ from runtime.cli import UserError, own_flags, print0
 
 FLAGS = flags.FLAGS
 MEAN_TYPES = ['xstart', 'epsilon', 'v']
+DATASETS = ['digits', 'fashion_mnist', 'cifar10', 'imagenet64', 'folder']
 
 
 def given(name):
@@ -161,13 +162,18 @@ def define_teacher_steps():
 
 def define_data_flags():
     """Where images come from and how many make a step."""
-    flags.DEFINE_string('dataset', 'cifar10', 'digits, fashion_mnist, cifar10, imagenet64, folder')
+    flags.DEFINE_enum('dataset', 'cifar10', DATASETS, 'images to use')
     flags.DEFINE_string('data_root', './data', 'folder of the data set; for "folder" and '
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
     flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', 1, 1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that read images ahead; 0: none, and '
                          'one process decodes image files, else all cores do', 0)
     flags.DEFINE_bool('skip_bad_images', False, 'name and leave out images that cannot be read')
+
+
+def define_image_size(least):
+    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, 28 '
+                         'for fashion_mnist, 64 for imagenet64, 32 for others', least, 4096)
 
 
 def define_run_flags(lr, wd, grad_clip=1., save_step=1000, keep=1, log_step=50, seed=0):

@@ -31,15 +31,18 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
     """The images of split 'train' or 'test' of a folder, as arguments of `Images`."""
     paths, labels, classes, left_out = find_images(root, split)
     if skip_bad_images:
-        bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else None
-        bad = distributed.broadcast_object(bad)
+        bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else {}
         for path, reason in bad.items():
             distributed.print0(f'note: left out: {path} {reason}.')
-        if len(bad) == len(paths):
+        # their indices, as other machines may have another --data_root
+        good = [i for i, path in enumerate(paths) if path not in bad]
+        good = distributed.broadcast_object(good)
+        if not good:
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
-        labels = [label for path, label in zip(paths, labels) if path not in bad]
-        paths = [path for path in paths if path not in bad]
-        left_out.update({'that cannot be read': len(bad)} if bad else {})
+        if len(good) < len(paths):
+            left_out['that cannot be read'] = len(paths) - len(good)
+        paths = [paths[i] for i in good]
+        labels = [labels[i] for i in good]
 
     def fill(file):
         new_array(file, len(paths), img_size)

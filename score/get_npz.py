@@ -19,7 +19,8 @@ from absl import flags
 
 from runtime import cli, data, distributed, image_files
 from runtime.cli import UserError
-from runtime.flags import define_device_flags, without_effect
+from runtime.flags import (define_data_flags, define_device_flags, define_image_size,
+                           without_effect)
 from runtime.log import progress
 from runtime.published_sets import find_batches
 from score.metrics import ActivationStats, frechet_distance
@@ -31,21 +32,13 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     define_device_flags()
-    flags.DEFINE_enum('dataset', 'cifar10', data.DATASETS, 'images to measure')
-    flags.DEFINE_string('data_root', './data', 'folder of the data set')
-    flags.DEFINE_integer('img_size', None, 'height and width of the images; none: 8 for digits, '
-                         '28 for fashion_mnist, 64 for imagenet64, 32 for others',
-                         lower_bound=1, upper_bound=4096)
+    define_data_flags()
+    define_image_size(least=1)
     flags.DEFINE_enum('split', 'train', ['train', 'test'], 'images to measure')
     flags.DEFINE_integer('half', 0, '1 or 2: only every second image, from the first or from the '
                          'second on; 0: all', lower_bound=0, upper_bound=2)
     flags.DEFINE_integer('max_images', 0, 'at most this many, evenly spaced; 0: all', lower_bound=0)
-    flags.DEFINE_integer('batch_size', 128, 'images per process and step', lower_bound=1)
     flags.DEFINE_alias('batchsize', 'batch_size')       # its name in the released code
-    flags.DEFINE_integer('num_workers', 4, '0: one process decodes image files; else '
-                         'all cores do', lower_bound=0)
-    flags.DEFINE_bool('skip_bad_images', False, 'name image files that cannot be read and leave '
-                      'them out')
     define_feature_flags()
     flags.DEFINE_string('output', None, 'npz to write, relative to the repository root; none: '
                         'stats/<dataset>.<split>.npz, with .half1 or .half2 before .npz')
