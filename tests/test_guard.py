@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from helpers import command, fork_all, is_locked
+from helpers import is_locked, start
 from runtime import guard
 from runtime.cli import UserError
 from runtime.guard import Folder, Stop
@@ -15,16 +15,11 @@ from runtime.guard import Folder, Stop
 
 def test_second_run_in_a_folder_is_refused(tmp_path):
     """The lock belongs to the process and is gone with it, however it ended."""
-    mine, other, script = tmp_path / 'mine', tmp_path / 'other', tmp_path / 'script.py'
-    script.write_text(f"""
-from absl import flags
-from runtime.guard import Folder
-flags.DEFINE_string('logdir', None, '')
-kept = [Folder(name, "flags of another") for name in ('{other}', '{mine}')]
-""")
+    mine, other = tmp_path / 'mine', tmp_path / 'other'
     folder = Folder(mine, '--T=8')
-    (_, _, error), = fork_all(dict(second=[command([str(script)])]))['second']
-    assert f'UserError: --logdir {mine} is in use by process {os.getpid()} on ' in error
+    second = start(['-c', 'import sys; from runtime.guard import Folder; '
+                    'kept = [Folder(path, "") for path in sys.argv[1:]]', other, mine])
+    assert f' {mine} is in use by process {os.getpid()} on ' in second.stderr
     assert (mine / 'flagfile.txt').read_text() == '--T=8\n'
     assert (other / 'flagfile.txt').is_file() and not is_locked(other)
     assert is_locked(mine)
@@ -43,11 +38,9 @@ def test_files_of_something_else_are_kept(tmp_path, name):
     (tmp_path / 'ckpt.pt').write_text('of a run')       # copied without its lock
     Folder(tmp_path, '--T=8').close()
     assert (tmp_path / 'flagfile.txt').read_text() == '--T=8\n'
-
-
-def test_a_folder_where_a_file_must_be(tmp_path):
-    (tmp_path / 'metrics.jsonl').mkdir()
-    with pytest.raises(UserError, match='has a folder metrics.jsonl, where a run writes a file'):
+    (tmp_path / 'flagfile.txt').rename(tmp_path / 'renamed')
+    (tmp_path / 'flagfile.txt').mkdir()
+    with pytest.raises(UserError, match='has a folder flagfile.txt, where a run writes a file'):
         Folder(tmp_path, '')
 
 
@@ -80,15 +73,13 @@ def test_stop(monkeypatch):
     assert codes == [130]
 
 
-def test_hangup_is_ignored_under_nohup():
+def test_hangup_is_ignored_under_nohup(request):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Stop() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop.asked()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.asked()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_run_whose_study_was_killed_stops(monkeypatch):
@@ -98,16 +89,10 @@ def test_a_run_whose_study_was_killed_stops(monkeypatch):
             assert stop.asked() == expected
 
 
-@pytest.mark.parametrize('on_gpus, expected', [(False, list(range(1, 9))), (True, [10, 20, 25])])
-def test_processes_agree(monkeypatch, on_gpus, expected):
+@pytest.mark.parametrize('on_gpus, compared', [(False, range(1, 26)), (True, [10, 20, 25])])
+def test_processes_agree(monkeypatch, on_gpus, compared):
     """On CPUs after every step, on GPUs after every tenth and the last one."""
-    asked, theirs = [], [0]
     monkeypatch.setattr(guard.distributed, 'on_gpus', lambda: on_gpus)
-    monkeypatch.setattr(guard.distributed, 'largest',
-                        lambda received: asked.append(step) or max(received, theirs[0]))
-    with Stop() as stop:
-        for step in range(1, 26):
-            theirs[0] = signal.SIGTERM if step == expected[-1] else 0
-            if stop.asked(step, step == 25):
-                break
-    assert asked == expected and step == expected[-1]
+    monkeypatch.setattr(guard.distributed, 'largest', lambda received: step)
+    for step in range(1, 26):
+        assert Stop().asked(step, step == 25) == (step if step in compared else 0)
