@@ -12,6 +12,8 @@ SCRIPTS = {'train_base.py': ['BASE'], 'PD.py': ['PD'], 'train_rdd.py': ['RDD', '
 NETWORK = {'ch', 'ch_mult', 'attn', 'num_res_blocks', 'mean_type', 'img_size', 'conditional',
            'class_num'}
 STUDENT = dict(lr=5e-5, wd=0, total_steps=10000, warmup=0, ema_decay=0, dropout=0, grad_clip=1)
+IMAGENET64 = dict(temperature=.75, total_steps=50000,
+                  classifier_path='./classifier/result/imagenet64/densenet201_normalize05')
 PUBLISHED = {       # defaults of the original; recipes of the paper's code and RCFD's commands
     'train_base.py': dict(
         T=1024, time_scale=1, lr=2e-4, wd=0.001, total_steps=800000, warmup=5000, ema_decay=0.9999,
@@ -37,12 +39,7 @@ PUBLISHED = {       # defaults of the original; recipes of the paper's code and 
     'CIFAR10_RDD': dict(temperature=.9, total_steps=20000, loss_type='mp2p'),
     'CIFAR10_RCFD': dict(temperature=.9, total_steps=10000, loss_type='none', alpha=0, beta=0),
     'IMAGENET64_BASE': dict(dropout=0, lr=2e-5, total_steps=1000000),
-    'IMAGENET64_RDD': dict(
-        temperature=.75, total_steps=50000,
-        classifier_path='./classifier/result/imagenet64/densenet201_normalize05'),
-    'IMAGENET64_RCFD': dict(
-        temperature=.75, total_steps=50000,
-        classifier_path='./classifier/result/imagenet64/densenet201_normalize05')}
+    'IMAGENET64_RDD': IMAGENET64, 'IMAGENET64_RCFD': IMAGENET64}
 PROGRAM = '''
 import importlib, json, os, sys
 sys.path.insert(0, os.getcwd())
@@ -79,8 +76,10 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def files(values):
-    """{(data set, stage): flags} of the flagfiles alone."""
-    return {tuple(name.split('_')): flags for name, flags in values.items() if name not in SCRIPTS}
+    """{(data set, stage): flags} of the flagfiles alone, of all that there are."""
+    found = {tuple(name.split('_')): values[name] for name in values if name not in SCRIPTS}
+    assert len(found) == len(list((ROOT / 'config').glob('*.txt')))
+    return found
 
 
 @pytest.mark.parametrize('name', list(PUBLISHED))
@@ -89,23 +88,21 @@ def test_published_values(values, name):
 
 
 def test_the_network_comes_from_the_checkpoint(files):
-    assert len(files) == len(list((ROOT / 'config').glob('*.txt')))
     for (_, stage), flags in files.items():
-        found = NETWORK & set(flags['given'])
-        assert found == (NETWORK if stage == 'BASE' else set())
+        assert NETWORK & set(flags['given']) == (NETWORK if stage == 'BASE' else set())
 
 
 def test_variants_differ_from_rdd_in_their_objective_alone(files):
     same = {'dataset', 'data_root', 'classifier', 'classifier_path', 'base_ckpt', 'lr', 'wd',
             'batch_size', 'temperature', 'feature', 'amp', 'grad_clip', 'ema_decay', 'warmup'}
-    variants = [key for key in files if key[1] in ('BEST', 'RCFD')]
+    changed = dict(BEST=('none', True, 10), RCFD=('none', False, 1))
+    variants = [key for key in files if key[1] in changed]
     assert len(variants) == 6
     for name, stage in variants:
         flags, rdd = files[name, stage], files[name, 'RDD']
         assert {key: flags[key] for key in same} == {key: rdd[key] for key in same}
-        assert flags['loss_type'] == 'none' != rdd['loss_type']
-        assert (flags['logits'], flags['logits_weight']) == (
-            (True, 10) if stage == 'BEST' else (False, 1))
+        assert changed[stage] == (flags['loss_type'], flags['logits'], flags['logits_weight'])
+        assert rdd['loss_type'] == 'mp2p'
 
 
 def test_no_two_files_write_into_one_folder(files):
