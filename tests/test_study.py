@@ -164,16 +164,15 @@ def test_a_teacher_of_any_source_becomes_a_run(chain):
 
 
 def test_commands(chain, tmp_path):
-    """A seed of its own for every training and its scores; one command halves down to --until."""
-    for seed in (0, 1, 2):
-        train, *scores = chain(seed).commands().values()
-        assert train[0] == 'PD.py' and {
-            f'--seed={seed}', f'--logdir={tmp_path}/PD/seed{seed}', '--base_ckpt=ckpt.pt',
-            '--flagfile=config/TINY_PD.txt', '--until=1', '--lr=1'} <= set(train)
-        for T, words in zip((4, 2, 1), scores):
-            assert words[0] == 'ddim_eval.py' and {
-                f'--seed={seed}', f'--logdir={tmp_path}/PD/seed{seed}/{T}', '--stride=1',
-                '--flagfile=config/TINY_EVAL.txt', '--num_images=4'} <= set(words)
+    """A seed for the training and its scores; one command halves down to --until."""
+    train, *scores = chain(2).commands().values()
+    assert train[0] == 'PD.py' and {
+        '--seed=2', f'--logdir={tmp_path}/PD/seed2', '--base_ckpt=ckpt.pt',
+        '--flagfile=config/TINY_PD.txt', '--until=1', '--lr=1'} <= set(train)
+    for T, words in zip((4, 2, 1), scores):
+        assert words[0] == 'ddim_eval.py' and {
+            '--seed=2', f'--logdir={tmp_path}/PD/seed2/{T}', '--stride=1',
+            '--flagfile=config/TINY_EVAL.txt', '--num_images=4'} <= set(words)
     ddim = chain(1, 'DDIM')
     ddim.step_counts = [4, 2, 1]     # its model may have more steps than the teacher: --ddim_ckpt
     assert list(ddim.commands()) == [4, 2, 1]
@@ -216,7 +215,8 @@ def test_a_chain_waits_for_the_one_it_starts_from(chain, monkeypatch):
     ended = []
 
     def make(self, commands, env):
-        time.sleep(.2 if self.method == 'PD' else 0)
+        if self.method == 'PD':
+            time.sleep(.2)
         ended.append(self.method)
         if self.method == 'PD':
             raise OSError('no space left')
@@ -250,6 +250,7 @@ def test_failed_students_are_named(chain, tmp_path):
     assert '- PD, seed 0, 2 steps: ddim_eval.py ended with code 2: the reason\n' in text
     assert '- PD, seed 1, 4 steps: PD.py ended with code 2: the reason\n' in text
     assert '| PD | - | 1.000 | - | - |' in text
+    assert 'mean over the seeds: .\n' in text       # of no finished student
     assert Image.open(tmp_path / 'samples_4.png').size[1] > 2 * 64      # two rows
     assert (tmp_path / 'study.png').exists() or 'matplotlib' not in sys.modules
 
@@ -268,25 +269,16 @@ def test_the_report_keeps_seeds_apart(chain, tmp_path):
     assert '| 2.000 +- 12.706 |' in text and 'mean over the seeds: PD 20.' in text
 
 
-def test_seconds_are_those_of_finished_trainings(chain):
-    done, half = chain(0, seeds=4), chain(1, seeds=4)
-    made(done)
-    made(half, fails='ddim_eval.py 1')
-    for it in (done, half):
-        (it.folder / 'seconds.txt').write_text('600\n')
-    assert study.cost([done, half]).endswith(': PD 600.')
-
-
 @pytest.mark.parametrize('key, value', [('num_images', 4), ('reference_images', 30),
                                         ('reference', 'other'), ('pixels', 'float')])
 def test_scores_of_two_protocols_are_refused(chain, tmp_path, key, value):
     chains = [chain(0), chain(1)]
     for it in chains:
         made(it)
-    same = dict(RESULT, seed=1, reference=str(ROOT / RESULT['reference']))
-    results.append(chains[1].folder / '2/results.jsonl', same)
+    file, result = chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1)
+    results.append(file, dict(result, reference=str(ROOT / RESULT['reference'])))
     study.check_protocol(chains)        # another path of one reference
-    results.append(chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1, **{key: value}))
+    results.append(file, dict(result, **{key: value}))
     with pytest.raises(UserError, match=f'seed1/2/results.jsonl has a score with {key} .*{value}'):
         study.report(chains)
     assert not (tmp_path / 'table.md').exists()
@@ -312,8 +304,7 @@ def test_students_made_otherwise_are_refused(chain, tiny, tmp_path, monkeypatch,
     other = chain(1, 'PD+DMD', chain(), train_flags=f'--lr={2 if change == "flags" else 1}')
     if change.endswith('.txt'):
         shutil.copytree(str(tiny / 'config'), str(tmp_path / 'config'))
-        with open(tmp_path / 'config' / change, 'a') as flagfile:
-            flagfile.write('\n--wd=1\n')
+        (tmp_path / 'config' / change).write_text('--wd=1\n')
         monkeypatch.chdir(tmp_path)
     if change == 'teacher':
         other.teacher.network.head.bias.data += 1
