@@ -1,4 +1,4 @@
-"""Optimisation: a step that is not finite leaves no trace, and the device decides that."""
+"""Optimisation: a step that is not finite leaves no trace. Values are in test_wiring.py."""
 
 import copy
 import math
@@ -31,20 +31,12 @@ def test_a_step_that_is_not_finite_is_not_applied(fused, bad):
     torch.testing.assert_close(found[0][0], torch.tensor([.9, 2.1]))    # rate times sign
 
 
-def test_global_batch_norm_is_batch_norm():
+def test_global_batch_norm():
+    """Far from 0 it is as exact as torch's, and images that are not finite leave no trace."""
     one, other = nn.BatchNorm2d(3), GlobalBatchNorm2d(3)
-    nn.init.normal_(one.weight)
-    other.load_state_dict(one.state_dict())
-    x, up = torch.randn((2, 64, 3, 5, 5), generator=torch.Generator().manual_seed(0))
-    grads = []
-    for layer in (one, other):
-        images = (2 * x + 1).requires_grad_()
-        (layer(images) * up).sum().backward()
-        grads.append(images.grad)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=1e-5, atol=1e-6)
-    far = .1 * x + 1000
+    far = 1000 + .1 * torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(other(far), one(far), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=1e-5, atol=1e-6)
     before = copy.deepcopy(other.state_dict())
-    other(x * math.inf)
+    other(far * math.inf)
     assert_same(before, other.state_dict(), skip=('num_batches_tracked',))
