@@ -1,8 +1,7 @@
 """Runs scripts as `python script ...` would, each in a fork of one process that has loaded torch.
 
-Every line of standard input is JSON {name: [command, ..]}. The commands of a list run one after
-another, the lists side by side. The answer is a line of JSON {name: [[exit code, stdout, stderr],
-..]}. A command has `argv` and may have:
+Reads lines of JSON {name: [command, ..]}: lists side by side, their commands one after another.
+Answers with lines {name: [[exit code, stdout, stderr], ..]}. A command has `argv` and may have:
   cwd, env         working directory, further environment variables
   ranks            number of processes, with the environment that a launcher gives them
   kill_after_save  the process dies as by kill -9 right after its first checkpoint

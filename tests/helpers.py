@@ -54,14 +54,6 @@ def start(words):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
 
-def launch(words):
-    """The same; it must succeed. Returns standard output."""
-    done = start(words)
-    assert done.returncode == 0, done.stderr
-    assert 'Traceback' not in done.stderr
-    return done.stdout
-
-
 @functools.lru_cache(None)
 def fork_server():
     """forks.py, which ends with this process."""
