@@ -86,22 +86,18 @@ def assert_released(run, before):
     assert handlers() == before and not is_locked(run.logdir) and run.log.file is None
 
 
-# Order of the calls in a step
-
-@pytest.mark.parametrize('parts, calls, found', [
-    (1, 'BU', '0 calls of run.training.. and 1'), (1, 'TBBU', '1 .* and 2'),
-    (2, 'TBU', '1 .* and 1 of run.backward.., expected 2'),
-    (1, 'TBTBU', '2 .* and 2'), (1, 'TBUU', 'once per step'),
-    (2, 'TBTB', 'step 1 ended without run.update')])
-def test_wrong_order(make, parts, calls, found):
+@pytest.mark.parametrize('calls, found', [
+    ('BU', '0 calls of run.training.. and 1 of run.backward.., expected 1'),
+    ('TU', '1 calls of run.training.. and 0'), ('TBTBU', '2 .* and 2'), ('TBUU', 'once per step'),
+    ('TB', 'step 1 ended without run.update')])
+def test_wrong_order_of_calls(make, calls, found):
     """T: run.training, B: run.backward, U: run.update."""
     def forward():
         with run.training(next(run.parts())):
             pass
 
-    run = make(f'--grad_accum={parts}')
-    do = dict(T=forward, U=lambda: run.update(1e-3),
-              B=lambda: run.backward(loss=(1., torch.zeros((), requires_grad=True))))
+    run, zero = make(), torch.zeros((), requires_grad=True)
+    do = dict(T=forward, B=lambda: run.backward(loss=(1., zero)), U=lambda: run.update(1e-3))
     with pytest.raises(RuntimeError, match=found):
         for _ in run:
             for name in calls:
@@ -125,20 +121,18 @@ def test_loop_that_is_left(make, capsys):
     assert_released(again, before)
 
 
-@pytest.mark.parametrize('name, code', [('SIGTERM', 143), ('SIGHUP', 129)])
-def test_signal_ends_the_run(make, capsys, request, name, code):
+def test_signal_ends_the_run(make, capsys, request):
     """After the step in which it came, with a checkpoint, and with the code of the signal."""
-    ignored = signal.signal(getattr(signal, name), signal.SIG_DFL)      # as under nohup
-    request.addfinalizer(lambda: signal.signal(getattr(signal, name), ignored))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)      # as under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, ignored))
     before, run = handlers(), make()
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit, match='129'):
         for step in run:
             if step == 2:
-                signal.raise_signal(getattr(signal, name))
+                signal.raise_signal(signal.SIGHUP)
             do_step(run)
-    assert leaving.value.code == code
     assert_released(run, before)
-    assert f'{name}: stopped after step 2, saved in' in capsys.readouterr().out
+    assert 'SIGHUP: stopped after step 2, saved in' in capsys.readouterr().out
     assert checkpoint.read(run.logdir)['step'] == 2 and steps_in_log(run) == [1, 2]
 
 
