@@ -20,7 +20,7 @@ import demo
 import study
 from formats.load import load_model
 from helpers import (RESULT, ROOT, assert_ran, assert_same, command, environment, fork_all,
-                     make_scorer, parsing)
+                     make_scorer, parsing, start)
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
@@ -358,3 +358,10 @@ def test_commands_end_with_the_script_that_started_them(tmp_path, number, code):
     out, error = process.communicate(timeout=30)
     assert process.returncode == code and 'Traceback' not in error, error
     assert pid and not out and not os.path.exists(f'/proc/{pid}')
+
+
+def test_under_nohup_a_hangup_ends_nothing():
+    done = start(['-c', 'import os, signal; from runtime.commands import Commands\n'
+                  'signal.signal(signal.SIGHUP, signal.SIG_IGN)\n'
+                  'with Commands(): os.kill(os.getpid(), signal.SIGHUP)'])
+    assert done.returncode == 0, done.stderr
