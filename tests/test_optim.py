@@ -34,7 +34,7 @@ def test_a_step_that_is_not_finite_is_not_applied(fused, bad):
 def test_global_batch_norm():
     """Far from 0 it is as exact as torch's, and images that are not finite leave no trace."""
     one, other = nn.BatchNorm2d(3), GlobalBatchNorm2d(3)
-    far = 1000 + .1 * torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    far = 1000 + .1 * torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(other(far), one(far), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=1e-5, atol=1e-6)
     before = copy.deepcopy(other.state_dict())
