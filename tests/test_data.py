@@ -41,6 +41,15 @@ def test_order_and_mirrors_are_fixed():
         [[111, 110], [131, 130], [0, 1], [140, 141], [21, 20], [41, 40], [80, 81], [90, 91]]]
 
 
+@pytest.mark.parametrize('flip, augment', [(False, None), (True, lambda image, position: image)])
+def test_what_is_not_mirrored(flip, augment):
+    """Images without a valid mirror image, and those that `augment` changes."""
+    images = ramps()
+    images.flip = flip
+    for x_0, _ in first(2, images, 8, 5, CPU, augment=augment):
+        assert (x_0[..., 0] < x_0[..., 1]).all()
+
+
 @pytest.mark.parametrize('processes, accum, workers', [
     (2, 1, None), (1, 2, None), (1, 4, None), (2, 2, None), (1, 1, 0), (1, 1, 2), (2, 2, 2)])
 def test_processes_and_parts_share_the_batch(monkeypatch, processes, accum, workers):
