@@ -9,7 +9,6 @@ from runtime.distributed import print0
 NUMBERS = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'num_images')
 # equal where scores compare
 PROTOCOL = ('reference', 'feature_network', 'num_images', 'reference_images', 'pixels')
-OTHERS = ('reference', 'reference_images', 'feature_network', 'pixels')
 
 
 def append(file, result):
@@ -29,7 +28,7 @@ def read(file):
         try:
             result = json.loads(line)
             complete = all(math.isfinite(result[name]) for name in NUMBERS) and all(
-                name in result for name in OTHERS)
+                name in result for name in PROTOCOL)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             complete = False
         if complete:

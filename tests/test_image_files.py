@@ -143,6 +143,7 @@ def test_folder(tmp_path):
 
 def test_what_is_left_out(tmp_path):
     for name in ('a/1.png', '.x/1.png', '@eaDir/1.png', '__MACOSX/1.png', '$RECYCLE.BIN/1.png',
+                 '#recycle/1.png', 'lost+found/1.png', 'System Volume Information/1.png',
                  'a/._1.png', 'a/Thumbs.db', 'loose.png', 'a/x.heic', 'a/y.HEIC', 'a/z.eps',
                  'a/labels'):
         save(tmp_path / name)
@@ -150,7 +151,7 @@ def test_what_is_left_out(tmp_path):
     found = read(tmp_path)
     assert len(found) == found.num_classes == 1
     assert set(found.summary.split('left out: ')[1].split(', ')) == {
-        '6 hidden or of the system', '2 .heic', '1 beside the class folders', '1 .eps',
+        '9 hidden or of the system', '2 .heic', '1 beside the class folders', '1 .eps',
         '2 without ending'}
 
 
