@@ -14,7 +14,7 @@ from formats import card, diffusers_write, edm, onnx_graph
 from formats.diffusers_read import DiffusersUNet
 from formats.load import TABLE, load_model
 from formats.songunet import SongUNet
-from helpers import ROOT, diffusers, noise, our_images, parsing, their_images
+from helpers import RESULT, ROOT, diffusers, noise, our_images, parsing, their_images
 from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
@@ -23,16 +23,14 @@ N, T, SIZE = 1024, 8, 8
 KINDS = ['plain', 'labels', 'clean', 'theirs']      # that diffusers has networks for
 
 
-def small_unet(conditional, **changes):
-    """A network in which every layer has an effect: those that start near 0 get other weights."""
+def small_unet(conditional, T=N):
+    """A network in which every layer has an effect, also those that start near 0."""
     torch.manual_seed(1)
-    network = UNet(**dict(dict(T=N, ch=32, ch_mult=[1, 2], attn=[1], num_res_blocks=1,
-                               conditional=conditional, class_num=3), **changes))
-    for name, parameter in network.named_parameters():
+    network = UNet(T, ch=32, ch_mult=[1, 2], attn=[1], num_res_blocks=1, conditional=conditional,
+                   class_num=3)
+    for parameter in network.parameters():
         if parameter.requires_grad:
-            std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            scale_of_norm = parameter.ndim == 1 and name.endswith('weight')
-            torch.nn.init.normal_(parameter, mean=1. if scale_of_norm else 0., std=std)
+            parameter.data += .1 * torch.randn(parameter.shape)
     return network.state_dict()
 
 
@@ -47,8 +45,8 @@ def edm_state():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A student with 8 steps per kind, with results beside it: without and with labels, on the
-    schedule of a model of diffusers, with a network of diffusers, and with one of EDM."""
+    """A student with 8 steps per kind: without and with labels, on the schedule of a model of
+    diffusers, with a network of diffusers, and with one of EDM."""
     folder = tmp_path_factory.mktemp('runs')
     state = dict(
         T=T, time_scale=N // T, method='rdd', step=7, mean_type='xstart', img_size=SIZE,
@@ -69,14 +67,9 @@ def runs(tmp_path_factory):
         network = DiffusersUNet(unet, clean_end=True)
         states['theirs'] = dict(clean, mean_type='v', net_model=network.state_dict(),
                                 **network.entries)
-    result = dict(nfe=8, fid=1.25, inception_score=2., inception_std=0.5, num_images=9, seed=3,
-                  reference='r.npz', reference_images=11, feature_network='inception',
-                  pixels='8-bit', weights='net_model', step=7)
-    lines = [json.dumps(result), json.dumps(dict(result, step=6, fid=77.)), '{"nfe": 8, "fi']
     for name, state in states.items():
         (folder / name).mkdir()
         checkpoint.save(folder / name / 'ckpt.pt', state)
-        (folder / name / 'results.jsonl').write_text('\n'.join(lines))
     return folder
 
 
@@ -191,14 +184,18 @@ def test_networks_that_diffusers_does_not_have(runs):
 
 
 def test_card(runs, tmp_path, capsys):
+    result = dict(RESULT, step=7, weights='net_model', reference_images=11)
+    others = [dict(result, step=6, fid=77.), dict(result, weights='ema_model', fid=77.)]
+    lines = [*map(json.dumps, [result, *others]), '{"nfe": 8, "fi']
+    (runs / 'labels/results.jsonl').write_text('\n'.join(lines))
     card.write(tmp_path, load_model(runs / 'labels'), 2, 'diffusers', 'cc0-1.0')
     text = (tmp_path / 'README.md').read_text()
     for words in ('license: cc0-1.0', '# 4-step', 'spans 2 of them', 'Steps: 7.', 'digits',
-                  '--lr=0.5', './logs/8', '| 8 | 1.250 | 2.000 +- 0.500 | 9 | r.npz (11) |',
+                  '--lr=0.5', './logs/8', '| 4 | 1.000 | 2.000 +- 0.100 | 9 | r (11) |',
                   'class-conditional, 3 classes', 'train_rdd.py', 'steps_offset=1024 // n'):
         assert words in text, words
-    assert '77.' not in text        # the result of an older step
-    assert 'line 3 of' in capsys.readouterr().out
+    assert '77.' not in text        # results of an older step, and of the average
+    assert 'line 4 of' in capsys.readouterr().out
     card.write(tmp_path, load_model(runs / 'clean'), 1, 'onnx', 'mit', 'differ by 3')
     text = (tmp_path / 'README.md').read_text()
     assert '`me/mine`' in text and 'differ by 3' in text and 'schedule is linear' in text
