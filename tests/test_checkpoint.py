@@ -128,13 +128,6 @@ def test_code_in_a_file_does_not_run(tmp_path, zipped):
 
 # State dicts
 
-def test_prefixes_of_wrapped_networks():
-    inner = {'head.weight': 1, 'module.bias': 2}
-    for prefix in ('module.', '_orig_mod.', 'module._orig_mod.', 'ema_model.'):
-        assert checkpoint.plain_keys({prefix + key: v for key, v in inner.items()}) == inner
-    assert checkpoint.plain_keys(inner) == inner and checkpoint.plain_keys({}) == {}
-
-
 def test_names_of_what_is_not_finite():
     lost = torch.tensor([1., float('nan')])
     state = dict(net_model=dict(w=lost), ema_model=dict(w=torch.ones(2), n=torch.ones(2).long()),
