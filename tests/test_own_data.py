@@ -3,13 +3,12 @@
 import importlib.util
 import json
 
-import numpy as np
 import torch
-from PIL import Image
 
 from helpers import ROOT, command, fork_all
 from runtime import checkpoint
 from runtime.torchvision_cpu import torchvision
+from wiring import make_photos
 
 SECTION = (ROOT / 'docs/data.md').read_text().split('## Your own images\n')[1].split('\n## ')[0]
 COMMANDS = [line.split()[1:] for block in SECTION.split('```')[1::2]
@@ -23,10 +22,7 @@ PACKAGES = {'tools/plot.py': 'matplotlib', 'export.py': 'diffusers'}     # that 
 
 
 def overrides(words, folder):
-    """What makes a command of the page tiny, and keeps its results in `folder`.
-
-    Paths that scripts anchor at the repository root have to be given again; the rest is relative.
-    """
+    """What makes a command of the page tiny; paths from the root of the repository, once more."""
     if 'imagenet_resnet50' in words:
         return [*RDD, '--classifier=imagenet_resnet18', f'--classifier_path={folder}/resnet18.pt',
                 f'--logdir={folder}/logs/photos/unlabelled']
@@ -42,20 +38,11 @@ def overrides(words, folder):
         'tools/plot.py': [], 'export.py': []}[words[0]]
 
 
-def make_inputs(folder):
-    """Pictures of two classes, the flagfiles, and a classifier like torchvision's."""
-    rng = np.random.default_rng(0)
-    for kind, suffix in (('cats', 'jpg'), ('dogs', 'png')):
-        (folder / 'photos/train' / kind).mkdir(parents=True)
-        for i in range(6):
-            picture = Image.fromarray(rng.integers(0, 256, (12, 16 + i, 3), dtype=np.uint8))
-            picture.save(folder / f'photos/train/{kind}/{i}.{suffix}')
-    (folder / 'config').symlink_to(ROOT / 'config')
-    torch.save(torchvision().models.resnet18(weights=None).state_dict(), folder / 'resnet18.pt')
-
-
 def test_the_commands_of_the_page(tmp_path):
-    make_inputs(tmp_path)
+    make_photos(tmp_path / 'photos', count=12)
+    (tmp_path / 'config').symlink_to(ROOT / 'config')
+    resnet18 = torchvision().models.resnet18(weights=None)
+    torch.save(resnet18.state_dict(), tmp_path / 'resnet18.pt')
     results = fork_all(dict(page=[
         command(words, *overrides(words, tmp_path), cwd=str(tmp_path),
                 env=dict(XDG_CACHE_HOME=f'{tmp_path}/cache')) for words in COMMANDS]))['page']
