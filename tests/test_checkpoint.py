@@ -128,13 +128,6 @@ def test_code_in_a_file_does_not_run(tmp_path, zipped):
 
 # State dicts
 
-def test_names_of_what_is_not_finite():
-    lost = torch.tensor([1., float('nan')])
-    state = dict(net_model=dict(w=lost), ema_model=dict(w=torch.ones(2), n=torch.ones(2).long()),
-                 optim=dict(state={0: dict(step=1, exp_avg=[lost])}), step=3)
-    assert checkpoint.not_finite(state) == ['net_model', 'optim']
-
-
 def test_digest():
     """Of names and values; their layout and order do not count."""
     state = dict(a=torch.arange(16.).view(1, 2, 2, 4), b=torch.ones(2))

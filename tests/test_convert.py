@@ -294,23 +294,15 @@ def test_published_sizes(arguments, parameters):
     assert sum(value.numel() for value in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize('shape, head, arch, parameters', [
-    (dict(widths=(32, 64, 96), blocks=2, attention=(1, 2)), 32, dict(ch_mult=[1, 2, 3]), None),
-    pytest.param(dict(widths=(192, 384, 576, 768), blocks=3, attention=(1, 2, 3), labels=1000), 64,
-                 dict(ch=192, ch_mult=[1, 2, 3, 4]), 295899267, marks=pytest.mark.slow)],
-    ids=['small', 'imagenet64'])
-def test_more_resolutions_and_blocks(tmp_path, convert_file, shape, head, arch, parameters):
-    """Every tensor has a place; the large one has as many numbers as published."""
+def test_more_resolutions_and_blocks(tmp_path, convert_file):
+    """Three resolutions of two blocks, two with attention: every tensor has a place."""
     diffusers()
-    w = by_hand.adm_weights(**shape, outputs=3)
+    w = by_hand.adm_weights((32, 64, 96), 2, (1, 2), outputs=3)
     torch.save(w, tmp_path / 'edm_x.pt')
-    model = convert_file(tmp_path / 'edm_x.pt', tmp_path / 'out', f'--num_head_channels={head}')
-    given = sum(value.numel() for value in w.values())
+    model = convert_file(tmp_path / 'edm_x.pt', tmp_path / 'out', '--num_head_channels=32')
     found = sum(value.numel() for value in model.network.parameters())
-    assert parameters in (None, given)
-    assert found == given + 4 * shape['widths'][0]      # "no label": zeros
-    wanted = dict(arch, num_res_blocks=shape['blocks'], attn=list(shape['attention']))
-    assert {key: model.arch[key] for key in wanted} == wanted
+    assert found == sum(value.numel() for value in w.values()) + 128    # "no label": zeros
+    assert (model.arch['ch_mult'], model.arch['attn']) == ([1, 2, 3], [1, 2])
 
 
 # Students
@@ -322,9 +314,7 @@ def test_students_are_the_same_wrapper(tmp_path):
     pd = [*PD, f'--base_ckpt={tmp_path}/edm', '--teacher_steps=4', f'--logdir={tmp_path}/pd']
     results = fork_all(dict(run=[
         command(['convert.py'], f'--teacher={file}', f'--output={tmp_path}/edm'),
-        command(pd, '--total_steps=1'), command(pd, '--total_steps=2'),
-        command(['sample.py'], f'--logdir={tmp_path}/pd', f'--output={tmp_path}/x.npz',
-                '--num_images=4')]))['run']
+        command(pd, '--total_steps=1'), command(pd, '--total_steps=2')]))['run']
     assert_ran(results)
     for words in ('SongUNet', 'EDMPrecond', '16 x 16', '10 classes', 'cc-by-nc-sa-4.0',
                   f'PD.py --flagfile ./config/TEACHER_PD.txt --base_ckpt {tmp_path}/edm'):
@@ -337,9 +327,7 @@ def test_students_are_the_same_wrapper(tmp_path):
     assert student.network.entries['license'] == 'cc-by-nc-sa-4.0'
     x, t, y = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1024, 512]), torch.tensor([0, 9])
     with torch.no_grad():
-        wanted = first.network(x, t, y)
-        assert torch.equal(first.trainable().eval()(x, t, y), wanted)
-        assert not torch.equal(student.network(x, t, y), wanted)
+        assert not torch.equal(student.network(x, t, y), first.network(x, t, y))
 
 
 # Hostile and damaged files

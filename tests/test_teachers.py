@@ -52,21 +52,15 @@ def ddim(scheduler, prediction, steps):
 # Networks and students
 
 def test_a_schedule_of_its_own_comes_before_that_of_a_neighbour(tmp_path):
-    """A flat folder inside that of a pipeline; unet/ of a pipeline takes the one beside it."""
+    """A flat folder inside that of a pipeline."""
     diffusers()
     for place, count in (('mine', 10), ('scheduler', 20)):
         (tmp_path / place).mkdir()
         (tmp_path / place / 'scheduler_config.json').write_text(json.dumps(dict(
             _class_name='DDIMScheduler', num_train_timesteps=count)))
-    (tmp_path / 'training.json').write_text(json.dumps(dict(
-        T=4, time_scale=1, mean_type='v', schedule='cosine')))
     assert diffusers_read.read_schedule(tmp_path / 'mine')['T'] == 10
-    assert diffusers_read.read_schedule(tmp_path / 'unet')['T'] == 4        # of an export
-    (tmp_path / 'training.json').unlink()
     assert diffusers_read.read_schedule(tmp_path / 'unet')['T'] == 20
 
-
-# Networks and students
 
 LABELS = dict(num_class_embeds=10)
 
@@ -151,34 +145,31 @@ def test_exports_of_zero_snr_work_with_other_schedulers(tmp_path):
 # README's section and RDD
 
 @pytest.fixture(scope='module')
-def ran(tmp_path_factory):
-    """(folder, results) of README's commands and of RDD with a teacher that has labels."""
+def folder(tmp_path_factory):
+    """Where the scripts run: with teachers, a classifier and the flagfiles."""
     folder = tmp_path_factory.mktemp('teacher')
     (folder / 'config').symlink_to(ROOT / 'config')
     pipeline(folder / 'ddpm-cifar10-32', attention_head_dim=None)
     pipeline(folder / 'labels', num_class_embeds=10)
-    more = {'PD.py': TRAINING,
-            'ddim_eval.py': [*make_scorer(folder, 'densenet_small'), '--num_images=4',
-                             '--batch_size=4', '--sample_size=2', '--img_size=8']}
-    readme = [line.split()[1:] for line in SECTION.split('```')[1].strip().splitlines()
-              if line.startswith('python')]
-    assert [words[0] for words in readme] == ['PD.py', 'score/get_npz.py', 'ddim_eval.py']
-    del readme[1]       # it would download CIFAR-10
-    rdd = ['train_rdd.py', '--flagfile=config/TEACHER_RDD.txt', *TRAINING, '--queue_size=64',
-           '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
-           '--classifier=densenet_small', '--classifier_path=classifier.pt', '--base_ckpt=labels',
-           '--logdir=rdd']
-    again = ['train_rdd.py', '--flagfile=rdd/flagfile.txt', '--total_steps=2']
-    here = dict(cwd=str(folder))
-    return folder, fork_all(dict(
-        readme=[command(words, *more[words[0]], **here) for words in readme],
-        rdd=[command(rdd, **here), command(again, **here)]))
+    make_scorer(folder, 'densenet_small')
+    return folder
 
 
-def test_the_section_runs_as_written(ran):
-    folder, results = ran
-    assert_ran(results['readme'])
-    assert results['readme'][0][1].count('note: the student predicts v') == 1  # in the first stage
+def run_in(folder, *commands):
+    """What commands print, one after the other."""
+    results = fork_all(dict(run=[command(words, cwd=str(folder)) for words in commands]))['run']
+    assert_ran(results)
+    return [output for _, output, _ in results]
+
+
+def test_the_section_runs_as_written(folder):
+    lines = SECTION.split('```')[1].strip().splitlines()
+    distil, measure, evaluate = (line.split()[1:] for line in lines if line.startswith('python'))
+    assert measure[0] == 'score/get_npz.py'     # it would download CIFAR-10
+    output, _ = run_in(folder, [*distil, *TRAINING], [
+        *evaluate, '--fid_cache=stats.npz', f'--feature_network={folder}/classifier.pt',
+        '--num_images=4', '--batch_size=4', '--sample_size=2', '--img_size=8'])
+    assert output.count('note: the student predicts v') == 1    # in the first stage
     for T in (64, 32, 16, 8, 4, 2, 1):
         student = load_model(folder / f'logs/mine/{T}')
         assert student.diffusion.times()[::-1] == [round(k * 1000 / T) for k in range(T + 1)]
@@ -188,11 +179,15 @@ def test_the_section_runs_as_written(ran):
     assert (result['nfe'], result['T'], result['method']) == (1, 1, 'pd')
 
 
-def test_rdd_of_a_teacher_with_labels(ran):
+def test_rdd_of_a_teacher_with_labels(folder):
     """Its run goes on from its own flagfile."""
-    folder, results = ran
-    assert_ran(results['rdd'])
-    assert 'resuming at step 1' in results['rdd'][1][1]
+    rdd = ['train_rdd.py', '--flagfile=config/TEACHER_RDD.txt', *TRAINING, '--queue_size=64',
+           '--contrast_size=16', '--queue_update=8', '--teacher_steps=8',
+           '--classifier=densenet_small', '--classifier_path=classifier.pt', '--base_ckpt=labels',
+           '--logdir=rdd']
+    again = ['train_rdd.py', '--flagfile=rdd/flagfile.txt', '--total_steps=2']
+    _, output = run_in(folder, rdd, again)
+    assert 'resuming at step 1' in output
     model = load_model(folder / 'rdd')
     assert (model.diffusion.times(), model.diffusion.mean_type) == ([1000, 750, 500, 250, 0], 'v')
     assert (model.entries['origin'], model.entries['step']) == ('labels', 2)
