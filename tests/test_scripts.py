@@ -31,6 +31,7 @@ FORTY = ['--total_steps=40', '--save_step=7', '--dropout=0.1']
 # name of a mistake: (what the sentence must have; script and further words)
 MISTAKES = dict(
     no_logdir=('--logdir is missing: the folder this run writes to', 'base --logdir='),
+    range=('--temperature=0: 0.0 is not number >= 1e-06', 'rdd --temperature=0'),
     channels=('--ch is 33, expected a multiple of 32', 'base --ch=33'),
     size=('--img_size is 9, expected a multiple of 2: .* halves it 1 times', 'base --img_size=9'),
     level=(r'--attn is \[1, 2\], expected resolutions from 0 to 1', 'base --attn=2'),
