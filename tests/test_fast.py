@@ -151,6 +151,16 @@ def test_compiling_that_fails_is_one_sentence(version, reason, monkeypatch):
     assert e.value.code == 1
 
 
+@pytest.mark.parametrize('device, graphs, mode', [
+    ('cuda', True, dict(mode='reduce-overhead')), ('cuda', False, {}), ('cpu', True, {})])
+def test_graphs_on_a_gpu_alone(device, graphs, mode, monkeypatch):
+    layer, device = Mock(), torch.device(device)
+    monkeypatch.setattr(precision, 'TORCH', (2, 13))
+    monkeypatch.setattr(precision, 'torch', Mock())
+    precision.compile_networks(True, device, layer, graphs=graphs)
+    layer.compile.assert_called_once_with(dynamic=False, **mode)
+
+
 # GPUs
 
 @pytest.mark.parametrize('tf32, conv, matmul', [
