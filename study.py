@@ -403,7 +403,7 @@ def interval(values):
     return np.mean(values), stdtrit(len(values) - 1, .975) * error
 
 
-def words(values, sign=''):
+def rounded(values, sign=''):
     mean, half = interval(values)
     return f'{mean:{sign}.3f}' + ('' if np.isnan(half) else f' +- {half:.3f}')
 
@@ -422,10 +422,10 @@ def table(values, steps, score):
         differences = mine - reference
         cells = []
         for T, value, difference in zip(steps, mine, differences):
-            cell = '-' if np.isnan(value).all() else words(value)
+            cell = '-' if np.isnan(value).all() else rounded(value)
             itself = method == baseline and count in ('', str(T))
             if not itself and not np.isnan(difference).all():
-                cell += f' ({words(difference, "+")})'
+                cell += f' ({rounded(difference, "+")})'
             cells.append(cell)
         rows.append(f'| {method} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
@@ -437,9 +437,9 @@ def cost(chains):
     for chain in chains:
         if chain.script and chain.result(chain.step_counts[-1]):
             seconds[chain.method].append(chain.seconds())
-    return 'Seconds of training, from the teacher to the last student, mean over the seeds: ' + (
-        ', '.join(f'{name} {np.mean(values):.0f}' for name, values in seconds.items() if values)
-        + '.')
+    means = [f'{name} {np.mean(values):.0f}' for name, values in seconds.items() if values]
+    return (f'Seconds of training, from the teacher to the last student, mean over the seeds: '
+            f'{", ".join(means) or "no student is finished"}.')
 
 
 def draw(scores, steps, path):

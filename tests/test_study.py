@@ -250,7 +250,7 @@ def test_failed_students_are_named(chain, tmp_path):
     assert '- PD, seed 0, 2 steps: ddim_eval.py ended with code 2: the reason\n' in text
     assert '- PD, seed 1, 4 steps: PD.py ended with code 2: the reason\n' in text
     assert '| PD | - | 1.000 | - | - |' in text
-    assert 'mean over the seeds: .\n' in text       # of no finished student
+    assert 'mean over the seeds: no student is finished.\n' in text
     assert Image.open(tmp_path / 'samples_4.png').size[1] > 2 * 64      # two rows
     assert (tmp_path / 'study.png').exists() or 'matplotlib' not in sys.modules
 
