@@ -89,7 +89,7 @@ def test_truncated_newest(tmp_path, capsys):
 
 
 def test_broken_files(tmp_path):
-    """One sentence with the name of the file, whatever its content makes torch raise."""
+    """One sentence, whatever their content makes torch raise."""
     path = tmp_path / 'ckpt.pt'
     checkpoint.save(path, dict(net_model=dict(w=torch.ones(2000))))
     good = path.read_bytes()

@@ -21,7 +21,7 @@ from formats.songunet import SongUNet
 from runtime.cli import UserError
 from runtime.precision import prepare
 import by_hand
-from helpers import PD, Call, assert_ran, command, diffusers, fork_all, parsing
+from helpers import PD, ROOT, Call, assert_ran, command, diffusers, fork_all, parsing
 
 SIZE = 16
 SONG = dict(img_resolution=SIZE, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
@@ -405,7 +405,7 @@ GUIDED = ('--img_size=16', '--num_heads=4')
 
 
 @pytest.mark.parametrize('file, words, flags', [
-    ('good.pkl', 'not an empty folder', ['--output=tests']),
+    ('good.pkl', 'not an empty folder', [f'--output={ROOT}/tests']),
     ('none.pt', 'is no file', ()), ('edm2.pkl', 'EDM2', ()), ('other.pkl', 'Mine', ()),
     ('grey.pkl', 'img_channels', ()), ('deep.pkl', 'num_blocks', ()),
     ('skip.pkl', 'encoder_type', ()), ('good.pkl', '--num_heads', ['--num_heads=4']),

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,6 +174,8 @@ def test_there_and_back(runs, exported, kind):
 
 def test_networks_that_diffusers_does_not_have(runs):
     diffusers()
+    with pytest.raises(UserError, match='is one of EDM'):
+        diffusers_write.convert(load_model(runs / 'edm'))
     model = load_model(runs / 'plain')
     model.network.time_embedding.timembedding[0].weight.data *= 1.01
     with pytest.raises(UserError, match='time embedding in .*/plain/ckpt.pt differs'):
@@ -216,23 +220,18 @@ def test_mistakes_leave_nothing(runs, exporting, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'file').write_text('')
     run, new = f'--logdir={runs}/labels', f'--output={tmp_path}/new'
-
-    def no_space(*args):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(export, 'write_safetensors', no_space)
-    cases = {'not an empty folder': [run, f'--output={tmp_path}/full'],
-             'there is no checkpoint': [f'--logdir={tmp_path}/none', new],
-             '--stride 3 does not divide the 8': [run, new, '--stride=3'],
-             '--output is missing': [run]}
-    if importlib.util.find_spec('safetensors'):
-        cases['new cannot be written .*No space'] = [run, new, '--format=safetensors']
-    if importlib.util.find_spec('diffusers'):
-        cases['is one of EDM'] = [f'--logdir={runs}/edm', new]
-    else:
-        cases['pip install -r requirements-export.txt'] = [run, new]
-    for sentence, words in cases.items():
+    monkeypatch.setitem(sys.modules, 'diffusers', None)     # as if it were not installed
+    for sentence, words in {
+            'not an empty folder': [run, f'--output={tmp_path}/full'],
+            'there is no checkpoint': [f'--logdir={tmp_path}/none', new],
+            '--stride 3 does not divide the 8': [run, new, '--stride=3'],
+            '--output is missing': [run],
+            'diffusers is missing; run pip install -r requirements-export.txt': [run, new]}.items():
         with pytest.raises(UserError, match=sentence):
             exporting(*words)
+    monkeypatch.setattr(export, 'check_packages', Mock())
+    monkeypatch.setattr(export, 'write', Mock(side_effect=OSError(28, 'No space left on device')))
+    with pytest.raises(UserError, match='new cannot be written .*No space'):
+        exporting(run, new)
     assert sorted(os.listdir(tmp_path)) == ['full', 'new.tmp']
     assert (tmp_path / 'new.tmp/file').exists()

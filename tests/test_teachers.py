@@ -150,7 +150,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('teacher')
     (folder / 'config').symlink_to(ROOT / 'config')
     pipeline(folder / 'ddpm-cifar10-32', attention_head_dim=None)
-    pipeline(folder / 'labels', num_class_embeds=10)
+    pipeline(folder / 'labels', **LABELS)
     make_scorer(folder, 'densenet_small')
     return folder
 
