@@ -378,7 +378,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path, monkeypatch):
         file.write_bytes(content)
         with pytest.raises(UserError, match=words) as caught:
             edm_pickle.read(file)
-        assert str(caught.value).startswith(f'{file} ')
+        assert str(caught.value).startswith(f'{file} ') and '\n' not in str(caught.value)
     assert not (tmp_path / 'executed').exists()
 
 

@@ -1,8 +1,4 @@
-"""What people have from the released code, RCFD and pytorch-ddpm: checkpoints and flagfiles.
-
-A file of each of their formats must give the network and schedule that wrote it, and each of their
-flags must act or be named at the start as one that does not.
-"""
+"""What people have from the released code, RCFD and pytorch-ddpm: checkpoints and flagfiles."""
 
 import json
 
@@ -75,14 +71,14 @@ SCORES = ['--num_images=4', '--fid_use_torch', '--fid_cache=./stats/cifar10.trai
 DEAD = ['--train', '--noeval', '--eval_step=0', '--parallel=True']
 # flags of absl itself, and one that the released script defines as a float and never reads
 UNREAD = ['--logtostderr=false', '--v=-1', '--nopdb', '--log_dir=', '--queue_size=0.1']
+STUDENT = [*NETWORK, *MACHINE, *TRAINING, '--dropout=0.', '--lr=5e-5', '--warmup=0',
+           '--ema_decay=0.', '--seed=0']
 FLAGFILES = dict(
     base=[*NETWORK, *MACHINE, *TRAINING, *SCORES, *DEAD, '--T=8', '--time_scale=1', '--dropout=0.1',
           '--loss_type=both', '--lr=2e-4', '--warmup=5000', '--ema_decay=0.9999', '--beta_1=1e-4',
           '--beta_T=0.02'],
-    pd=[*NETWORK, *MACHINE, *TRAINING, '--dropout=0.', '--loss_type=x', '--lr=5e-5', '--warmup=0',
-        '--ema_decay=0.', '--seed=0'],
-    rcfd=[*NETWORK, *MACHINE, *TRAINING, '--dropout=0.', '--lr=5e-5', '--warmup=0', '--seed=0',
-          '--ema_decay=0.', '--classifier=convnet_small', '--feature', '--nologits', '--gt=false',
+    pd=[*STUDENT, '--loss_type=x'],
+    rcfd=[*STUDENT, '--classifier=convnet_small', '--feature', '--nologits', '--gt=false',
           '--temperature=0.5', '--temp=0.9', '--alpha=0.003', '--beta=0.75', '--loss_type=none',
           *UNREAD],
     eval=[*NETWORK, *SCORES, *DEAD, '--dropout=0.', '--stride=1', '--batch_size=128', '--seed=0',
