@@ -322,7 +322,7 @@ def test_students_are_the_same_wrapper(tmp_path):
     assert 'resuming at step 1' in results[2][1]
     first, student = load_model(tmp_path / 'edm', steps=4), load_model(tmp_path / 'pd')
     assert (student.diffusion.T, student.diffusion.N, student.entries['step']) == (2, 1024, 2)
-    assert student.diffusion.mean_type == 'xstart'
+    assert (student.diffusion.mean_type, student.arch['attn']) == ('xstart', [1])
     assert student.entries['origin'] == 'edm-cifar10-32x32-cond-vp'
     assert student.network.entries['license'] == 'cc-by-nc-sa-4.0'
     x, t, y = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1024, 512]), torch.tensor([0, 9])
