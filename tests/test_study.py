@@ -331,6 +331,7 @@ def test_a_study(tiny, tmp_path):
 STARTER = '''
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)        # and one under nohup this
 from concurrent.futures import ThreadPoolExecutor
 from runtime import cli
 from runtime.commands import Commands
