@@ -103,6 +103,7 @@ def test_precision_and_dropout(tmp_path):
     assert torch.equal(network(x, t), network(x, t)) and not network.training
     assert not torch.equal(student(x, t), student(x, t))
     assert all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in model.network.parameters())     # it is a copy
 
 
 ZERO_SNR = dict(prediction_type='v_prediction', rescale_betas_zero_snr=True)
