@@ -108,7 +108,7 @@ def main():
     if not FLAGS.report:
         for chain in chains:
             chain.record_plan()
-        check_protocol(chains)
+        comparable_results(chains)      # refuses scores of before that do not compare
         run_all(chains)
     report(chains)
 
@@ -336,11 +336,15 @@ def run_all(chains):
         list(pool.map(run_chain, sorted(chains, key=lambda chain: chain.first is not None)))
 
 
-def check_protocol(chains):
-    """Refuse scores that do not compare; a reference may be given by several paths."""
+def comparable_results(chains):
+    """{(chain, T): result or None} of all students.
+
+    Raises:
+        UserError: scores do not compare. A reference may be given by several paths.
+    """
+    found = {(chain, T): chain.result(T) for chain in chains for T in chain.step_counts}
     first = None
-    for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
-        result = chain.result(T)
+    for (chain, T), result in found.items():
         if not result:
             continue
         protocol = {key: result[key] for key in results.PROTOCOL}
@@ -351,6 +355,7 @@ def check_protocol(chains):
                 raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} {value}, '
                                 f'others have {first[key]}; remove those files of one kind and run '
                                 f'the same command again, to score anew')
+    return found
 
 
 def report(chains):
@@ -359,9 +364,7 @@ def report(chains):
     shape = len(FLAGS.methods), len(steps), FLAGS.seeds
     scores = {score: np.full(shape, np.nan) for score in SCORES}
     folder, missing, rows = Path(FLAGS.logdir), [], {T: {} for T in steps}
-    check_protocol(chains)
-    for chain, T in [(chain, T) for chain in chains for T in chain.step_counts]:
-        result = chain.result(T)
+    for (chain, T), result in comparable_results(chains).items():
         if not result:
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
             continue

@@ -165,7 +165,8 @@ def define_data_flags():
     flags.DEFINE_enum('dataset', 'cifar10', DATASETS, 'images to use')
     flags.DEFINE_string('data_root', './data', 'folder of the data set; for "folder" and '
                         '"imagenet64" the folder that holds train/<class>/ or <class>/')
-    flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes', 1, 1000000)
+    flags.DEFINE_integer('batch_size', 128, 'images per step, over all processes; '
+                         'in score/get_npz.py of each', 1, 1000000)
     flags.DEFINE_integer('num_workers', 4, 'processes that read images ahead; 0: none, and '
                          'one process decodes image files, else all cores do', 0)
     flags.DEFINE_bool('skip_bad_images', False, 'name and leave out images that cannot be read')

@@ -31,18 +31,18 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
     """The images of split 'train' or 'test' of a folder, as arguments of `Images`."""
     paths, labels, classes, left_out = find_images(root, split)
     if skip_bad_images:
-        bad = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else {}
-        for path, reason in bad.items():
+        problems = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else {}
+        for path, reason in problems.items():
             distributed.print0(f'note: left out: {path} {reason}.')
-        # their indices, as other machines may have another --data_root
-        good = [i for i, path in enumerate(paths) if path not in bad]
-        good = distributed.broadcast_object(good)
-        if not good:
+        # indices, as other machines may have another --data_root
+        bad = {i for i, path in enumerate(paths) if path in problems}
+        bad = distributed.broadcast_object(bad)
+        if len(bad) == len(paths):
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
-        if len(good) < len(paths):
-            left_out['that cannot be read'] = len(paths) - len(good)
-        paths = [paths[i] for i in good]
-        labels = [labels[i] for i in good]
+        if bad:
+            left_out['that cannot be read'] = len(bad)
+        labels = [label for i, label in enumerate(labels) if i not in bad]
+        paths = [path for i, path in enumerate(paths) if i not in bad]
 
     def fill(file):
         new_array(file, len(paths), img_size)

@@ -62,7 +62,7 @@ def fork_server():
 
 
 def fork_all(jobs):
-    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `launch`: forks.py.
+    """{name: [(exit code, stdout, stderr), ..]} of many runs, cheaper than `start`: forks.py.
 
     They get the environment of the first call, and what a `command` adds to it as `env`.
     """

@@ -277,7 +277,7 @@ def test_scores_of_two_protocols_are_refused(chain, tmp_path, key, value):
         made(it)
     file, result = chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1)
     results.append(file, dict(result, reference=str(ROOT / RESULT['reference'])))
-    study.check_protocol(chains)        # another path of one reference
+    study.comparable_results(chains)        # another path of one reference
     results.append(file, dict(result, **{key: value}))
     with pytest.raises(UserError, match=f'seed1/2/results.jsonl has a score with {key} .*{value}'):
         study.report(chains)
