@@ -54,7 +54,8 @@ def main():
             run(commands, foreground, jobs)
             other.result()
     rows = real_digits()            # below the tables that the study has printed
-    (DEMO / 'table.md').write_text((DEMO / 'study/table.md').read_text() + rows)
+    table = (DEMO / 'study/table.md').read_text(encoding='utf-8')
+    (DEMO / 'table.md').write_text(table + rows, encoding='utf-8')
     print(f'{rows}\nAll tables are in {DEMO}/table.md, images in {DEMO}/summary.png. '
           f'{time.time() - start:.0f} s.')
 

@@ -384,7 +384,7 @@ def report(chains):
     if missing:
         text += '\n\nMissing:\n\n' + '\n'.join(missing)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'table.md').write_text(text + '\n')
+    (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
     print(text, flush=True)
     if not np.isnan(scores['fid']).all():
         draw(scores, steps, folder / 'study.png')

@@ -53,7 +53,6 @@ def run(main, words=False):
         print0(usage())
         sys.exit(0)
     try:
-        ' '.join(sys.argv).encode()
         rest = FLAGS(without_foreign_flags(sys.argv))[1:]
         if rest and not words:
             raise UserError(f'unexpected word "{rest[0]}" on the command line; '
@@ -61,11 +60,6 @@ def run(main, words=False):
         check_values()
         main(rest) if words else main()
         leave(0)
-    except UnicodeEncodeError:
-        fail('the command line holds bytes that the text encoding of this shell lacks '
-             f'({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or use other names', 2)
-    except UnicodeDecodeError:
-        fail('a flagfile is not UTF-8 text; give one with a flag per line, --name=value', 2)
     except flags.Error as error:
         text = re.sub(r"invalid literal for int\(\) with base 10: '.*'", 'expected a whole number',
                       ' '.join(str(error).split()))
@@ -109,7 +103,16 @@ def without_foreign_flags(argv):
     """
     if any(word in ('--flagfile=', '-flagfile=') for word in argv):
         raise UserError('--flagfile is empty; give a file, such as ./config/DIGITS_BASE.txt')
-    words, kept, left_out = FLAGS.read_flags_from_files(argv, force_gnu=False), [], []
+    try:
+        ' '.join(argv).encode()
+        words = FLAGS.read_flags_from_files(argv, force_gnu=False)
+    except UnicodeEncodeError:
+        raise UserError('the command line holds bytes that the text encoding of this shell lacks '
+                        f'({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or use other names')
+    except UnicodeDecodeError:
+        raise UserError('a flagfile is not UTF-8 text; give one with a flag per line, '
+                        '--name=value')
+    kept, left_out = [], []
     names = [flag.name for flag in own_flags()]
     for word in words:
         if word in argv:
