@@ -31,7 +31,7 @@ def define_flags():
     flags.DEFINE_enum('format', 'diffusers', ['diffusers', 'onnx', 'safetensors'], 'what to write')
     flags.DEFINE_string('output', None, 'new folder for the result')
     flags.DEFINE_string('license', None, 'licence named on the model card; none: that of a '
-                        'converted teacher, if known, else mit')
+                        'teacher of others, or unknown, or mit for models of your own')
     flags.DEFINE_integer('img_size', 32, 'height and width of the images, if the checkpoint does '
                          'not record them', lower_bound=1)
     flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts, if the '
@@ -65,7 +65,8 @@ def write(model, folder):
         measured = onnx_graph.write(model, FLAGS.stride, folder)
     else:
         write_safetensors(model, folder)
-    licence = FLAGS.license or model.entries.get('license', 'mit')
+    foreign = 'origin' in model.entries
+    licence = FLAGS.license or model.entries.get('license', 'unknown' if foreign else 'mit')
     card.write(folder, model, FLAGS.stride, FLAGS.format, licence, measured)
 
 

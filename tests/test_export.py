@@ -147,7 +147,7 @@ def test_cards_of_graphs(runs, exported, monkeypatch, kind):
 @pytest.mark.parametrize('kind', [*KINDS, 'edm'])
 def test_cards_of_safetensors(runs, exported, monkeypatch, kind):
     folder, model = exported('safetensors', kind), load_model(runs / kind)
-    licence = 'cc-by-nc-sa-4.0' if kind == 'edm' else 'mit'     # of the teacher, if it is known
+    licence = dict(plain='mit', labels='mit', edm='cc-by-nc-sa-4.0').get(kind, 'unknown')
     assert f'license: {licence}\n' in (folder / 'README.md').read_text()
     found = run_card(folder, monkeypatch)
     assert found['config']['diffusion'] == model.diffusion.arguments()
