@@ -1,4 +1,4 @@
-"""Which loss pays? Distil one teacher by several methods, with several seeds, and compare.
+"""Which loss helps? Distil one teacher by several methods, with several seeds, and compare.
 
   python study.py --base_ckpt ./logs/digits/8 --config DIGITS --logdir ./logs/study --jobs 2
   python study.py --base_ckpt ./logs/CIFAR10/8 --config CIFAR10 --logdir ./logs/study --seeds 3 \\

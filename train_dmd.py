@@ -1,7 +1,7 @@
 """Distribution matching distillation: a student of few steps with the distribution of its teacher.
 
   python train_dmd.py --flagfile ./config/CIFAR10_DMD.txt --teacher_ckpt ./logs/CIFAR10/1024 \\
-      --base_ckpt ./logs/CIFAR10/rdd/1 --logdir ./logs/CIFAR10/dmd
+      --base_ckpt ./logs/CIFAR10/1 --logdir ./logs/CIFAR10/dmd
 Four GPUs: the same after `torchrun --nproc_per_node=4`. The same command run again resumes.
 
 G is a student of 1, 2 or 4 steps by any method, mu_real its teacher on the fine grid, frozen, and
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 define_training_flags(lr=1e-4, warmup=50)
 define_teacher_steps()
 flags.DEFINE_string('teacher_ckpt', None, 'folder (or file) of the teacher with its many steps')
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the student to begin with')
+flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the student, not of the teacher')
 flags.DEFINE_integer('student_steps', 0, 'steps of the student; 0: those of --base_ckpt', 0, 4)
 flags.DEFINE_integer('fake_updates', 2, 'updates of mu_fake per update of the student', 1, 100)
 flags.DEFINE_float('fake_lr', 5e-4, 'learning rate of mu_fake', 0.)
@@ -45,7 +45,7 @@ flags.DEFINE_float('regression_weight', 0., 'weight of squared error to images o
 
 def main():
     require(teacher_ckpt='folder of the teacher, such as ./logs/CIFAR10/1024', logdir='where '
-            'results go', base_ckpt='folder of the student, such as ./logs/CIFAR10/rdd/1')
+            'results go', base_ckpt='folder of the student, such as ./logs/CIFAR10/1')
     if FLAGS.t_min >= FLAGS.t_max:
         raise cli.UserError(f'--t_min {FLAGS.t_min} is not below --t_max {FLAGS.t_max}; lower it')
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
@@ -56,7 +56,7 @@ def main():
 
 
 def train(student, teacher, dataset):
-    diffusion, grid, mu_real = student.diffusion, teacher.diffusion, teacher.network
+    diffusion, mu_real, teacher_diffusion = student.diffusion, teacher.network, teacher.diffusion
     optimizer = functools.partial(adam, betas=(FLAGS.adam_beta1, FLAGS.adam_beta2))
     mu_fake = Trainable(teacher.trainable(), optimizer, FLAGS.fake_lr)
     run = start_run('dmd', student.trainable(), diffusion, dataset, FLAGS.logdir,
@@ -66,27 +66,27 @@ def train(student, teacher, dataset):
     for step in run:
         parts, finite = list(run.parts()), True
         for k in range(FLAGS.fake_updates):
-            for part in noisy(parts, run, grid, k):
+            for part in noisy(parts, run, teacher_diffusion, k):
                 with torch.no_grad(), run.autocast():
                     number = (step + k) % diffusion.T       # of the sampler's evaluation
                     x = diffusion.evaluation(run.net.module, part.x_T, number, part.y).clamp(-1, 1)
-                    z_t = grid.add_noise(x, part.eps, part.t)
+                    z_t = teacher_diffusion.add_noise(x, part.eps, part.t)
                 mu_fake.average_gradients = part.number + 1 == FLAGS.grad_accum
                 with run.autocast():
-                    x_fake, _ = grid.predict(mu_fake, z_t, part.t, part.y)
+                    x_fake, _ = teacher_diffusion.predict(mu_fake, z_t, part.t, part.y)
                 loss = (x_fake - x).square().mean()
                 (loss / FLAGS.grad_accum).backward()
                 run.meter.add(loss_fake=loss)
             finite &= clip_gradient(mu_fake.params, FLAGS.grad_clip).isfinite()
             step_optimizer(mu_fake.optim, finite)
 
-        for part in noisy(parts, run, grid, FLAGS.fake_updates):
+        for part in noisy(parts, run, teacher_diffusion, FLAGS.fake_updates):
             with run.training(part):
                 x = diffusion.evaluation(run.net, part.x_T, step % diffusion.T, part.y)
             with torch.no_grad(), run.autocast():
-                z_t = grid.add_noise(x, part.eps, part.t)
-                x_real, _ = grid.predict(mu_real, z_t, part.t, part.y)
-                x_fake, _ = grid.predict(mu_fake.module, z_t, part.t, part.y)
+                z_t = teacher_diffusion.add_noise(x, part.eps, part.t)
+                x_real, _ = teacher_diffusion.predict(mu_real, z_t, part.t, part.y)
+                x_fake, _ = teacher_diffusion.predict(mu_fake.module, z_t, part.t, part.y)
                 g = x_fake - x_real
                 if FLAGS.weighting:
                     g = g / (x - x_real).abs().mean((1, 2, 3), keepdim=True)
@@ -102,16 +102,16 @@ def train(student, teacher, dataset):
         sample_grid(run, diffusion)
 
 
-def noisy(parts, run, grid, k):
-    """Yield the parts with x_T, eps like x_0 and t (B,) on the grid, drawn anew for every k."""
-    rng = run.generator(seeding.NOISE, grid.T, run.step, k + 1)
-    low = max(1, round(FLAGS.t_min * grid.T))
-    high = max(low, round(FLAGS.t_max * grid.T))
+def noisy(parts, run, diffusion, k):
+    """Yield the parts with x_T, eps like x_0 and t (B,) of `diffusion`, drawn anew for every k."""
+    rng = run.generator(seeding.NOISE, diffusion.T, run.step, k + 1)
+    low = max(1, round(FLAGS.t_min * diffusion.T))
+    high = max(low, round(FLAGS.t_max * diffusion.T))
     size, shape = FLAGS.batch_size, (3, FLAGS.img_size, FLAGS.img_size)
     t_all = torch.randint(low, high + 1, (size,), generator=rng, device=rng.device)
     x_T_all, eps_all = torch.randn((2, size, *shape), generator=rng, device=rng.device)
     for part in parts:
-        part.t = grid.visited[t_all[part.rows]]
+        part.t = diffusion.visited[t_all[part.rows]]
         part.x_T, part.eps = x_T_all[part.rows], eps_all[part.rows]
         yield part
 

@@ -46,7 +46,7 @@ flags.DEFINE_enum('queue_layout', 'pixels', ['pixels', 'released'], 'true pixels
                   'or the scrambled queue and fixed rows of the published code')
 flags.DEFINE_float('alpha', 0., 'weight of the entropy and diversity terms of RCFD')
 flags.DEFINE_float('beta', 0., 'share of entropy: alpha * (beta * H + (1 - beta) * D)', 0., 1.)
-flags.DEFINE_bool('logits', False, 'add the loss of progressive distillation')
+flags.DEFINE_bool('logits', False, 'add the loss of progressive distillation in x and eps')
 flags.DEFINE_float('logits_weight', 1., 'weight of --logits')
 flags.DEFINE_bool('gt', False, 'add the base loss of x_pred against x_0')
 flags.DEFINE_float('gt_weight', 1., 'weight of --gt')

@@ -136,8 +136,8 @@ def define_device_flags():
                       'with AMX or AVX512-BF16), but not for students with more than 64 steps')
     flags.DEFINE_enum('tf32', 'conv', ['none', 'conv', 'all'], 'GPUs since Ampere: round inputs to '
                       'TF32 in nothing, convolutions, or matrix products as well; never in scores')
-    flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start, then faster '
-                      'steps; needs torch 2.2 and a C++ compiler')
+    flags.DEFINE_bool('compile', False, 'torch.compile the networks: a slow start; the gain on '
+                      'GPUs is not measured; needs torch 2.2 and a C++ compiler')
 
 
 def define_network_flags(dropout=0.):
@@ -156,8 +156,8 @@ def define_network_flags(dropout=0.):
 
 
 def define_teacher_steps():
-    flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model is taken to have, as '
-                         '128 of 1000; 0: all', 0)
+    flags.DEFINE_integer('teacher_steps', 0, 'DDIM steps that the given model (in trainings, the '
+                         'teacher) is taken to have, as 128 of 1000; 0: all', 0)
 
 
 def define_data_flags():
