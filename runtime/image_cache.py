@@ -78,7 +78,8 @@ def _open(folder, name, key, fill):
                 records = np.load(file, mmap_mode='r')
     with warnings.catch_warnings():     # torch warns of memory that is read-only
         warnings.simplefilter('ignore', UserWarning)
-        return torch.from_numpy(records['pixels']), torch.tensor(records['label'])
+        # labels are copied: torch takes no array whose rows are no multiple of 8 bytes apart
+        return torch.from_numpy(records['pixels']), torch.from_numpy(np.array(records['label']))
 
 
 def _load(file):

@@ -81,6 +81,12 @@ def test_decoded_once_and_again_after_a_change(folder, decode, monkeypatch):
     assert decode.call_count == 10 and len(kept(folder)) == 2
 
 
+def test_records_of_any_length(folder):
+    """Of 308 bytes, no multiple of the 8 of a label."""
+    found = read(folder, 10)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and found.images.shape == (6, 3, 10, 10)
+
+
 @pytest.mark.parametrize('size', [0, 5, 100, -1])
 def test_a_kept_array_that_is_cut(folder, decode, size):
     reds(folder)
