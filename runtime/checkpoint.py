@@ -68,20 +68,20 @@ def read(path):
 def save_run(logdir, keep, **state):
     """Write `<logdir>/ckpt.pt` on the first process; `state` has at least step.
 
-    With `keep`, it is also ckpt_<step>.pt (one file, two names), and as many earlier ones stay.
+    With `keep`, it then gets the name ckpt_<step>.pt as well, and as many earlier ones stay.
     """
     if not distributed.is_main():
         return
     newest = Path(logdir) / 'ckpt.pt'
+    save(newest, state)
     if not keep:
-        return save(newest, state)
+        return
     numbered = newest.with_name(f'ckpt_{state["step"]}.pt')
-    save(numbered, state)
-    with replacing(newest) as temporary:
+    with replacing(numbered) as temporary:
         try:
-            os.link(numbered, temporary)
+            os.link(newest, temporary)
         except OSError:         # a file system without hard links
-            shutil.copyfile(numbered, temporary)
+            shutil.copyfile(newest, temporary)
     files = history(logdir)
     here = files.index(numbered)        # later ones could not be read, or the run had gone on
     for other in files[:here] + files[here + keep + 1:]:

@@ -71,6 +71,14 @@ def test_earlier_checkpoints(tmp_path, monkeypatch, links):
     assert checkpoint.read(tmp_path / 'ckpt_10.pt')['step'] == 10       # not written through
 
 
+def test_a_run_that_ends_between_the_two_names(tmp_path, monkeypatch):
+    """ckpt.pt, which others read, is the first."""
+    monkeypatch.setattr(os, 'link', Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_run(tmp_path, 1, step=3)
+    assert names(tmp_path) == ['ckpt.pt'] and checkpoint.read(tmp_path)['step'] == 3
+
+
 def test_truncated_newest(tmp_path, capsys):
     assert checkpoint.read_newest(tmp_path) is None
     for step in (1, 2, 3):
