@@ -268,9 +268,13 @@ class Chain:
             temporary.write_text(plan)
 
     def result(self, T):
-        """The last line of results.jsonl of the student with T steps and this seed, or None."""
+        """The last line of results.jsonl of the student with T steps and this seed, or None.
+
+        Lines with another seed or fewer evaluations are not the study's.
+        """
         lines = results.read(self.folder / f'{T}/results.jsonl')
-        return next((line for line in reversed(lines) if line['seed'] == self.seed), None)
+        mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)]
+        return mine[-1] if mine else None
 
     def make(self, commands, env):
         """Run what is not finished, until a command fails; its last line is the problem then."""

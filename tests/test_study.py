@@ -132,7 +132,8 @@ def made(chain, fails=''):
             (folder / name / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
-            results.append(folder / 'results.jsonl', dict(RESULT, seed=int(values['--seed'])))
+            results.append(folder / 'results.jsonl', dict(
+                RESULT, seed=int(values['--seed']), nfe=int(folder.name)))
             np.savez(values['--save_images'], np.zeros((4, 8, 8, 3), np.uint8))
         return 0
 
@@ -259,8 +260,8 @@ def test_the_report_keeps_seeds_apart(chain, tmp_path):
     chains = [chain(0), chain(1)]
     for it, fid, seconds in zip(chains, (1., 3.), (10, 30)):
         made(it)
-        for seed in (it.seed, 7):       # the last by hand, with another seed: not the study's
-            results.append(it.folder / '1/results.jsonl', dict(RESULT, seed=seed, fid=fid))
+        for seed, nfe in ((it.seed, 1), (7, 1), (it.seed, 2)):      # the last two by hand
+            results.append(it.folder / '1/results.jsonl', dict(RESULT, seed=seed, nfe=nfe, fid=fid))
             fid = 99.
         (it.folder / 'seconds.txt').write_text(f'{seconds}\n')
     (chains[0].folder / '1/samples.npz').unlink()       # costs its picture alone
@@ -275,7 +276,7 @@ def test_scores_of_two_protocols_are_refused(chain, tmp_path, key, value):
     chains = [chain(0), chain(1)]
     for it in chains:
         made(it)
-    file, result = chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1)
+    file, result = chains[1].folder / '2/results.jsonl', dict(RESULT, seed=1, nfe=2)
     results.append(file, dict(result, reference=str(ROOT / RESULT['reference'])))
     study.comparable_results(chains)        # another path of one reference
     results.append(file, dict(result, **{key: value}))
