@@ -51,7 +51,8 @@ class EDMNetwork(nn.Module):
         self.kind = entries['edm']['preconditioning']
         self.c_noise, *_ = PRECONDITIONING[self.kind]
         self.register_buffer('u', torch.zeros(1001) if self.kind == 'iDDPMPrecond' else None)
-        self.in_float32 = ('model',) if self.song is None else ()       # as of DiffusersUNet
+        # as of DiffusersUNet; autocast does not reach the table of labels
+        self.in_float32 = ('model',) if self.song is None else ('model.map_label',)
         # the labels of a UNet2DModel end with a row of zeros, for "no label"
         classes = model.class_num - 1 if self.song is None else self.song['label_dim']
         self.conditional = model.conditional if self.song is None else classes > 0

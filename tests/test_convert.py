@@ -245,9 +245,10 @@ def test_bfloat16(tmp_path, convert_file):
     x, t, y = torch.randn(2, 3, SIZE, SIZE), torch.tensor([1, 900]), torch.tensor([0, 2])
     with torch.no_grad():
         wanted = model.network(x, t, y)
-        prepare('bf16', False, torch.device('cpu'), model.network)
         with torch.autocast('cpu', torch.bfloat16):
             found = model.network(x, t, y)
+            prepare('bf16', False, torch.device('cpu'), model.network)
+            assert torch.equal(model.network(x, t, y), found)       # converted to the same values
     assert found.dtype == torch.float32
     assert (found[0] - wanted[0]).abs().max() < 1e-3        # c_out is about the noise level
     assert (found[1] - wanted[1]).abs().max() < .05 * wanted[1].abs().max()
