@@ -118,3 +118,9 @@ def test_samples(files, values, monkeypatch, first, second, columns):
 def test_mistakes(files, words, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         plot.main(words)
+
+
+def test_samples_are_no_pdf(files, values):
+    values.output, values.samples = 'x.pdf', True
+    with pytest.raises(UserError, match='--output is x.pdf'):
+        plot.main(['one.npz'])

@@ -42,6 +42,9 @@ def main(words):
     if not words:
         raise cli.UserError('found no file or folder; as in: tools/plot.py ./logs/digits')
     named = [('', word) if Path(word).exists() else word.rpartition('=')[::2] for word in words]
+    if FLAGS.samples and FLAGS.output.endswith('.pdf'):
+        raise cli.UserError(f'--output is {FLAGS.output}, expected a file that ends in .png: '
+                            f'samples are not drawn into a pdf')
     if FLAGS.samples:
         draw_samples(named)
     elif FLAGS.value in (*results.NUMBERS, 'precision', 'recall'):
