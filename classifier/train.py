@@ -112,13 +112,14 @@ def train(device, folder, accuracy):
 def rate_of(step, steps_per_epoch, total_steps):
     """Learning rate of step 1, 2, ..
 
-    Released: divided by 10 after half and after three quarters of the epochs. Plain: a cosine to 0.
+    Released: divided by 10 after half and after three quarters of the epochs, not in the first one.
+    Plain: a cosine to 0.
     """
     if FLAGS.recipe == 'plain':
         return learning_rate(step, FLAGS.lr, 0, total_steps, decay=True)
     epoch, rate = (step - 1) // steps_per_epoch, FLAGS.lr
     for first in (FLAGS.epoch // 2, FLAGS.epoch * 3 // 4):
-        rate /= 10 if epoch >= first else 1
+        rate /= 10 if epoch >= max(1, first) else 1
     return rate
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from classifier import build_classifier, load_classifier, load_frozen
+from classifier import build_classifier, load_classifier, load_frozen, train
 from classifier.augment import Augment, measured_normalisation
-from helpers import ROOT, assert_ran, assert_same, command, fork_all
+from helpers import ROOT, assert_ran, assert_same, command, fork_all, parsing
 from runtime import checkpoint, data
 from runtime.cli import UserError
 
@@ -172,6 +172,13 @@ def test_stopped_with_its_workers_and_resumed_exactly(ran):
     assert [line['step'] for line in log] == list(range(1, 13))
     assert log[-1]['test_accuracy'] == pytest.approx(state['accuracy'])
     assert load_classifier(whole).name == 'convnet_small'
+
+
+def test_the_first_epoch_keeps_the_rate():
+    """Half and three quarters of one epoch are rounded to 0."""
+    with parsing(train.define_flags) as parse:
+        parse('--recipe=released', '--epoch=1')
+        assert train.rate_of(10, 10, 10) == train.FLAGS.lr
 
 
 @pytest.mark.parametrize('sentence', REFUSED)
