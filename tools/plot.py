@@ -6,8 +6,7 @@ A value of metrics.jsonl over the steps of training:
   python tools/plot.py --value loss ./logs/CIFAR10
 A row of samples per npz or folder that `ddim_eval.py --save_images` has written:
   python tools/plot.py --samples "teacher=./teacher.npz" "PD, 1 step=./pd_1.npz"
-NAME= in front names the curve or row. Samples of one --seed start from the same noise: a column
-shows what each model makes of it.
+NAME= in front names the curve or row. With samples of one --seed, a column has the same noise.
 """
 
 import json
@@ -34,17 +33,15 @@ def define_flags():
                         'metrics.jsonl')
     flags.DEFINE_bool('samples', False, 'draw rows of samples instead of curves')
     flags.DEFINE_integer('columns', 16, 'images per row of --samples', 1, 256)
-    flags.register_validator('output', lambda path: path.endswith(('.png', '.pdf')),
-                             'expected a file that ends in .png or .pdf')
 
 
 def main(words):
     if not words:
         raise cli.UserError('found no file or folder; as in: tools/plot.py ./logs/digits')
     named = [('', word) if Path(word).exists() else word.rpartition('=')[::2] for word in words]
-    if FLAGS.samples and FLAGS.output.endswith('.pdf'):
-        raise cli.UserError(f'--output is {FLAGS.output}, expected a file that ends in .png: '
-                            f'samples are not drawn into a pdf')
+    endings = ('.png',) if FLAGS.samples else ('.png', '.pdf')
+    if not FLAGS.output.endswith(endings):
+        raise cli.UserError(f'--output is {FLAGS.output}, expected a {" or ".join(endings)}')
     if FLAGS.samples:
         draw_samples(named)
     elif FLAGS.value in (*results.NUMBERS, 'precision', 'recall'):
