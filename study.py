@@ -155,8 +155,8 @@ def chosen_methods():
     commands = dict(METHODS)
     for text in FLAGS.method:
         name, _, commands[name] = text.partition('=')
-        if '/' in name:
-            raise UserError(f'--method "{text}" has a name with /; choose one without')
+        if '/' in name or not name.strip('.'):
+            raise UserError(f'--method "{text}" has a name that is no folder; choose another')
     for text in [*commands.values(), FLAGS.train_flags, FLAGS.eval_flags]:
         try:
             names = {word.lstrip('-').partition('=')[0] for word in shlex.split(text)}
@@ -347,15 +347,15 @@ def comparable_results(chains):
         UserError: scores do not compare. A reference may be given by several paths.
     """
     found = {(chain, T): chain.result(T) for chain in chains for T in chain.step_counts}
-    first = None
+    first = {}
     for (chain, T), result in found.items():
         if not result:
             continue
         protocol = {key: result[key] for key in results.PROTOCOL}
         protocol['reference'] = str(cli.find(result['reference']).resolve())
-        first = first or protocol
+        protocol[f'weights of {chain.method}'] = result.get('weights')
         for key, value in protocol.items():
-            if value != first[key]:
+            if value != first.setdefault(key, value):
                 raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} {value}, '
                                 f'others have {first[key]}; remove those files of one kind and run '
                                 f'the same command again, to score anew')
@@ -378,9 +378,8 @@ def report(chains):
                 np.nan if value is None else value)
         file = chain.folder / f'{T}/samples.npz'
         if chain.seed == 0 and file.is_file():
-            with np.load(str(file)) as samples:
-                images = torch.from_numpy(samples['arr_0'][:16])
-            rows[T][chain.method] = images.permute(0, 3, 1, 2)
+            images, _ = pictures.read_samples(file)
+            rows[T][chain.method] = torch.from_numpy(images[:16]).permute(0, 3, 1, 2)
     scores = {score: values for score, values in scores.items()
               if score == 'fid' or not np.isnan(values).all()}
     text = '\n\n'.join(table(values, steps, score) for score, values in scores.items())
@@ -389,7 +388,7 @@ def report(chains):
         text += '\n\nMissing:\n\n' + '\n'.join(missing)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
-    print(text, flush=True)
+    cli.print0(text)
     if not np.isnan(scores['fid']).all():
         draw(scores, steps, folder / 'study.png')
     for T in filter(rows.get, steps):
@@ -459,7 +458,8 @@ def draw(scores, steps, path):
     for axis, (score, values) in zip(figure.subplots(len(scores) // 2, 2).flat, scores.items()):
         for method, mine in zip(FLAGS.methods, values):
             mean, half = zip(*map(interval, mine))
-            axis.errorbar(steps, mean, half, marker='o', capsize=2, label=method)
+            label = method.replace('$', r'\$')      # no formula
+            axis.errorbar(steps, mean, half, marker='o', capsize=2, label=label)
         axis.set_xscale('log', base=2, subs=[])
         axis.set(xlabel='network evaluations per image (NFE)', ylabel=SCORES[score],
                  xticks=steps, xticklabels=steps, yscale='log' if score == 'fid' else 'linear')

@@ -1,5 +1,6 @@
 """Images as files: grids, folders of PNGs and npz."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def check_place(path, flag, suffixes=('.npz',)):
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
     elif path.is_dir():
-        free = not any(path.iterdir())
+        free = not any(path.iterdir()) and not os.path.ismount(path)     # which is not replaced
     else:       # a new folder; with a name such as x.jpg, a file of another kind was meant
         kinds = {'.npz', *Image.registered_extensions()}
         free = not path.exists() and not {path.suffix.lower(), path.name} & kinds
@@ -72,6 +73,30 @@ def save_images(path, images, y=None):
             Image.fromarray(image).save(folder / f'{i:06d}.png', compress_level=1)
         if y is not None:
             np.savetxt(str(folder / 'labels.txt'), y.numpy(), '%d')
+
+
+def read_samples(path, count=1):
+    """(images uint8 (N, H, W, 3), labels (N,) or None) that `save_images` wrote.
+
+    Raises:
+        UserError: there are fewer than `count`, or none.
+    """
+    path, labels = Path(path).expanduser(), None
+    try:
+        if path.is_dir():
+            images = np.stack([np.array(Image.open(file)) for file in sorted(path.glob('*.png'))])
+            if (path / 'labels.txt').exists():
+                labels = np.loadtxt(str(path / 'labels.txt'), int, ndmin=1)
+        else:
+            with np.load(str(path)) as file:
+                images = file['arr_0']
+                labels = file['arr_1'] if 'arr_1' in file.files else None
+    except Exception:       # what numpy raises depends on the bytes of the file
+        images = np.zeros(0)
+    if images.dtype != np.uint8 or images.shape[3:] != (3,) or len(images) < count:
+        raise UserError(f'{path} is no npz or folder of {count} or more samples; give what '
+                        f'ddim_eval.py --save_images wrote')
+    return images, labels
 
 
 def classes_in_turn(labels):

@@ -8,7 +8,7 @@ from runtime.distributed import print0
 
 NUMBERS = ('fid', 'inception_score', 'inception_std', 'nfe', 'seed', 'num_images')
 # equal where scores compare
-PROTOCOL = ('reference', 'feature_network', 'num_images', 'reference_images', 'pixels')
+PROTOCOL = ('reference', 'feature_network', 'num_images', 'reference_images', 'pixels', 'amp')
 
 
 def append(file, result):

@@ -35,7 +35,8 @@ RDD = ['train_rdd.py', *DATA, *STEPS, '--lr=1e-3', '--queue_size=64', '--queue_u
 EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
 # a line of results.jsonl
 RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
-              reference='r', reference_images=9, feature_network='n', pixels='8-bit')
+              reference='r', reference_images=9, feature_network='n', pixels='8-bit',
+              amp='none')
 # the last line of a training: steps, time, speed and folder
 FINISHED = r'finished: {} steps? in .*\d s, [\d.]+ images/s; checkpoint and log are in {}$'
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -45,13 +46,17 @@ def test_names_of_curves_and_a_table(logs, capsys):
 
     found = read(('', logs))
     assert {(r['curve'], r['fid']) for r in found} == {
-        ('DDIM', 1.), ('DDIM', 8.), ('DDIM', 16.), ('PD', 4.5), ('PD', 2.5), ('RDD', 1.),
-        ('none', 2.)}           # 3 was measured again after more steps
+        ('DDIM', 1.), ('DDIM', 8.), ('DDIM', 16.), ('PD', 4.5), ('PD', 2.5), ('8to4/rdd', 1.),
+        ('8to4/none', 2.)}           # 3 was measured again after more steps
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(found) and len({line.count('|') for line in lines}) == 1
-    assert '| PD | 4 | 4.5 | 2.0 | 0.1 | - | - | 1 | r | n | 9 | 9 | 8-bit |' in lines
+    assert '| PD | 4 | 4.5 | 2.0 | 0.1 | - | - | 1 | r | n | 9 | 9 | 8-bit | none |' in lines
     named, = read(('our own', logs / '8to4/rdd/results.jsonl'))
     assert named['curve'] == 'our own'
+    (logs / '8').mkdir()
+    shutil.copy(str(logs / '4/results.jsonl'), str(logs / '8'))      # of another run
+    with pytest.raises(UserError, match='4/results.* and .*8/results.* different models in one'):
+        read(('', logs))
     (logs / '4/results.jsonl').write_text('{"nfe": 4')
     with pytest.raises(UserError, match=f'{logs}/4 has no results.jsonl with fid'):
         read(('', logs), ('', logs / '4'))
@@ -74,8 +79,8 @@ def test_pictures(logs, values, monkeypatch):
         plot.main(['typo'])
     lines = [{line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
              for picture in drawn for axis in picture.axes]
-    assert lines == [{'none': [[4, 2]]},
-                     {'DDIM': [[4, 16], [8, 8], [64, 1]], 'PD': [[4, 3.5]], 'RDD': [[4, 1]]},
+    assert lines == [{'8to4/none': [[4, 2]]},
+                     {'DDIM': [[4, 16], [8, 8], [64, 1]], 'PD': [[4, 3.5]], '8to4/rdd': [[4, 1]]},
                      {'64': [[1, 3], [3, 2]], 'mine': [[1, 3], [3, 2]]}]
 
 
@@ -91,11 +96,14 @@ def files(tmp_path, values):
     np.savez(tmp_path / 'few.npz', images[:3])
     np.savez(tmp_path / 'float.npz', images / 255)
     np.savez(tmp_path / 'large.npz', images.repeat(2, 1).repeat(2, 2))
-    pictures.save_images('folder', torch.from_numpy(images).permute(0, 3, 1, 2))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    pictures.save_images('folder', pixels)
+    pictures.save_images('labelled', 255 - pixels, torch.arange(2).repeat_interleave(20))
 
 
 @pytest.mark.parametrize('first, second, columns', [
     ('one.npz', 'other.npz', [10, 110, 15, 115]),       # images 0, 20, 1, 21: the classes in turn
+    ('one.npz', 'labelled', [10, 110, 15, 115]),
     ('other.npz', 'folder', [245, 240, 235, 230])])     # no labels: the first images
 def test_samples(files, values, monkeypatch, first, second, columns):
     values.columns = 4
@@ -114,6 +122,7 @@ def test_samples(files, values, monkeypatch, first, second, columns):
     (['float.npz'], 'float.npz is no npz or folder'),
     (['one.npz', 'large.npz'], 'large.npz has another size of images or other labels than the'),
     (['one.npz', 'few.npz'], 'few.npz is no npz or folder of 28 or more samples'),
+    (['labelled', 'seed1.npz'], 'seed1.npz has another size of images or other labels than the'),
     (['one.npz', 'seed1.npz'], 'seed1.npz has another size of images or other labels than the')])
 def test_mistakes(files, words, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):

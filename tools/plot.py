@@ -10,6 +10,7 @@ NAME= in front names the curve or row. With samples of one --seed, a column has 
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import numpy as np
 import torch
 from absl import flags
-from PIL import Image
 
 from runtime import cli, pictures
 from score import results
@@ -38,7 +38,8 @@ def define_flags():
 def main(words):
     if not words:
         raise cli.UserError('found no file or folder; as in: tools/plot.py ./logs/digits')
-    named = [('', word) if Path(word).exists() else word.rpartition('=')[::2] for word in words]
+    named = [('', word) if '=' not in word or Path(word).exists() else word.partition('=')[::2]
+             for word in words]
     endings = ('.png',) if FLAGS.samples else ('.png', '.pdf')
     if not FLAGS.output.endswith(endings):
         raise cli.UserError(f'--output is {FLAGS.output}, expected a {" or ".join(endings)}')
@@ -57,14 +58,17 @@ def read(named, file_name, read_file):
     for name, path in named:
         path, before = Path(path).expanduser(), len(found)
         for file in sorted(path.rglob(file_name)) if path.is_dir() else [path]:
-            below = file_name == 'metrics.jsonl' and path.is_dir() and file.parent != path
-            folder = str(file.parent.relative_to(path)) if below else file.resolve().parent.name
+            below = path.is_dir() and file.parent != path
+            names = file.parent.relative_to(path).parts if below else (file.resolve().parent.name,)
+            if file_name == 'results.jsonl':        # not the numbers of steps and seeds
+                names = [name for name in names if not re.fullmatch(r'(seed)?\d+', name)]
             for line in read_file(file):
                 if line.get(FLAGS.value) is None:       # no precision, in older results
                     continue
-                curve = (line.get('method') or folder) if folder.isdigit() else folder
+                curve = '/'.join(names) or line.get('method') or file.resolve().parent.name
                 title = ', '.join(f'{line[key]}' for key in results.PROTOCOL if key in line)
-                found.append(dict(line, title=title, curve=name or METHODS.get(curve, f'{curve}')))
+                curve = name or METHODS.get(curve, f'{curve}')
+                found.append(dict(line, title=title, curve=curve, file=file.resolve()))
         if len(found) == before:
             raise cli.UserError(f'{path} has no {file_name} with {FLAGS.value}; give a run that is '
                                 f'trained, and scored by ddim_eval.py')
@@ -83,9 +87,14 @@ def read_metrics(file):
 
 def with_table(lines):
     """Print and return them, sorted; of results made twice, as after more training, the last."""
-    keys = ('title', 'curve', 'ckpt', 'nfe', 'seed', 'weights', 'amp')
-    last = {tuple(map(line.get, keys)): line for line in lines}.values()
-    found = sorted(last, key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
+    keys = ('title', 'curve', 'nfe', 'seed', 'weights', 'file')
+    last = {tuple(map(line.get, keys)): line for line in lines}
+    points = [key[:4] for key in last]
+    twice = sorted((key[:4], f'{key[5]} ({key[4]})') for key in last if points.count(key[:4]) > 1)
+    if twice:
+        raise cli.UserError(f'{twice[0][1]} and {twice[1][1]} are different models in one curve, '
+                            f'at the same NFE and seed; give NAME=PATH for each')
+    found = sorted(last.values(), key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
     columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'precision', 'recall',
                'seed', *results.PROTOCOL)
     print(f'| {" | ".join(columns)} |\n|{" :--- |" * len(columns)}')
@@ -109,7 +118,8 @@ def draw_curves(lines, x):
                       if (line['title'], line['curve']) == (title, name)]
             places, values = np.array(points).T
             steps = np.unique(places)
-            axis.plot(steps, [values[places == step].mean() for step in steps], label=name)
+            means = [values[places == step].mean() for step in steps]
+            axis.plot(steps, means, label=name.replace('$', r'\$'))        # no formula
             if x == 'nfe':      # a dot for every seed
                 axis.scatter(places, values, 18, color=axis.lines[-1].get_color())
                 axis.set_xscale('log', base=2)
@@ -121,35 +131,17 @@ def draw_curves(lines, x):
 
 def draw_samples(named):
     """A row per file; with labels in the first one, the columns go through the classes in turn."""
-    first, labels = read_samples(named[0][1])
+    first, labels = pictures.read_samples(named[0][1])
     order = np.arange(len(first)) if labels is None else pictures.classes_in_turn(labels)
     chosen, rows = order[:FLAGS.columns], []
     for _, path in named:
-        images, others = read_samples(path, max(chosen) + 1)
+        images, others = pictures.read_samples(path, max(chosen) + 1)
         unequal = labels is not None and others is not None and labels[chosen] != others[chosen]
         if images.shape[1:] != first.shape[1:] or np.any(unequal):
             raise cli.UserError(f'{path} has another size of images or other labels than the first '
                                 f'file; give samples of the same --seed')
         rows.append(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2))
     pictures.save_labelled(FLAGS.output, '', rows, [name or path for name, path in named])
-
-
-def read_samples(path, count=1):
-    """(images uint8 (N, H, W, 3), labels (N,) or None) of an npz or folder of at least `count`."""
-    path, labels = Path(path).expanduser(), None
-    try:
-        if path.is_dir():
-            images = np.stack([np.array(Image.open(file)) for file in sorted(path.glob('*.png'))])
-        else:
-            with np.load(str(path)) as file:
-                images = file['arr_0']
-                labels = file['arr_1'] if 'arr_1' in file.files else None
-    except Exception:       # what numpy raises depends on the bytes of the file
-        images = np.zeros(0)
-    if images.dtype != np.uint8 or images.shape[3:] != (3,) or len(images) < count:
-        raise cli.UserError(f'{path} is no npz or folder of {count} or more samples; give what '
-                            f'ddim_eval.py --save_images wrote')
-    return images, labels
 
 
 if __name__ == '__main__':
