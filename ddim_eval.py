@@ -7,6 +7,8 @@ checkpoint. Prints Frechet distance, Inception score and the protocol, appends t
 to <logdir>/results.jsonl and saves a grid of the first images to <logdir>/sample/.
 """
 
+import math
+
 import torch
 from absl import flags
 
@@ -50,22 +52,19 @@ def main():
     y, how = draw_labels(model, reference.class_counts)
     stats, images, rate = sample_and_score(model, y, feature_network)
     if distributed.is_main():
-        result = protocol(model, reference, feature_network, how)
-        print(', '.join(f'{key} {value}' for key, value in result.items() if value is not None))
+        setting = protocol(model, reference, feature_network, how)
         score, deviation = stats.inception_score()      # refuses what is not finite
         distance = frechet_distance(*stats.mean_cov(), reference.mu, reference.sigma,
                                     device if FLAGS.fid_use_torch else 'cpu')
-        result.update(fid=round(distance, 4), inception_score=round(score, 4),
+        result = dict(setting, fid=round(distance, 4), inception_score=round(score, 4),
                       inception_std=round(deviation, 4), images_per_s=round(rate, 1))
-        if reference.features is None:
-            print(f'note: {reference.path} holds no features, so precision and recall are left '
-                  f'out; make it again by score/get_npz.py')
-        else:
+        if reference.features is not None:
             both = precision_recall(reference.features, stats.features, device=device)
             result.update((name, None if share is None else round(share, 4))
                           for name, share in zip(('precision', 'recall'), both))
-        report(result, len(reference.mu))
-        write(model, result, images, y)
+        write(model, result, images, y)     # before the output, whose reader may have gone
+        print(', '.join(f'{key} {value}' for key, value in setting.items() if value is not None))
+        report(result, reference)
     distributed.cleanup()
 
 
@@ -101,11 +100,15 @@ def protocol(model, reference, feature_network, labels):
         amp=choose(FLAGS.amp, d.alpha.device))
 
 
-def report(result, features):
-    """Print the scores; `features` is the width of the features."""
-    if result['num_images'] < features:
-        print(f'note: fewer images than the {features} features; compare such a distance only with '
-              f'others of the same number of images.')
+def report(result, reference):
+    """Print the scores, and what to bear in mind."""
+    features, least = len(reference.mu), min(result['num_images'], reference.num_images or math.inf)
+    if least < features:
+        print(f'note: {least} images are fewer than the {features} features; compare such a '
+              f'distance only with others of the same numbers of images.')
+    if reference.features is None:
+        print(f'note: {reference.path} holds no features, so precision and recall are left out; '
+              f'make it again by score/get_npz.py')
     both = [f'{name} {result[name]:.3f}   ' for name in ('precision', 'recall')
             if result.get(name) is not None]
     print(f'Frechet distance {result["fid"]:.3f}   Inception score {result["inception_score"]:.3f} '

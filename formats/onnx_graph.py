@@ -6,7 +6,7 @@ from inspect import signature
 import torch
 from torch import nn
 
-from runtime.cli import UserError
+from runtime.cli import UserError, print0
 
 TOLERANCE = 1e-3        # largest difference from PyTorch; pixels are in [-1, 1]
 
@@ -56,5 +56,5 @@ def write(model, stride, folder):
                         f'export with --format safetensors or another version of torch', code=1)
     line = (f'Pixels in [-1, 1] differ from PyTorch by {largest:.2g} at most and {mean:.2g} on '
             f'average (four images).')
-    print(line, flush=True)
+    print0(line)
     return line

@@ -1,7 +1,10 @@
 """Training of a classifier and evaluation of a model against the formulas in float64."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import oracle
 from classifier import build_classifier, load_classifier
 from classifier.augment import Augment, measured_normalisation
 from formats.load import load_model
-from helpers import assert_ran, fork_all, our_images
+from helpers import ROOT, assert_ran, environment, fork_all, our_images
 from runtime import checkpoint, data, seeding
 from score.metrics import ActivationStats, frechet_distance, precision_recall
 from wiring import make_inputs, near, started
@@ -65,6 +68,18 @@ def folder(tmp_path_factory):
     for result in fork_all(commands).values():
         assert_ran(result)
     return folder
+
+
+def test_scores_outlive_the_reader_of_the_output(folder):
+    """As in `ddim_eval.py ... | head -1`."""
+    shutil.copytree(str(folder / 'labels'), str(folder / 'unread'))
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = started(folder, dict(EVAL, logdir='unread'))['argv']
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=str(folder),
+                   stdout=writer, stderr=writer, env=environment())
+    os.close(writer)
+    assert (folder / 'unread/results.jsonl').exists()
 
 
 def rates(flags, steps):
