@@ -51,6 +51,7 @@ def test_a_file_gives_its_network_and_schedule(tmp_path, kind, form):
     net, average = network(kind, seed=0), network(kind, seed=2)
     write(tmp_path / 'ckpt.pt', contents(kind, net, average), form)
     model, used = load_model(tmp_path), net if kind == 'student' else average
+    assert model.network.entries['origin'] == tmp_path.name     # so that no licence is assumed
     expected = dict(used.state_dict())
     if kind == 'ddpm':      # its times 0..999 are 1..1000 here
         expected[TABLE] = torch.cat([expected[TABLE][:1], expected[TABLE]])
