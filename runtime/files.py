@@ -42,5 +42,7 @@ def replacing_folder(path):
 
 def check_new_folder(output):
     """Refuse a value of --output, a path, that is neither new nor an empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f'--output {output} exists and is not an empty folder; choose another')
+    free = output.is_dir() and not os.path.ismount(output) and not any(output.iterdir())
+    if output.exists() and not free:
+        raise UserError(f'--output {output} exists and is not an empty folder, or it is a mount '
+                        f'point; choose another, such as {output / "new"}')

@@ -167,4 +167,5 @@ def memory_mb():
     """Peak of the memory of the GPU, or of this process without one, in MiB."""
     if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10, 1)
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10      # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

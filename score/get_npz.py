@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # works from
 import torch
 from absl import flags
 
-from runtime import cli, data, distributed, image_files
+from runtime import cli, data, distributed, image_files, pictures
 from runtime.cli import UserError
 from runtime.flags import (define_data_flags, define_device_flags, define_image_size,
                            without_effect)
@@ -63,7 +63,6 @@ def main():
         check_reference(other, network, img_size)
     half = f'.half{FLAGS.half}' if FLAGS.half else ''
     path = cli.anchored(FLAGS.output or f'stats/{FLAGS.dataset}.{FLAGS.split}{half}.npz')
-    path.parent.mkdir(parents=True, exist_ok=True)
     dataset = data.make_dataset(*where, train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
     distributed.print0(dataset.summary)
@@ -72,6 +71,7 @@ def main():
                   num_images=len(indices), img_size=dataset.img_size, network=network.name,
                   fingerprint=dataset.fingerprint)
     if not distributed.broadcast_object(up_to_date(path, origin)):
+        pictures.check_folder(path.parent)      # before images are decoded and measured
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
             counts = dataset.labels[indices].bincount(minlength=dataset.num_classes).numpy()

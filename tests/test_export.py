@@ -229,9 +229,13 @@ def test_mistakes_leave_nothing(runs, exporting, tmp_path, monkeypatch):
             'diffusers is missing; run pip install -r requirements-export.txt': [run, new]}.items():
         with pytest.raises(UserError, match=sentence):
             exporting(*words)
+    (tmp_path / 'empty').mkdir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match='it is a mount'):
+        patch.setattr(os.path, 'ismount', Mock(return_value=True))
+        exporting(run, f'--output={tmp_path}/empty')
     monkeypatch.setattr(export, 'check_packages', Mock())
     monkeypatch.setattr(export, 'write', Mock(side_effect=OSError(28, 'No space left on device')))
     with pytest.raises(UserError, match='new cannot be written .*No space'):
         exporting(run, new)
-    assert sorted(os.listdir(tmp_path)) == ['full', 'new.tmp']
+    assert sorted(os.listdir(tmp_path)) == ['empty', 'full', 'new.tmp']
     assert (tmp_path / 'new.tmp/file').exists()

@@ -1,5 +1,6 @@
 """Images as files and pictures: what other tools and the eye get."""
 
+import os
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_npz_for_guided_diffusion_and_folder_for_pytorch_fid(tmp_path):
     assert (tmp_path / 'new/all/labels.txt').read_text().split() == ['2', '0', '2', '2', '0']
 
 
-def test_places_that_hold_something_else_are_refused(tmp_path):
+def test_places_that_hold_something_else_are_refused(tmp_path, monkeypatch):
     pictures.save_labelled(tmp_path / 'here/grid.png', 'x', [IMAGES])
     pictures.save_images(tmp_path / 'here/samples.npz', IMAGES)
     np.savez(str(tmp_path / 'here/mine.npz'), a=np.zeros(2))
@@ -50,6 +51,9 @@ def test_places_that_hold_something_else_are_refused(tmp_path):
                            ('/dev/null', both)]:
         with pytest.raises(UserError, match='--flag .* is neither a new or empty folder'):
             pictures.check_place(tmp_path / name, '--flag', suffixes)
+    monkeypatch.setattr(os.path, 'ismount', lambda path: True)      # it cannot be replaced
+    with pytest.raises(UserError, match='empty is neither'):
+        pictures.check_place(tmp_path / 'empty', '--flag', both)
     with pytest.raises(OSError):
         pictures.check_place(tmp_path / 'here/text.png/new.npz', '--flag')
 
