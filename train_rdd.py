@@ -133,7 +133,7 @@ def relation_group():
     if FLAGS.relation_group and part % FLAGS.relation_group:
         raise cli.UserError(f'--relation_group {FLAGS.relation_group} does not divide the {part} '
                             f'images that a process works on at a time; choose a divisor')
-    return FLAGS.relation_group or (quarter if quarter and part % quarter == 0 else part)
+    return FLAGS.relation_group or (quarter if quarter > 1 and part % quarter == 0 else part)
 
 
 def enqueue(memory, parts, run):

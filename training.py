@@ -205,6 +205,9 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
                            f'{100 * start_left:.0f} % of the weights it starts from after '
                            f'{total_steps} steps; for 1 % set --ema_decay '
                            f'{START_LEFT ** (1 / total_steps):.3g}.')
+    if FLAGS.warmup > total_steps / 2:
+        distributed.print0(f'note: --warmup {FLAGS.warmup} is more than half of the {total_steps} '
+                           f'steps, so that the learning rate hardly reaches --lr; lower it.')
     x_T = seeding.noise_of_images(FLAGS.seed, range(FLAGS.sample_size),
                                   (3, FLAGS.img_size, FLAGS.img_size), 'cpu')
     entries = dict(net.entries, x_T=x_T)

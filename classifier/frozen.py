@@ -41,6 +41,10 @@ def load_frozen(name, path, dataset, normalisation, device):
     else:
         path = path or f'classifier/result/{dataset.name}/{name}'
         network = load_classifier(path, name, dataset.num_classes, *NORMALISATIONS[normalisation])
+        if network.img_size not in (None, dataset.img_size):
+            distributed.print0(f'note: the classifier in {path} was trained on images of '
+                               f'{network.img_size} pixels, these have {dataset.img_size}; train '
+                               f'one with --img_size {dataset.img_size}.')
     network = fold_batch_norms(network)
     with torch.no_grad():
         _, _, feature_map = network(torch.zeros(1, 3, dataset.img_size, dataset.img_size))
@@ -89,6 +93,7 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     std = std or stored_normalisation(state, 'std', 1e-6, file)
     with torch.device('meta'):
         network = build_classifier(found, classes, mean, std)
+    network.img_size = state.get('img_size')
     return with_weights(network, weights, found, file, assign=True)
 
 

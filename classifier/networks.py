@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         self.name, self.num_features, self.num_classes = name, num_features, num_classes
         self.order = list(parts)
         self.size = None        # height and width that images are resized to; None: they are not
+        self.img_size = None    # of the images that it was trained on, if known
         for key, part in parts.items():
             self.add_module(key, part)
         self.fc = nn.Linear(num_features, num_classes)

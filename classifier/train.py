@@ -74,6 +74,9 @@ def train(device, folder, accuracy):
     if train_set.num_classes < 2:
         raise UserError(f'--dataset {FLAGS.dataset} has one class, and a classifier learns nothing '
                         f'from it; make class folders, or distil with imagenet_resnet50')
+    if distributed.share(FLAGS.batch_size, FLAGS.grad_accum) < 2:
+        raise UserError(f'--batch_size {FLAGS.batch_size} leaves one image at a time, and batch '
+                        f'norm needs two; raise it, or lower --grad_accum')
     steps_per_epoch = max(1, round(len(train_set) / FLAGS.batch_size))
     FLAGS.save_step = FLAGS.save_step or steps_per_epoch
     total_steps = FLAGS.epoch * steps_per_epoch

@@ -162,7 +162,7 @@ class Training:
             terms['loss_feature'] = f.feature_weight, feature_kl(f_S, f_T, f.temperature)
         if f.loss_type in ('mp2p', 'is_p2p'):
             quarter = f.batch_size // 4         # of the whole batch, where parts are that large
-            fits = quarter and len(x) % quarter == 0
+            fits = quarter > 1 and len(x) % quarter == 0
             group = f.relation_group or (quarter if fits else len(x))
             loss = intra_loss(map_S, map_T, f.intra_temperature, group)
             terms['loss_intra'] = f.intra_weight, loss

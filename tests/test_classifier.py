@@ -53,13 +53,15 @@ def test_loads_frozen(tmp_path):
     assert torch.equal(loaded(x)[0], model.float().eval()(x)[0])
 
 
-def test_features_of_one_pixel_are_said(tmp_path, capsys):
-    """IS_P2P compares pixels of a map: with one pixel it is 0."""
-    checkpoint.save(tmp_path / 'ckpt.pt', NAMED)
+def test_notes_on_the_size_of_images(tmp_path, capsys):
+    """IS_P2P compares pixels of a map: with one pixel it is 0; another size than in training."""
+    checkpoint.save(tmp_path / 'ckpt.pt', dict(NAMED, img_size=8))
     for size, said in ((4, True), (8, False)):
         images = SimpleNamespace(name='digits', num_classes=10, img_size=size)
         load_frozen('convnet_small', tmp_path, images, 'imagenet', torch.device('cpu'))
-        assert ('has one pixel for images of 4 pixels' in capsys.readouterr().out) == said
+        out = capsys.readouterr().out
+        assert ('has one pixel for images of 4 pixels' in out) == said
+        assert ('was trained on images of 8 pixels, these have 4;' in out) == said
 
 
 @pytest.mark.parametrize('words, expected, state', [
@@ -133,6 +135,7 @@ REFUSED = {
     '--wd is .*choose another --result_path': '--wd=0',
     '--amp is .*choose another --result_path': '--amp=bf16',
     '--epoch is .*choose another --result_path': '--epoch=2',
+    '--batch_size 1 leaves one image at a time': '--batchsize=1',
     '--dataset folder has one class': '--dataset=folder --data_root=one --batchsize=1'}
 
 

@@ -121,6 +121,7 @@ def test_what_the_chain_prints(runs):
     base, pd, _, score = (out for _, out, _ in results['chain'][2:])
     assert 'will hold 6 % of the weights it starts from' in base and '--ema_decay 0.316.' in base
     assert 'will hold' not in pd        # a student has no average
+    assert '--warmup 3 is more than half of the 4 steps' in base and 'half of' not in pd
     result = json.loads((folder / 'rdd/results.jsonl').read_text())
     assert result['nfe'] == 2 and f'distance {result["fid"]:.3f}' in score
 

@@ -56,7 +56,7 @@ CHANGES = dict(
         is_p2p=dict(ONE, loss_type='is_p2p', base_ckpt='coarse', relation_group=8, logits=False),
         m_p2p=dict(ONE, loss_type='m_p2p', feature=False, gt=False, conditional=True,
                    base_ckpt='labels'),
-        group_parts=dict(ONE, relation_group=0, batch_size=4, grad_accum=4)))
+        group_parts=dict(ONE, relation_group=0, batch_size=4, grad_accum=2)))
 CASES = {f'{method}-{name}': dict(first, **change)
          for method, first in (('base', BASE), ('pd', PD), ('rdd', RDD))
          for name, change in CHANGES[method].items()}
