@@ -21,8 +21,9 @@ from formats import edm, edm_pickle, guided_diffusion
 from formats.load import NOT_BUILT, build
 from runtime import checkpoint, cli
 from runtime.cli import UserError
-from runtime.files import check_new_folder, replacing_folder
+from runtime.files import replacing_folder
 from runtime.flags import given, require
+from runtime.pictures import check_place
 
 FLAGS = flags.FLAGS
 UNSEEN = ('img_size', 'num_heads', 'num_head_channels', 'new_attention_order', 'beta_schedule',
@@ -56,7 +57,7 @@ def main():
     require(teacher='the file to convert',
             output='the new folder for ckpt.pt, such as ./teachers/edm_cifar10')
     file, output = cli.find(FLAGS.teacher), Path(FLAGS.output)
-    check_new_folder(output)
+    check_place(output, '--output', ())
     if not file.is_file():
         raise UserError(f'--teacher {file} is no file; give the weights of a teacher')
     name = FLAGS.preset or file.stem

@@ -17,8 +17,9 @@ from formats import card, diffusers_write, onnx_graph
 from formats.diffusers_read import check_packages
 from runtime import cli
 from runtime.cli import UserError, first_line
-from runtime.files import check_new_folder, replacing_folder
+from runtime.files import replacing_folder
 from runtime.flags import MEAN_TYPES, require
+from runtime.pictures import check_place
 from score.sampling import define_model_flags, given_model
 
 FLAGS = flags.FLAGS
@@ -42,7 +43,7 @@ def main():
     require(output='the new folder for the result, such as ./export/rdd',
             logdir='the folder of a trained model, such as ./logs/8to4/rdd')
     output = Path(FLAGS.output)
-    check_new_folder(output)
+    check_place(output, '--output', ())
     model = given_model()
     check_packages(PACKAGES[FLAGS.format])
     try:

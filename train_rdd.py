@@ -11,7 +11,7 @@ Loss: feature_weight * KL of features (CFD) + intra_weight * IS_P2P + memory_wei
 import torch
 from absl import flags
 
-from classifier import NORMALISATIONS, load_frozen
+from classifier.frozen import NORMALISATIONS, load_frozen
 from diffusion import distillation_loss
 from formats.load import load_teacher
 from losses import MemoryP2P, diversity, entropy, feature_kl, intra_sample_p2p

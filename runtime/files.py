@@ -5,8 +5,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from runtime.cli import UserError
-
 UMASK = os.umask(0)     # to read it means to set it twice
 os.umask(UMASK)
 
@@ -38,11 +36,3 @@ def replacing_folder(path):
         yield folder
         for file in filter(Path.is_file, folder.rglob('*')):
             file.chmod(0o666 & ~UMASK)        # some are made for their owner alone
-
-
-def check_new_folder(output):
-    """Refuse a value of --output, a path, that is neither new nor an empty folder."""
-    free = output.is_dir() and not os.path.ismount(output) and not any(output.iterdir())
-    if output.exists() and not free:
-        raise UserError(f'--output {output} exists and is not an empty folder, or it is a mount '
-                        f'point; choose another, such as {output / "new"}')

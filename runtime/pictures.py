@@ -22,7 +22,11 @@ def to_uint8(x):
 
 
 def check_place(path, flag, suffixes=('.npz',)):
-    """Refuse a place where the images of `flag` cannot be written, before hours of sampling."""
+    """Refuse a place where what `flag` names cannot be written, before hours of work.
+
+    Args:
+        suffixes: of files that it may be; (): only a folder.
+    """
     path = Path(path)
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
@@ -32,8 +36,9 @@ def check_place(path, flag, suffixes=('.npz',)):
         kinds = {'.npz', *Image.registered_extensions()}
         free = not path.exists() and not {path.suffix.lower(), path.name} & kinds
     if not free:
-        raise UserError(f'{flag} {path} is neither a new or empty folder, nor a file '
-                        f'({" or ".join(suffixes)}) that is new or holds samples; choose another')
+        or_file = f', nor a file ({" or ".join(suffixes)}) that is new or holds samples'
+        raise UserError(f'{flag} {path} is no new or empty folder{or_file if suffixes else ""}; '
+                        f'choose another, inside it if it is a mount point')
     check_folder(path.resolve().parent)
 
 

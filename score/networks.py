@@ -10,7 +10,7 @@ import torch
 from absl import flags
 from torch import nn
 
-from classifier import load_classifier
+from classifier.frozen import load_classifier
 from runtime import checkpoint, cli, distributed
 from runtime.cli import UserError
 from runtime.optim import frozen

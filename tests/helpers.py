@@ -16,7 +16,7 @@ import pytest
 import torch
 from absl import flags
 
-from classifier import build_classifier
+from classifier.networks import build_classifier
 from runtime import checkpoint
 from runtime.torchvision_cpu import torchvision
 from score.reference import Statistics, save_statistics

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import clip_grad_norm_
 
-from classifier import build_classifier, load_classifier
+from classifier.frozen import load_classifier
+from classifier.networks import build_classifier
 from diffusion import Diffusion, distillation_loss
 from losses import MemoryP2P, diversity, entropy, feature_kl
 from model import UNet

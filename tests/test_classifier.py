@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from classifier import build_classifier, load_classifier, load_frozen, train
+from classifier import train
+from classifier.frozen import load_classifier, load_frozen
+from classifier.networks import build_classifier
 from classifier.augment import Augment, measured_normalisation
 from helpers import ROOT, assert_ran, assert_same, command, fork_all, parsing
 from runtime import checkpoint, data

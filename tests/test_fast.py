@@ -8,7 +8,7 @@ from unittest.mock import ANY, Mock
 import pytest
 import torch
 
-from classifier import build_classifier
+from classifier.networks import build_classifier
 from classifier.frozen import load_frozen
 from classifier.networks import imagenet_classifier
 from model import GroupNorm, UNet

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from classifier import load_imagenet
+from classifier.frozen import load_imagenet
 from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.torchvision_cpu import torchvision

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from classifier import build_classifier
+from classifier.networks import build_classifier
 from diffusion import Diffusion, alpha_bar_table, distillation_loss
 from helpers import ROOT
 from losses import MemoryP2P, feature_kl, intra_sample_p2p

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import pad
 
 import oracle
-from classifier import build_classifier, load_classifier
+from classifier.frozen import load_classifier
+from classifier.networks import build_classifier
 from classifier.augment import Augment, measured_normalisation
 from formats.load import load_model
 from helpers import ROOT, assert_ran, environment, fork_all, our_images

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 import oracle
-from classifier import build_classifier
+from classifier.networks import build_classifier
 from helpers import command
 from model import UNet
 from runtime import checkpoint

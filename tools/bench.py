@@ -37,7 +37,7 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from classifier import build_classifier
+from classifier.networks import build_classifier
 from runtime import checkpoint, cli
 
 FLAGS = flags.FLAGS
