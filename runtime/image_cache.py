@@ -66,9 +66,7 @@ def _open(folder, name, key, fill):
     file = folder / f'{name}.{key}.npy'
     records = _load(file)
     if records is None:
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):      # a file system without locks
-                stack.enter_context(_locked(folder, name))
+        with one_at_a_time(folder, name):
             records = _load(file)       # another process may have made it meanwhile
             if records is None:
                 for old in folder.glob(f'{name}.*.npy'):        # of files that have changed
@@ -88,6 +86,15 @@ def _load(file):
         return np.load(file, mmap_mode='r')
     except (OSError, EOFError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder, name):
+    """Let one process at a time make `name` in a folder, unless its file system has no locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(folder, name))
+        yield
 
 
 @contextlib.contextmanager

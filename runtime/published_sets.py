@@ -4,6 +4,7 @@
 0..255 and labels (N,) in 0..9. The batch files of ImageNet are rewritten once as one array.
 """
 
+import contextlib
 import gzip
 import pickle
 import re
@@ -14,7 +15,7 @@ import torch
 
 from runtime import distributed
 from runtime.cli import UserError, first_line
-from runtime.image_cache import kept, new_array
+from runtime.image_cache import kept, new_array, one_at_a_time
 from runtime.torchvision_cpu import torchvision
 
 BATCHES = dict(train=r'train_data_batch_(\d+)(\.npz)?', test=r'val_data()(\.npz)?')
@@ -62,14 +63,16 @@ def _read_idx(path, dimensions):
 
 
 def _torchvision_set(name, root, split, files, folder):
-    """Data set `name` of torchvision, downloaded once, by the first process.
+    """Data set `name` of torchvision, downloaded if it is not in `root`, by one process at a time.
 
     Its archives are `files`, which the user may put into `root`; it unpacks them into `folder`.
     """
     try:
-        with distributed.main_first():
+        with contextlib.suppress(OSError):
+            Path(root).mkdir(parents=True, exist_ok=True)
+        with distributed.main_first(), one_at_a_time(Path(root), name):
             return getattr(torchvision().datasets, name)(root, train=split == 'train',
-                                                         download=distributed.is_main())
+                                                         download=True)
     except Exception as error:      # also whatever damaged files raise
         reason = first_line(error).rstrip(':')
     there = [path for path in files + [folder] if (Path(root) / path).exists()]

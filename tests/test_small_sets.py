@@ -5,6 +5,8 @@ import io
 import pickle
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -87,6 +89,24 @@ def test_download_fails(tmp_path, monkeypatch, name, kind, file):
     (tmp_path / file).write_bytes(b'half an archive')
     with pytest.raises(UserError, match=f'{kind} in .* is incomplete or damaged: {file}'):
         make_dataset(name, tmp_path, 16, True)
+
+
+def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
+    """Two commands that start on a new machine would overwrite each other's file."""
+    inside, most = [], []
+
+    def download(root, train, download):
+        inside.append(root)
+        most.append(len(inside))
+        time.sleep(.02)
+        inside.pop()
+        return SimpleNamespace(data=np.zeros((1, 2, 2, 3), np.uint8), targets=[9])
+
+    monkeypatch.setattr(torchvision().datasets, 'CIFAR10', download)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: make_dataset('cifar10', tmp_path / 'new', 2, True), range(4))
+        assert [len(dataset) for dataset in found] == [1] * 4
+    assert most == [1] * 4 and not list((tmp_path / 'new').iterdir())
 
 
 def test_cifar10(tmp_path, monkeypatch):
