@@ -95,7 +95,7 @@ def check_flags(model, names=(*ARCHITECTURE, 'mean_type', 'img_size')):
         del found['class_num']
     for name in filter(given, names):
         ours, theirs = FLAGS[name].value, found.get(name)
-        if theirs is not None and (sorted(ours) if name == 'attn' else ours) != theirs:
+        if theirs is not None and (sorted(set(ours)) if name == 'attn' else ours) != theirs:
             has = 'the network in {} has' if name in ARCHITECTURE else '{} was trained with'
             raise UserError(f'--{name} is {ours} and {has.format(model.file)} {theirs}; give the '
                             f'same, or leave it out (repeated after a flagfile, it may append)')

@@ -206,7 +206,7 @@ def model_of(**changes):
     ([], dict(ch=64), None), (['--ch=32', '--attn=1'], {}, None),       # defaults do not count
     (['--ch=64'], {}, '--ch is 64 and the network in file.pt has 32'),
     (['--ch_mult=1', '--ch_mult=2'], {}, r'--ch_mult is \[1, 2\]'),
-    (['--attn=1', '--attn=0'], dict(attn=[0, 1]), None),                # in any order
+    (['--attn=1', '--attn=0', '--attn=1'], dict(attn=[0, 1]), None),    # in any order
     (['--attn=1', '--attn=2'], {}, '--attn is'), (['--num_res_blocks=2'], {}, '--num_res_blocks'),
     (['--conditional'], {}, '--conditional is True'),
     (['--class_num=5'], {}, None), (['--class_num=5'], dict(conditional=True), '--class_num is 5'),
