@@ -31,8 +31,8 @@ def define_flags():
     define_model_flags()
     flags.DEFINE_enum('format', 'diffusers', ['diffusers', 'onnx', 'safetensors'], 'what to write')
     flags.DEFINE_string('output', None, 'new folder for the result')
-    flags.DEFINE_string('license', None, 'licence named on the model card; none: that of a '
-                        'teacher of others, or unknown, or mit for models of your own')
+    flags.DEFINE_string('license', None, 'licence named on the model card; none: that of the '
+                        'teacher, unknown if a teacher of others names none, else mit')
     flags.DEFINE_integer('img_size', 32, 'height and width of the images, if the checkpoint does '
                          'not record them', lower_bound=1)
     flags.DEFINE_enum('mean_type', 'xstart', MEAN_TYPES, 'what the network predicts, if the '

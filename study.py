@@ -156,7 +156,7 @@ def chosen_methods():
     for text in FLAGS.method:
         name, _, commands[name] = text.partition('=')
         if '/' in name or not name.strip('.'):
-            raise UserError(f'--method "{text}" has a name that is no folder; choose another')
+            raise UserError(f'--method "{text}" has a name that no folder can have; choose another')
     for text in [*commands.values(), FLAGS.train_flags, FLAGS.eval_flags]:
         try:
             names = {word.lstrip('-').partition('=')[0] for word in shlex.split(text)}

@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 define_training_flags(lr=1e-4, warmup=50)
 define_teacher_steps()
 flags.DEFINE_string('teacher_ckpt', None, 'folder (or file) of the teacher with its many steps')
-flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the student, not of the teacher')
+flags.DEFINE_string('base_ckpt', None, 'where the student starts: its folder, or a teacher\'s')
 flags.DEFINE_integer('student_steps', 0, 'steps of the student; 0: those of --base_ckpt', 0, 4)
 flags.DEFINE_integer('fake_updates', 2, 'updates of mu_fake per update of the student', 1, 100)
 flags.DEFINE_float('fake_lr', 5e-4, 'learning rate of mu_fake', 0.)

@@ -207,7 +207,7 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
                            f'{START_LEFT ** (1 / total_steps):.3g}.')
     if FLAGS.warmup > total_steps / 2:
         distributed.print0(f'note: --warmup {FLAGS.warmup} is more than half of the {total_steps} '
-                           f'steps, so that the learning rate hardly reaches --lr; lower it.')
+                           f'steps: --lr is reached late or never; lower it.')
     x_T = seeding.noise_of_images(FLAGS.seed, range(FLAGS.sample_size),
                                   (3, FLAGS.img_size, FLAGS.img_size), 'cpu')
     entries = dict(net.entries, x_T=x_T)

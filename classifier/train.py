@@ -31,7 +31,6 @@ from runtime.optim import learning_rate, sgd
 from runtime.run import Run, due, training_data
 
 FLAGS = flags.FLAGS
-FIXED.update(('lr', 'wd', 'amp'))
 
 
 def define_flags():
@@ -55,6 +54,7 @@ def define_flags():
 
 
 def main():
+    FIXED.update(('lr', 'wd', 'amp'))
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     FLAGS.data_root = str(cli.find(FLAGS.data_root))
     FLAGS.img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
@@ -74,9 +74,10 @@ def train(device, folder, accuracy):
     if train_set.num_classes < 2:
         raise UserError(f'--dataset {FLAGS.dataset} has one class, and a classifier learns nothing '
                         f'from it; make class folders, or distil with imagenet_resnet50')
-    if distributed.share(FLAGS.batch_size, FLAGS.grad_accum) < 2:
-        raise UserError(f'--batch_size {FLAGS.batch_size} leaves one image at a time, and batch '
-                        f'norm needs two; raise it, or lower --grad_accum')
+    if FLAGS.batch_size // FLAGS.grad_accum < 2:
+        raise UserError(f'--batch_size {FLAGS.batch_size} in {FLAGS.grad_accum} parts leaves one '
+                        f'image at a time, and batch norm needs two; raise it, or lower '
+                        f'--grad_accum')
     steps_per_epoch = max(1, round(len(train_set) / FLAGS.batch_size))
     FLAGS.save_step = FLAGS.save_step or steps_per_epoch
     total_steps = FLAGS.epoch * steps_per_epoch

@@ -121,7 +121,8 @@ def read_checkpoint(path, wanted, dropout, mean_type, img_size):
         weights[TABLE] = torch.cat([weights[TABLE][:1], weights[TABLE]])
     network, arch = build(state, weights, dropout, f'the {name} in {file}')
     if 'method' not in state:       # a published file: its students are others' work, too
-        state.setdefault('origin', file.parent.name if file.name == 'ckpt.pt' else file.stem)
+        folder = file.resolve().parent.name
+        state.setdefault('origin', folder if file.name == 'ckpt.pt' else file.stem)
     entries = {key: value for key, value in state.items() if key not in LARGE}
     if 'T' not in state:
         entries.update(schedule=clean_linear(arch['T']), T=arch['T'],

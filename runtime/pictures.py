@@ -36,9 +36,9 @@ def check_place(path, flag, suffixes=('.npz',)):
         kinds = {'.npz', *Image.registered_extensions()}
         free = not path.exists() and not {path.suffix.lower(), path.name} & kinds
     if not free:
-        or_file = f', nor a file ({" or ".join(suffixes)}) that is new or holds samples'
-        raise UserError(f'{flag} {path} is no new or empty folder{or_file if suffixes else ""}; '
-                        f'choose another, inside it if it is a mount point')
+        or_file = f', or a file ({" or ".join(suffixes)}) that is new or holds samples'
+        raise UserError(f'{flag} {path} cannot take the result, expected a new or empty folder, no '
+                        f'mount point{or_file if suffixes else ""}; choose another')
     check_folder(path.resolve().parent)
 
 

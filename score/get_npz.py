@@ -63,6 +63,8 @@ def main():
         check_reference(other, network, img_size)
     half = f'.half{FLAGS.half}' if FLAGS.half else ''
     path = cli.anchored(FLAGS.output or f'stats/{FLAGS.dataset}.{FLAGS.split}{half}.npz')
+    if FLAGS.overwrite or not path.exists():
+        pictures.check_folder(path.parent)      # before images are decoded and measured
     dataset = data.make_dataset(*where, train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
                                 skip_bad_images=FLAGS.skip_bad_images)
     distributed.print0(dataset.summary)
@@ -71,7 +73,6 @@ def main():
                   num_images=len(indices), img_size=dataset.img_size, network=network.name,
                   fingerprint=dataset.fingerprint)
     if not distributed.broadcast_object(up_to_date(path, origin)):
-        pictures.check_folder(path.parent)      # before images are decoded and measured
         stats = measure(dataset, indices, network, device)
         if distributed.is_main():
             counts = dataset.labels[indices].bincount(minlength=dataset.num_classes).numpy()

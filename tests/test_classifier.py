@@ -137,7 +137,7 @@ REFUSED = {
     '--wd is .*choose another --result_path': '--wd=0',
     '--amp is .*choose another --result_path': '--amp=bf16',
     '--epoch is .*choose another --result_path': '--epoch=2',
-    '--batch_size 1 leaves one image at a time': '--batchsize=1',
+    '--batch_size 1 in 1 parts leaves one image at a time': '--batchsize=1',
     '--dataset folder has one class': '--dataset=folder --data_root=one --batchsize=1'}
 
 

@@ -406,7 +406,7 @@ GUIDED = ('--img_size=16', '--num_heads=4')
 
 
 @pytest.mark.parametrize('file, words, flags', [
-    ('good.pkl', 'is no new or empty folder', [f'--output={ROOT}/tests']),
+    ('good.pkl', 'cannot take the result', [f'--output={ROOT}/tests']),
     ('none.pt', 'is no file', ()), ('edm2.pkl', 'EDM2', ()), ('other.pkl', 'Mine', ()),
     ('grey.pkl', 'img_channels', ()), ('deep.pkl', 'num_blocks', ()),
     ('skip.pkl', 'encoder_type', ()), ('good.pkl', '--num_heads', ['--num_heads=4']),

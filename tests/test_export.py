@@ -222,7 +222,7 @@ def test_mistakes_leave_nothing(runs, exporting, tmp_path, monkeypatch):
     run, new = f'--logdir={runs}/labels', f'--output={tmp_path}/new'
     monkeypatch.setitem(sys.modules, 'diffusers', None)     # as if it were not installed
     for sentence, words in {
-            'full is no new or empty folder': [run, f'--output={tmp_path}/full'],
+            'full cannot take the result': [run, f'--output={tmp_path}/full'],
             'there is no checkpoint': [f'--logdir={tmp_path}/none', new],
             '--stride 3 does not divide the 8': [run, new, '--stride=3'],
             '--output is missing': [run],
@@ -230,7 +230,7 @@ def test_mistakes_leave_nothing(runs, exporting, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=sentence):
             exporting(*words)
     (tmp_path / 'empty').mkdir()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match='empty is no new'):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match='empty cannot'):
         patch.setattr(os.path, 'ismount', Mock(return_value=True))
         exporting(run, f'--output={tmp_path}/empty')
     monkeypatch.setattr(export, 'check_packages', Mock())

@@ -50,7 +50,7 @@ def test_the_commands_of_the_page(tmp_path):
     for (script, *_), (code, output, error) in zip(COMMANDS, results):
         missing = script in PACKAGES and importlib.util.find_spec(PACKAGES[script]) is None
         assert code == missing and 'Traceback' not in error, error
-        assert script != 'tools/plot.py' or missing or '| RDD | 4 | ' in output
+        assert script != 'tools/plot.py' or missing or '| 8to4/rdd | 4 | ' in output
     runs = tmp_path / 'logs/photos'
     steps = [checkpoint.read(runs / name)['T'] for name in ('1024', '8', '8to4/rdd', 'unlabelled')]
     assert steps == [16, 8, 4, 4]

@@ -49,10 +49,10 @@ def test_places_that_hold_something_else_are_refused(tmp_path, monkeypatch):
     for name, suffixes in [('here', both), ('here/mine.npz', both), ('new.png', npz),
                            ('here/text.png', both), ('new.jpg', both), ('.npz', both),
                            ('/dev/null', both)]:
-        with pytest.raises(UserError, match='--flag .* is no new or empty folder'):
+        with pytest.raises(UserError, match='--flag .* cannot take the result'):
             pictures.check_place(tmp_path / name, '--flag', suffixes)
     monkeypatch.setattr(os.path, 'ismount', lambda path: True)      # it cannot be replaced
-    with pytest.raises(UserError, match='empty is no new'):
+    with pytest.raises(UserError, match='empty cannot take .* no mount point'):
         pictures.check_place(tmp_path / 'empty', '--flag', both)
     with pytest.raises(OSError):
         pictures.check_place(tmp_path / 'here/text.png/new.npz', '--flag')

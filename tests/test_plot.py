@@ -53,6 +53,11 @@ def test_names_of_curves_and_a_table(logs, capsys):
     assert '| PD | 4 | 4.5 | 2.0 | 0.1 | - | - | 1 | r | n | 9 | 9 | 8-bit | none |' in lines
     named, = read(('our own', logs / '8to4/rdd/results.jsonl'))
     assert named['curve'] == 'our own'
+    data_set = logs / 'CIFAR10'         # above its folder, the method is a part of the name
+    for name in ('64', '4'):
+        shutil.copytree(str(logs / name), str(data_set / name))
+    assert {r['curve'] for r in read(('', logs)) if r['curve'].startswith('CIFAR10')} == {
+        'CIFAR10 DDIM', 'CIFAR10 PD'}
     (logs / '8').mkdir()
     shutil.copy(str(logs / '4/results.jsonl'), str(logs / '8'))      # of another run
     with pytest.raises(UserError, match='4/results.* and .*8/results.* different models in one'):

@@ -16,7 +16,7 @@ MISTAKES = {
     '--stride=1': '--output is missing',
     '--output=new.npz --label=3': '--label is 3 and the model in labels has 3 classes',
     '--logdir=plain --output=new.npz --label=0': '--label is 0 and the .* has 0 classes',
-    '--output=text.png': '--output text.png is no new or empty'}
+    '--output=text.png': '--output text.png cannot take the result'}
 
 
 @pytest.fixture(scope='module')

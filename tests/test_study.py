@@ -48,7 +48,7 @@ MISTAKES = {
     'there is no checkpoint none': '--base_ckpt=none',
     '--methods PD,TAT: choose of DDIM, PD, CFD': '--methods=PD,TAT',
     '--methods PD,PD: choose of .* each once': '--methods=PD,PD',
-    '--method "../x=PD.py" has a name that is no folder': '--method=../x=PD.py',
+    '--method "../x=PD.py" has a name that no folder can': '--method=../x=PD.py',
     '--baseline PD is not among --methods RDD': '--methods=RDD',
     '--baseline PD/3: no student has 3 steps; choose of 4, 2, 1': '--baseline=PD/3',
     'PD.DMD starts from the last student of PD; list': '--methods=PD+DMD,PD',

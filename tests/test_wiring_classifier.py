@@ -1,7 +1,6 @@
 """Training of a classifier and evaluation of a model against the formulas in float64."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -74,12 +73,12 @@ def folder(tmp_path_factory):
 def test_scores_outlive_the_reader_of_the_output(folder):
     """As in `ddim_eval.py ... | head -1`."""
     shutil.copytree(str(folder / 'labels'), str(folder / 'unread'))
-    reader, writer = os.pipe()
-    os.close(reader)
     words = started(folder, dict(EVAL, logdir='unread'))['argv']
-    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=str(folder),
-                   stdout=writer, stderr=writer, env=environment())
-    os.close(writer)
+    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=str(folder),
+                               stdout=subprocess.PIPE, env=environment())
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
     assert (folder / 'unread/results.jsonl').exists()
 
 

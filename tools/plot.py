@@ -66,12 +66,19 @@ def read(named, file_name, read_file):
                 if line.get(FLAGS.value) is None:       # no precision, in older results
                     continue
                 curve = '/'.join(names) or line.get('method') or file.resolve().parent.name
-                title = ', '.join(f'{line[key]}' for key in results.PROTOCOL if key in line)
+                title = ', '.join(f'{"amp " * (key == "amp")}{line[key]}'
+                                  for key in results.PROTOCOL if key in line)
                 curve = name or METHODS.get(curve, f'{curve}')
                 found.append(dict(line, title=title, curve=curve, file=file.resolve()))
         if len(found) == before:
             raise cli.UserError(f'{path} has no {file_name} with {FLAGS.value}; give a run that is '
                                 f'trained, and scored by ddim_eval.py')
+    methods = {}        # of a curve: several, where folders of data sets are above those of runs
+    for line in found:
+        methods.setdefault(line['curve'], set()).add(line.get('method'))
+    for line in found:
+        if len(methods[line['curve']]) > 1 and not any(name for name, _ in named):
+            line['curve'] += f' {METHODS.get(line["method"], line["method"])}'
     return found
 
 
@@ -93,7 +100,8 @@ def with_table(lines):
     twice = sorted((key[:4], f'{key[5]} ({key[4]})') for key in last if points.count(key[:4]) > 1)
     if twice:
         raise cli.UserError(f'{twice[0][1]} and {twice[1][1]} are different models in one curve, '
-                            f'at the same NFE and seed; give NAME=PATH for each')
+                            f'at the same NFE and seed; give NAME=PATH for each, '
+                            f'or remove the lines of one')
     found = sorted(last.values(), key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
     columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'precision', 'recall',
                'seed', *results.PROTOCOL)
