@@ -165,9 +165,10 @@ def run_in(folder, *commands):
 
 def test_the_section_runs_as_written(folder):
     lines = SECTION.split('```')[1].strip().splitlines()
-    distil, measure, evaluate = (line.split()[1:] for line in lines if line.startswith('python'))
+    distil, measure, evaluate, dmd = (
+        line.split()[1:] for line in lines if line.startswith('python'))
     assert measure[0] == 'score/get_npz.py'     # it would download CIFAR-10
-    output, _ = run_in(folder, [*distil, *TRAINING], [
+    output, *_ = run_in(folder, [*distil, *TRAINING], [*dmd, *TRAINING], [
         *evaluate, '--fid_cache=stats.npz', f'--feature_network={folder}/classifier.pt',
         '--num_images=4', '--batch_size=4', '--sample_size=2', '--img_size=8'])
     assert output.count('note: the student predicts v') == 1    # in the first stage
@@ -178,6 +179,7 @@ def test_the_section_runs_as_written(folder):
     assert student.entries['step'] == 2     # twice as long, as for the last two halvings
     result = json.loads((folder / 'logs/mine/1/results.jsonl').read_text())
     assert (result['nfe'], result['T'], result['method']) == (1, 1, 'pd')
+    assert load_model(folder / 'logs/mine/dmd').diffusion.times() == [1000, 0]
 
 
 def test_rdd_of_a_teacher_with_labels(folder):
