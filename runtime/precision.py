@@ -39,7 +39,7 @@ def prepare(amp, compile, device, *networks, graphs=False):
     values. What a network computes `in_float32` is left alone.
     """
     for network in networks if amp == 'bf16' else ():
-        apart = tuple(getattr(network, 'in_float32', ()))
+        apart = getattr(network, 'in_float32', ())
         for name, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)) and not name.startswith(apart):
                 if any(p.requires_grad for p in module.parameters()):

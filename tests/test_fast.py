@@ -8,9 +8,8 @@ from unittest.mock import ANY, Mock
 import pytest
 import torch
 
-from classifier.networks import build_classifier
 from classifier.frozen import load_frozen
-from classifier.networks import imagenet_classifier
+from classifier.networks import build_classifier, imagenet_classifier
 from model import GroupNorm, UNet
 from runtime import checkpoint, distributed, precision
 from runtime.cli import UserError

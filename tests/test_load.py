@@ -79,7 +79,7 @@ def test_what_a_file_does_not_state(loaded):
     model = loaded(net_model=filled(), T=2, x_T=x_T, step=7, how=how)
     assert model.diffusion.arguments() == dict(T=2, time_scale=4, mean_type='epsilon',
                                                schedule='cosine')
-    assert (model.img_size, model.provenance()['step']) == (16, 7)
+    assert (model.img_size, model.provenance()) == (16, dict(step=7, origin=model.file.stem))
     stated = loaded(net_model=filled(), T=8, mean_type='v', img_size=4, x_T=x_T, how=how)
     assert (stated.diffusion.mean_type, stated.img_size) == ('v', 4)
     uneven = loaded(net_model=filled(T=10), T=4, time_scale=2, N=10)

@@ -68,7 +68,7 @@ def read(named, file_name, read_file):
                 curve = '/'.join(names) or line.get('method') or file.resolve().parent.name
                 title = ', '.join(f'{"amp " * (key == "amp")}{line[key]}'
                                   for key in results.PROTOCOL if key in line)
-                curve = name or METHODS.get(curve, f'{curve}')
+                curve = name or METHODS.get(curve, curve)
                 found.append(dict(line, title=title, curve=curve, file=file.resolve()))
         if len(found) == before:
             raise cli.UserError(f'{path} has no {file_name} with {FLAGS.value}; give a run that is '
