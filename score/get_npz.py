@@ -127,18 +127,16 @@ def up_to_date(path, origin):
         raise UserError(f'--output {path} exists and holds no statistics ({error}); choose another '
                         f'file, or add --overwrite')
     before = {key: getattr(found, key) for key in origin}
-    current = before == origin and found.features is not None
-    if current:
+    if before == origin and found.features is not None:
         distributed.print0(f'{path} already holds {words(origin)}; --overwrite measures again.')
-    elif before == origin:
-        distributed.print0(f'note: overwriting {path}, which holds no features for precision and '
-                           f'recall.')
-    else:
-        how = f'otherwise: {words(before)}'
-        if words(before) == words(origin):
-            how = 'of other images, of files that have changed, or by an earlier version'
-        distributed.print0(f'note: overwriting {path}, which was made {how}.')
-    return current
+        return True
+    how = f'was made otherwise: {words(before)}'
+    if before == origin:
+        how = 'holds no features for precision and recall'
+    elif words(before) == words(origin):
+        how = 'was made of other images, of files that have changed, or by an earlier version'
+    distributed.print0(f'note: overwriting {path}, which {how}.')
+    return False
 
 
 def words(origin):

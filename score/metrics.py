@@ -6,6 +6,7 @@ from runtime import distributed
 from runtime.cli import UserError
 
 KEPT = 10000        # images of which features are kept, for precision and recall
+NEIGHBOURS = 3      # k of precision and recall
 ROWS = 1000         # images whose distances to all others are in memory at a time
 
 
@@ -15,9 +16,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     The trace of the root is taken from symmetric matrices: S1 S2 has the eigenvalues of R S2 R
     with R = S1^(1/2), which are real and not negative. Singular covariances need no special care.
 
-    Args:
-        mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
-        device: where this is computed, in float64.
+    mu1, mu2: means (D,). sigma1, sigma2: covariances (D, D). Arrays or tensors.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device=device)
                                 for v in (mu1, sigma1, mu2, sigma2))
@@ -29,28 +28,22 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, device='cpu'):
     return max(0., ((mu1 - mu2).square().sum() + trace).item())
 
 
-def precision_recall(real, fake, k=3, device='cpu'):
+def precision_recall(real, fake, device='cpu'):
     """Improved precision and recall, Kynkaanniemi et al., 1904.06991, equations 1 and 2.
 
     The manifold of a set of features is the union of balls around its members, each as large as
-    the distance to the k-th nearest other member. Precision is the share of generated images in
+    the distance to the third nearest other member. Precision is the share of generated images in
     the manifold of the real ones, recall the share of real images in that of the generated ones.
 
-    Args:
-        real, fake: features (N, D) and (M, D). Arrays or tensors.
-        k: neighbours.
-        device: where this is computed, in float64.
-
-    Returns:
-        (precision, recall), both in 0 .. 1; (None, None) of k images or fewer.
+    real, fake: features (N, D) and (M, D), arrays or tensors. (None, None) of 3 images or fewer.
     """
     real, fake = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (real, fake))
-    if min(len(real), len(fake)) <= k:
+    if min(len(real), len(fake)) <= NEIGHBOURS:
         return None, None
 
     def share_within(points, members):
-        radii = torch.cat([torch.cdist(part, members).kthvalue(k + 1).values     # itself is first
-                           for part in members.split(ROWS)])
+        radii = torch.cat([torch.cdist(part, members).kthvalue(NEIGHBOURS + 1).values
+                           for part in members.split(ROWS)])        # itself is the nearest
         within = [(torch.cdist(part, members) <= radii).any(1) for part in points.split(ROWS)]
         return torch.cat(within).double().mean().item()
 
@@ -66,7 +59,8 @@ class ActivationStats:
     """
 
     def __init__(self, total, splits=10):
-        self.total, self.splits, self.sums = total, min(splits, total), None
+        self.total, self.splits = total, min(splits, total)
+        self.sums = [0, 0, 0]   # of features, their products, and what the Inception score needs
         self.features = []      # (n, D) of the images that are kept
 
     def update(self, features, probs, indices):
@@ -81,20 +75,10 @@ class ActivationStats:
         per_split = per_image.new_zeros(self.splits, per_image.shape[1])
         per_split.index_add_(0, which, per_image)
         parts = features.sum(0), features.T @ features, per_split
-        if self.sums is None:
-            self.sums = parts
-        else:
-            for total, part in zip(self.sums, parts):
-                total.add_(part)
+        self.sums = [total + part for total, part in zip(self.sums, parts)]
 
     def reduce(self):
-        """Add up the sums of all processes, once, on every process; returns itself.
-
-        The features of all processes end on the first one, on the CPU.
-
-        Raises:
-            UserError: all processes together did not see `total` images (code 1).
-        """
+        """Add up the sums of all processes, once; the first gets all features. Returns itself."""
         for value in self.sums:
             distributed.all_reduce_sum(value)
         found = self.sums[2][:, 0].sum().item()
@@ -114,7 +98,7 @@ class ActivationStats:
     def inception_score(self):
         """(mean, std) over the splits of exp(mean KL(p(y|x) || p(y))), Salimans et al., 1606.03498.
 
-        1 (no information) <= mean <= K. A UserError (code 1) if it is not finite.
+        1 (no information) <= mean <= K.
         """
         count, sum_plogp, sum_p = self.sums[2].split([1, 1, self.sums[2].shape[1] - 2], 1)
         mean_p = sum_p / count

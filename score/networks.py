@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 from unittest import mock
 
 import torch
@@ -27,17 +29,13 @@ def define_feature_flags():
                         'once, into torch\'s cache')
 
 
+@dataclass
 class FeatureNetwork:
-    """A frozen network for scoring.
-
-    Attributes:
-        forward: float32 images (B, 3, H, W) in [0, 1] -> features (B, D), logits (B, K).
-        name: of the architecture and the weights, for statistics. spec: as in --feature_network.
-        dim: width D of the features.
-    """
-
-    def __init__(self, forward, name, dim, spec):
-        self.forward, self.name, self.dim, self.spec = forward, name, dim, spec
+    """A frozen network for scoring."""
+    forward: Callable   # float32 images (B, 3, H, W) in [0, 1] -> features (B, D), logits (B, K)
+    name: str           # of the architecture and the weights, for statistics
+    dim: int            # width D of the features
+    spec: str           # as in --feature_network
 
     @torch.no_grad()
     def __call__(self, images):
@@ -55,15 +53,9 @@ class FeatureNetwork:
 
 
 def load_feature_network(spec, device, weights=None):
-    """The `FeatureNetwork` `spec` on `device`.
+    """The `FeatureNetwork` `spec` on `device`; both arguments as the flags.
 
-    Args:
-        spec: 'inception' for pytorch-fid's Inception (D = 2048, K = 1008), 'efficientnet_lite0'
-            for EfficientNet-Lite0 of ImageNet (D = 1280, K = 1000), or the folder or file of a
-            classifier that classifier/train.py wrote.
-        weights: file with Inception's weights; None: downloaded once, into torch's cache.
-    Raises:
-        UserError: no such file or other weights; no package or a failed download (code 1).
+    Inception has D = 2048 and K = 1008, EfficientNet-Lite0 D = 1280 and K = 1000.
     """
     if spec == 'inception':
         return load_inception(device, weights)

@@ -31,13 +31,7 @@ def save_statistics(path, statistics):
 
 
 def load_statistics(path):
-    """The `Statistics` in an npz of ours, or in an older one that holds mu and sigma alone.
-
-    Args:
-        path: looked up in the working directory, then in the repository root.
-    Raises:
-        UserError: the file is missing, of another kind, or an entry does not fit `SCHEMA`.
-    """
+    """The `Statistics` in an npz of ours, or in an older one that holds mu and sigma alone."""
     path = cli.find(path)
     if not path.is_file():
         raise UserError(f'there are no statistics {path}; make them with: {command_for(path)}')
@@ -89,16 +83,10 @@ def check_reference(statistics, network, img_size):
 
     Older files name neither network nor size; then only the width of the features is compared.
     """
-    path, problem = statistics.path, None
-    if statistics.network not in (None, network.name):
-        problem = (f'was made with the feature network {statistics.network}, the images are '
-                   f'measured with {network.name}')
-    elif len(statistics.mu) != network.dim:
-        problem = (f'holds features of width {len(statistics.mu)}, those of {network.name} have '
-                   f'{network.dim}')
-    elif statistics.img_size not in (None, img_size):
-        problem = (f'was made from images of {statistics.img_size} px, those to compare have '
-                   f'{img_size} px')
-    if problem:
-        raise UserError(f'{path} {problem}; make it again with: {command_for(path)} '
-                        f'--feature_network {network.spec} --img_size {img_size}')
+    for what, found, expected in (('the feature network', statistics.network, network.name),
+                                  ('features of width', len(statistics.mu), network.dim),
+                                  ('images of size', statistics.img_size, img_size)):
+        if found not in (None, expected):
+            raise UserError(f'{statistics.path} was made with {what} {found}, and is compared with '
+                            f'{expected}; make it again with: {command_for(statistics.path)} '
+                            f'--feature_network {network.spec} --img_size {img_size}')

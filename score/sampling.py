@@ -87,15 +87,11 @@ def draw_labels(model, class_counts=None):
 
 @torch.no_grad()
 def sampled(model, y):
-    """Sample the images of this process, a contiguous share, batch by batch.
-
-    Args:
-        model: `Model`, on its device.
-        y: labels (--num_images,) on the same device, or None.
+    """Sample the images of this process, a contiguous share, with labels y (--num_images,) or None.
 
     Yields:
-        indices: range of this batch among all images.
-        x_0: (B, 3, H, W) in [-1, 1] on the device.
+        indices: range of a batch among all images.
+        x_0: (B, 3, H, W) in [-1, 1] on the device of the model.
         seconds: time of the sampler for this batch.
     """
     device = model.diffusion.alpha.device

@@ -223,7 +223,7 @@ def test_files_that_are_no_statistics(tmp_path, words, changes):
 @pytest.mark.parametrize('words, changes', [
     ('feature network other-0.*--feature_network FOLDER', dict(network='other-0')),
     ('width 3', dict(network=None, mu=np.zeros(3), sigma=np.eye(3))),
-    ('from images of 8 px, those to compare .* --img_size 16', dict(img_size=8))])
+    ('images of size 8, and is compared with 16; .* --img_size 16', dict(img_size=8))])
 def test_reference_must_fit_the_samples(words, changes):
     network = SimpleNamespace(name='convnet_small-0', dim=64, spec='FOLDER')
     good = Statistics(np.zeros(64), np.eye(64), img_size=16, network='convnet_small-0')
@@ -270,7 +270,7 @@ def test_statistics_that_are_there(measure, capsys, tmp_path):
     output = capsys.readouterr().out
     assert 'a.npz already holds' in output
     assert f'Frechet distance 16.0000 from {tmp_path}/b.npz' in output
-    with pytest.raises(UserError, match='from images of 8 px, those to compare have 16 px'):
+    with pytest.raises(UserError, match='images of size 8, and is compared with 16'):
         measure(*words, f'--compare_with={tmp_path}/b.npz', '--img_size=16')
     for change, note in [(dict(img_size=4), 'which was made otherwise: .*img_size 4'),
                          (dict(fingerprint='0'), 'which was made of other images, of files'),
