@@ -106,11 +106,7 @@ def licence_of(name):
 
 
 def settings_of(kind, file, name):
-    """{name: value} of the flags `UNSEEN`; if not given, those of a public file of this name.
-
-    Raises:
-        UserError: such a flag is given for a snapshot of EDM.
-    """
+    """{name: value} of the flags `UNSEEN`; if not given, those of a public file of this name."""
     for flag in filter(given, ('preset', *UNSEEN)):
         if kind == 'edm' and flag != 'steps':
             raise UserError(f'--{flag} is given and {file} is a snapshot of EDM, which states its '

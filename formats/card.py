@@ -20,12 +20,7 @@ SCORE = ('| {nfe} | {fid:.3f} | {inception_score:.3f} +- {inception_std:.3f} | {
 
 
 def write(folder, model, stride, form, license, measured=''):
-    """README.md in `folder`.
-
-    Args:
-        model: a `Model`. stride: its steps per DDIM step.
-        form: format of the export. license: for the front matter. measured: a line to add.
-    """
+    """README.md of an export of a `Model` in the format `form`; `measured` is a line to add."""
     d, arch, nfe = model.diffusion, model.arch, model.diffusion.T // stride
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     classes = arch['class_num'] if arch['conditional'] else 0

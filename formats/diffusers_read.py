@@ -10,23 +10,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from formats.entries import ENTRIES, TIMES, Model, are_betas, check, schedule_of
+from formats.entries import ENTRIES, NUMBER, are_betas, check
 from runtime import checkpoint, distributed
 from runtime.cli import UserError, first_line
 from runtime.torchvision_cpu import torchvision
 
 RGB = (int, lambda value: value == 3, '3, for RGB images')
-COUNT = (int, lambda value: 1 <= value <= 10 ** 6, 'null or a whole number from 1 to 1,000,000')
 # Settings that are checked before anything is built, as in `entries.ENTRIES`
 UNET = dict(
-    in_channels=RGB, out_channels=RGB, num_class_embeds=COUNT, num_train_timesteps=COUNT,
+    in_channels=RGB, out_channels=RGB,
+    num_class_embeds=NUMBER, num_train_timesteps=NUMBER, time_embedding_dim=NUMBER,
     sample_size=(object, lambda value: 1 <= side_of(value) <= 4096,
                  'null or the side of a square from 1 to 4096'),
     class_embed_type=(str, lambda value: False, 'null: no labels, or a table of them'),
     # the logarithm in a Fourier embedding of times is not finite at time 0
     time_embedding_type=(str, lambda value: value in ('positional', 'learned'),
                          'positional or learned'),
-    time_embedding_dim=(int, lambda value: 1 <= value <= 2 ** 16, 'null or a number to 65,536'),
     layers_per_block=(int, lambda value: 1 <= value <= 64, 'a whole number from 1 to 64'),
     block_out_channels=(list, lambda value: 1 <= len(value) <= 16 and all(
         type(width) is int and 1 <= width <= 2 ** 14 for width in value),
@@ -37,7 +36,7 @@ AVERAGE = ('decay', 'min_decay', 'optimization_step', 'update_after_step', 'use_
 
 PREDICTIONS = dict(sample='xstart', epsilon='epsilon', v_prediction='v')        # {theirs: ours}
 SCHEDULER = dict(
-    num_train_timesteps=TIMES, trained_betas=(list, are_betas, 'null or betas in (0, 1)'),
+    num_train_timesteps=NUMBER, trained_betas=(list, are_betas, 'null or betas in (0, 1)'),
     prediction_type=(str, lambda value: value in PREDICTIONS, ' or '.join(PREDICTIONS)),
     timestep_type=(str, lambda value: value == 'discrete', 'discrete'),
     use_flow_sigmas=(bool, lambda value: not value, 'false'))
@@ -56,10 +55,8 @@ EARLIER = ('predict_epsilon', 'tensor_format', 'timestep_values', 'skip_prk_step
 class DiffusersUNet(nn.Module):
     """A UNet2DModel in the form that formats/load.py describes.
 
-    Args:
-        unet: the UNet2DModel.
-        clean_end: see `Diffusion.clean_end`. With it, our time t is the timestep t - 1 of
-            diffusers; without it, as for exports of our own networks, t.
+    clean_end: see `Diffusion.clean_end`. With it, our time t is the timestep t - 1 of diffusers;
+        without it, as for exports of our own networks, t.
     """
 
     in_float32 = ('unet',)      # weights stay as they are: diffusers takes its precision from them
@@ -70,8 +67,7 @@ class DiffusersUNet(nn.Module):
         for module in unet.modules():
             if isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(in_precision_of_weights)
-        config = {key: value for key, value in unet.config.items()
-                  if key in signature(type(unet).__init__).parameters}
+        config = arguments(unet)
         self.conditional = config['num_class_embeds'] is not None
         self.class_num = config['num_class_embeds'] or 10
         self.entries = dict(unet_config=json.loads(json.dumps(dict(config, dropout=0.))))
@@ -91,29 +87,34 @@ class DiffusersUNet(nn.Module):
                     class_num=self.class_num)
 
 
+def arguments(unet):
+    """Those that a UNet2DModel was built with."""
+    known = signature(type(unet).__init__).parameters
+    return {key: value for key, value in unet.config.items() if key in known}
+
+
 def in_precision_of_weights(norm, inputs):
     """A hook that gives group norm float32 under autocast, as in `model.GroupNorm`."""
     return tuple(x.to(norm.weight.dtype) for x in inputs)
 
 
 def build(entries, dropout=0., where='the checkpoint'):
-    """The network of a checkpoint with `unet_config`, on the meta device, without weights.
-
-    Raises:
-        UserError: its settings are unknown or impossible.
-    """
+    """The network of a checkpoint with `unet_config`, on the meta device, without weights."""
     check_packages(['diffusers'])
     from diffusers import UNet2DModel
-    config = dict(entries['unet_config'], _class_name='UNet2DModel')
-    check_config(config, ['UNet2DModel'], UNET, where)
-    del config['_class_name']
+    config = entries['unet_config']
+    check_config(dict(config, _class_name='UNet2DModel'), ['UNet2DModel'], UNET, where)
     try:
         with torch.device('meta'):
-            return DiffusersUNet(UNet2DModel(**dict(config, dropout=dropout)),
-                                 isinstance(entries['schedule'], dict))
+            unet = UNet2DModel(**dict(config, dropout=dropout))
+        for module in unet.modules():
+            # filters of KDownBlock2D, constants that the weights lack, are made on the CPU
+            if module._non_persistent_buffers_set:
+                module.__init__()
     except Exception as error:      # what is raised depends on the values
         raise UserError(f'{where} describes no network that diffusers can build '
                         f'({first_line(error)}); restore a copy')
+    return DiffusersUNet(unet, isinstance(entries['schedule'], dict))
 
 
 # Folders
@@ -125,14 +126,10 @@ def main_file(path):
                  if file.exists()), None)
 
 
-def read(path, dropout=0., img_size=32):
-    """The `Model` in the folder of a pipeline, or of a UNet2DModel with a scheduler beside it.
+def read(path):
+    """A checkpoint with the content of a folder: a pipeline, or a UNet2DModel and a scheduler.
 
     Nothing is downloaded, and nothing in the folder is run.
-    Args:
-        dropout: rate in training. img_size: where the configuration does not state it.
-    Raises:
-        UserError: there is no such model, its files are damaged, or it is no model of images.
     """
     check_packages(['diffusers', 'safetensors'])
     path = Path(path).expanduser()
@@ -143,15 +140,14 @@ def read(path, dropout=0., img_size=32):
         raise UserError(f'the pipeline in {path} has {", ".join(more)} in addition to its U-Net '
                         f'and scheduler; give one that makes images with a U-Net alone')
     folder = path / 'unet' if (path / 'unet').is_dir() else path
-    entries, file = read_schedule(folder), folder / 'config.json'
+    state, file = read_schedule(folder), folder / 'config.json'
     config = check_config(read_json(file), ['UNet2DModel'], UNET, file, ignored=AVERAGE)
-    network = DiffusersUNet(read_unet(folder, config, dropout),
-                            isinstance(entries['schedule'], dict))
-    network.entries['origin'] = name_of(folder, str(config.get('_name_or_path') or 'none'))
-    arch = network.architecture(entries.get('N', entries['T'] * entries['time_scale']))
-    size = config.get('sample_size', entries.get('img_size', img_size))
-    return Model(network, schedule_of(entries, arch['T'], folder), main_file(path), 'net_model',
-                 arch, side_of(size), dict(entries, **network.entries))
+    if 'sample_size' in config:
+        state['img_size'] = side_of(config['sample_size'])
+    unet = read_unet(folder, config)
+    weights = {f'unet.{key}': value for key, value in unet.state_dict().items()}
+    return dict(state, unet_config=arguments(unet), net_model=weights,
+                origin=name_of(folder, str(config.get('_name_or_path') or 'none')))
 
 
 def side_of(size):
@@ -169,12 +165,8 @@ def name_of(folder, path):
     return folder.parent.name if folder.name in ('unet', 'unet_ema') else folder.name
 
 
-def read_unet(folder, config, dropout):
-    """The UNet2DModel in a folder, as diffusers reads it, in float32; `config` is its config.json.
-
-    Raises:
-        UserError: its weights are missing, damaged, not finite, or those of another network.
-    """
+def read_unet(folder, config):
+    """The UNet2DModel in a folder as diffusers reads it, in float32; `config`: its config.json."""
     from diffusers import UNet2DModel
     from safetensors.torch import load_file
     files = sorted(folder.glob('*.safetensors')) or sorted(folder.glob('*.bin'))
@@ -194,7 +186,7 @@ def read_unet(folder, config, dropout):
         unet, info = UNet2DModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False,
             variant=None if plain else files[0].stem.split('.')[1].split('-')[0],
-            ignore_mismatched_sizes=True, output_loading_info=True, dropout=dropout)
+            ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:      # what is raised depends on the files
         raise UserError(f'{folder} holds no network that diffusers can load '
                         f'({first_line(error)}); restore a copy of config.json and the weights')
@@ -212,9 +204,6 @@ def read_unet(folder, config, dropout):
     if wrong:
         raise UserError(f'the weights in {folder} are not those of its config.json: {wrong[0]} is '
                         f'missing, unexpected or of another shape; restore a copy of both')
-    for key, value in unet.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f'{key} in {folder} has values that are not finite; give another model')
     return unet
 
 
@@ -235,11 +224,7 @@ def read_schedule(folder):
 
 
 def read_scheduler(file):
-    """The arguments of the `Diffusion` that the configuration of a scheduler describes.
-
-    Raises:
-        UserError: an unknown scheduler, output or setting, or a schedule that cannot be computed.
-    """
+    """The arguments of the `Diffusion` that the configuration of a scheduler describes."""
     from diffusers import DDPMScheduler
     config = check_config(read_json(file), SCHEDULERS, SCHEDULER, file, ignored=EARLIER)
     try:
@@ -279,11 +264,7 @@ def read_json(file):
 def check_config(config, classes, table, file, ignored=()):
     """The settings of a configuration of one of these classes of diffusers that are not null.
 
-    Args:
-        table: see `entries.check`.
-        ignored: settings that may be there although the class has none.
-    Raises:
-        UserError: another class, or unknown or unexpected settings.
+    table: see `entries.check`. ignored: settings that may be there although the class has none.
     """
     import diffusers
     name = config.get('_class_name')

@@ -32,8 +32,6 @@ def write(model, stride, folder):
     """unet/, scheduler/ and training.json; an unconditional model becomes a whole DDIMPipeline.
 
     DDIMPipeline cannot pass labels on, so the card of a conditional model has a sampling loop.
-    Raises:
-        UserError: no scheduler visits the times of the model, or no UNet2DModel is its network.
     """
     from diffusers import DDIMPipeline, DDIMScheduler
     scheduler = DDIMScheduler(**scheduler_config(model.diffusion, stride, model.file))
@@ -55,10 +53,6 @@ def scheduler_config(diffusion, stride, file):
     Where index 0 is the clean image, our index k is their timestep k - 1, the spacing "trailing".
     Our own table of betas has N + 1 entries, but `num_train_timesteps` is N, so that n steps are
     N / n apart. `steps_offset` makes the first time N; the last step ends at index 0, as ours does.
-    Args:
-        stride: steps of the model per DDIM step. file: of the model, for messages.
-    Raises:
-        UserError: the steps are not equally far apart, as those of DDIMScheduler are.
     """
     nfe, N = diffusion.T // stride, diffusion.N
     if N % nfe:
@@ -78,12 +72,7 @@ def scheduler_config(diffusion, stride, file):
 
 
 def convert(model):
-    """The UNet2DModel that computes the same as the `UNet` of a `Model`.
-
-    Raises:
-        UserError: diffusers has no such network: its first resolution always has `ch` channels,
-            and it computes the sinusoids of DDPM itself.
-    """
+    """The UNet2DModel that computes the same as the `UNet` of a `Model`."""
     from diffusers import UNet2DModel
     if not isinstance(model.network, UNet):
         raise UserError(f'the network in {model.file} is one of EDM, whose preconditioning no '

@@ -39,11 +39,7 @@ def scalings(kind, s):
 
 
 class EDMNetwork(nn.Module):
-    """A network of EDM in the form that formats/load.py describes; it predicts x_0.
-
-    Args:
-        model: F. entries: those of its checkpoint, with `schedule`, dict(name=, betas=).
-    """
+    """A network of EDM, around `model` = F, in the form that formats/load.py describes."""
 
     def __init__(self, model, entries):
         super().__init__()
@@ -98,8 +94,7 @@ class EDMNetwork(nn.Module):
 def build(entries, dropout=0., where='the checkpoint'):
     """The network of a checkpoint with an entry `edm`; F is on the meta device, without weights.
 
-    Raises:
-        UserError: its arguments are impossible. KeyError, TypeError: some are missing or unknown.
+    KeyError or TypeError if arguments of F are missing or unknown.
     """
     song = entries['edm'].get('song')
     if song is None:

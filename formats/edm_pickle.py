@@ -27,11 +27,7 @@ UNUSED = ('use_fp16', 'dropout', 'label_dropout', 'sigma_min', 'sigma_max', 'mod
 
 
 def teacher(path, steps):
-    """(entries of the checkpoint of an `EDMNetwork`, its weights) of a snapshot.
-
-    Raises:
-        UserError: it is damaged, hostile, or of another network.
-    """
+    """(entries of the checkpoint of an `EDMNetwork`, its weights) of a snapshot."""
     name, arguments, weights = read(path)
     network = arguments.get('model_type')
     if name not in edm.PRECONDITIONING or network not in ('SongUNet', 'DhariwalUNet'):
@@ -77,11 +73,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def read(path):
-    """(class, its arguments, {name: tensor}) of the network `ema`, unchecked.
-
-    Raises:
-        UserError: the file is no snapshot of EDM, or holds more than one does.
-    """
+    """(class, its arguments, {name: tensor}) of the network `ema`, unchecked."""
     try:
         with open(path, 'rb') as file:
             check_size(file, file.seek(0, 2))

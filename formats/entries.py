@@ -52,7 +52,7 @@ def betas_of(alpha_bar):
 
 def are_betas(value):
     """Numbers with 1 > alpha_bar > 0 at every time; alpha_bar of the last may be 0 (zero SNR)."""
-    if not isinstance(value, list) or not 0 < len(value) <= MOST_TIMES:
+    if not isinstance(value, list) or not 0 < len(value) <= MOST:
         return False
     if not {type(beta) for beta in value} <= {int, float}:
         return False
@@ -68,13 +68,13 @@ def is_schedule(value):
     return value == 'cosine'
 
 
-MOST_TIMES = 10 ** 6
-TIMES = (int, lambda value: 1 <= value <= MOST_TIMES, 'a whole number from 1 to 1,000,000')
+MOST = 10 ** 6
+NUMBER = (int, lambda value: 1 <= value <= MOST, 'a whole number from 1 to 1,000,000')
 COUNT = (int, lambda value: value >= 0, 'a whole number')
 TEXT = (str, lambda value: True, 'text')
 # entry: (its type, whether a value of this type is accepted, what is expected)
 ENTRIES = dict(
-    T=TIMES, time_scale=TIMES, N=TIMES,
+    T=NUMBER, time_scale=NUMBER, N=NUMBER,
     schedule=(object, is_schedule, 'cosine, or a name with betas in (0, 1)'),
     mean_type=(str, lambda value: value in MEAN_TYPES, ' or '.join(MEAN_TYPES)),
     use=(str, lambda value: value in ('net_model', 'ema_model'), 'net_model or ema_model'),
@@ -88,11 +88,7 @@ ENTRIES = dict(
 
 
 def check(values, table, file):
-    """Refuse a dictionary read from `file` with an unexpected value in an entry of `table`.
-
-    Raises:
-        UserError: naming the entry, what was found and what was expected.
-    """
+    """Refuse a dictionary read from `file` with an unexpected value in an entry of `table`."""
     for key, (kind, accepted, expected) in table.items():
         value = values.get(key)
         if key in values and not (kind in (object, type(value)) and accepted(value)):
@@ -105,22 +101,3 @@ def brief(value):
     if torch.is_tensor(value):
         return f'a tensor of shape {tuple(value.shape)}'
     return ' '.join(reprlib.repr(value).split())
-
-
-def schedule_of(entries, times, file):
-    """The `Diffusion` that checked entries of a checkpoint describe.
-
-    Args:
-        times: the largest time of the network. file: of both, for messages.
-    Raises:
-        UserError: they contradict each other or the network.
-    """
-    T, schedule = entries['T'], entries.get('schedule', 'cosine')
-    scale = entries.get('time_scale', max(1, times // T))
-    N = entries.get('N', T * scale)
-    betas = len(schedule['betas']) if isinstance(schedule, dict) else N
-    if N // T != scale or not N == times == betas:
-        raise UserError(f'T {T}, time_scale {scale} and N {N} in {file} do not fit each other, '
-                        f'{betas} betas or a network for times up to {times}; restore a copy, or '
-                        f'give another model')
-    return Diffusion(T, scale, entries['mean_type'], schedule=schedule, N=N)

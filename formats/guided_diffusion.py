@@ -50,13 +50,7 @@ ATTENTION = 'group_norm', 'qkv', 'to_out.0'
 
 def teacher(file, kind, img_size, num_heads, num_head_channels, new_attention_order, beta_schedule,
             steps, rescale_timesteps, predict_xstart):
-    """(entries of a checkpoint, weights) of a file of guided_diffusion or consistency_models.
-
-    Args:
-        kind: as --kind of convert.py; the others as its flags.
-    Raises:
-        UserError: it is of another kind, or contradicts them.
-    """
+    """(entries of a checkpoint, weights) of a file; arguments as the flags of convert.py."""
     if re.match('c[dt]_', file.stem):
         raise UserError(f'{file} has the name of a consistency model, which makes images in one '
                         f'step and is no teacher; give edm_imagenet64_ema.pt or another one')
@@ -89,7 +83,7 @@ def convert(state_dict, img_size, order, num_heads, num_head_channels, where, pr
         num_heads, num_head_channels: of all attention layers; the one that is not given is 0.
         preconditioning: of EDM; None for a network without one.
     Raises:
-        UserError: no UNet2DModel has these heads. KeyError, ValueError: it is no such U-Net.
+        KeyError, ValueError: it is no such U-Net.
     """
     head = head_width(state_dict, num_heads, num_head_channels, where)
     if order == 'edm':
@@ -208,11 +202,10 @@ def rows_of(value, order, head):
 
 
 def schedule(name, steps, rescaled):
-    """The betas of a linear or cosine schedule.
+    """The betas of a linear or cosine schedule of `steps` times.
 
-    Args:
-        steps: of training. rescaled: the network was given times scaled to 0..1000. Only the 1000
-            of them that are whole numbers are taken, with their alpha_bar.
+    rescaled: the network was given times scaled to 0..1000. Only the 1000 of them that are whole
+        numbers are taken, with their alpha_bar.
     """
     if name == 'linear':
         betas = torch.linspace(.1 / steps, 20 / steps, steps, dtype=torch.float64)

@@ -15,9 +15,9 @@ import re
 import torch
 from absl import flags
 
-from diffusion import clean_linear
+from diffusion import Diffusion, clean_linear
 from formats import diffusers_read, edm
-from formats.entries import ENTRIES, Model, brief, check, schedule_of
+from formats.entries import ENTRIES, Model, brief, check
 from model import UNet
 from runtime import checkpoint, distributed
 from runtime.checkpoint import differences, plain_keys, some_of
@@ -43,48 +43,44 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
         dropout: rate in training.
         mean_type, img_size: for a source that does not state them.
         steps: DDIM steps that the model is taken to have; 0: as stated.
-    Raises:
-        UserError: no diffusion model, a damaged one, or one that cannot have `steps`.
     """
-    if diffusers_read.main_file(path) and not checkpoint.find(path).exists():
-        model = diffusers_read.read(path, dropout, img_size)
-    else:
-        model = read_checkpoint(path, weights, dropout, mean_type, img_size)
-    if model.diffusion.mean_type == 'epsilon' and model.diffusion.alpha[-1] == 0:
-        raise UserError(f'the schedule of {model.file} ends with alpha 0, where eps does not '
-                        f'determine the image; give a model that predicts v or x_0')
-    factor = 2 ** (len(model.arch['ch_mult']) - 1)
-    if model.img_size % factor:
-        raise UserError(f'--img_size is {model.img_size} for {model.file}, expected a multiple of '
-                        f'{factor}, by which its network scales images down; give the size of its '
-                        f'images')
-    T = model.diffusion.T
-    if steps > T:
-        raise UserError(f'{steps} steps are more than the {T} of {path}; lower --teacher_steps or '
-                        f'--student_steps, or set 0 for all of them')
-    if steps and T < model.diffusion.N and T % steps:
-        raise UserError(f'{steps} steps do not divide the {T} of {path}, which was trained at no '
-                        f'others; choose a divisor as --teacher_steps or --student_steps')
-    model.diffusion = model.diffusion.with_steps(steps or T)
-    frozen(model.network)
-    return model
+    state, file = read_state(path)
+    check(state, ENTRIES, file)
+    name, state_dict = choose_weights(state, weights, file)
+    if 'T' not in state and TABLE in state_dict:
+        # of pytorch-ddpm: its times 0..T - 1 become 1..T, after an index 0 for the clean image
+        T = len(state_dict[TABLE])
+        state_dict[TABLE] = torch.cat([state_dict[TABLE][:1], state_dict[TABLE]])
+        state.update(T=T, schedule=clean_linear(T))
+        state.setdefault('mean_type', 'epsilon')
+        distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
+                           f'schedule, eps, {T} steps.')
+    network, arch = build(state, state_dict, dropout, f'the {name} in {file}')
+    if 'method' not in state:       # a published file: its students are others' work, too
+        folder = file.resolve().parent.name
+        state.setdefault('origin', folder if file.name == 'ckpt.pt' else file.stem)
+    network.entries.update((key, state[key]) for key in ('origin', 'license') if key in state)
+    entries = {key: value for key, value in state.items() if key not in LARGE}
+    # what published checkpoints do not state; x_T of their sample grids shows the size
+    state.setdefault('mean_type', mean_type)
+    state.setdefault('img_size', state['x_T'].shape[-1] if 'x_T' in state else img_size)
+    factor = 2 ** (len(arch['ch_mult']) - 1)
+    if state['img_size'] % factor:
+        raise UserError(f'--img_size is {state["img_size"]} for {file}, expected a multiple of '
+                        f'{factor}; give the size of its images')
+    return Model(frozen(network), diffusion_of(state, arch['T'], steps, file), file, name, arch,
+                 state['img_size'], entries)
 
 
 def load_teacher(path, device):
-    """The model to halve, on `device`, by the flags of the running script.
-
-    Raises:
-        UserError: not a diffusion model, an odd or single number of steps, a network or image
-        size that the flags contradict.
-    """
+    """The model to halve, on `device`, by the flags of the running script."""
     first = path == FLAGS.base_ckpt         # a later stage of PD.py has students as teachers
     model = load_model(path, dropout=FLAGS.dropout, mean_type=FLAGS.mean_type,
                        img_size=FLAGS.img_size, steps=FLAGS.teacher_steps if first else 0)
     check_flags(model, (*ARCHITECTURE, 'img_size'))
     if model.diffusion.T % 2:
         raise UserError(f'--base_ckpt {path} has {model.diffusion.T} sampling steps, which cannot '
-                        f'be halved; an even number is needed, such as --teacher_steps 128 of a '
-                        f'model of 1000 steps')
+                        f'be halved; give an even number, such as --teacher_steps 128')
     return model.to(device)
 
 
@@ -103,38 +99,15 @@ def check_flags(model, names=(*ARCHITECTURE, 'mean_type', 'img_size')):
 
 # Checkpoints
 
-def read_checkpoint(path, wanted, dropout, mean_type, img_size):
-    """The `Model` in the folder of a run or in a file; arguments as of `load_model`.
-
-    Files of pytorch-ddpm have no T. Their times 0..999 with DDPM's linear schedule become 1..1000,
-    after an index 0 for the clean image.
-    """
-    file = checkpoint.find(path)
+def read_state(path):
+    """(the checkpoint in the folder of a run, in a file or in a folder of diffusers, its file)."""
+    file, of_diffusers = checkpoint.find(path), diffusers_read.main_file(path)
+    if of_diffusers and not file.exists():
+        return diffusers_read.read(path), of_diffusers
     if not file.exists() and re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(path)):
-        raise UserError(f'there is no checkpoint {file}; give the folder of a finished run, or, '
-                        f'if {path} is a model of a hub, download it first: hf download {path} '
-                        f'--local-dir DIR')
-    state = checkpoint.read(file)
-    check(state, ENTRIES, file)
-    name, weights = choose_weights(state, wanted, file)
-    if 'T' not in state and TABLE in weights:
-        weights[TABLE] = torch.cat([weights[TABLE][:1], weights[TABLE]])
-    network, arch = build(state, weights, dropout, f'the {name} in {file}')
-    if 'method' not in state:       # a published file: its students are others' work, too
-        folder = file.resolve().parent.name
-        state.setdefault('origin', folder if file.name == 'ckpt.pt' else file.stem)
-    entries = {key: value for key, value in state.items() if key not in LARGE}
-    if 'T' not in state:
-        entries.update(schedule=clean_linear(arch['T']), T=arch['T'],
-                       mean_type=state.get('mean_type', 'epsilon'))
-        distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
-                           f'schedule, eps, {arch["T"]} steps.')
-    network.entries = dict(network.entries, **{key: state[key] for key in ('origin', 'license')
-                                               if key in state})
-    diffusion = schedule_of(dict(dict(mean_type=mean_type), **entries), arch['T'], file)
-    # published checkpoints do not state the size, but x_T of their sample grids shows it
-    size = state['x_T'].shape[-1] if 'x_T' in state else img_size
-    return Model(network, diffusion, file, name, arch, state.get('img_size', size), entries)
+        raise UserError(f'there is no checkpoint {file}; give the folder of a finished run, or '
+                        f'download a model of a hub: hf download {path} --local-dir DIR')
+    return checkpoint.read(file), file
 
 
 def choose_weights(state, wanted, file):
@@ -142,8 +115,6 @@ def choose_weights(state, wanted, file):
 
     `wanted` 'auto' takes the average of a base model, which has `use` or, if published,
     time_scale 1; and the raw weights of a student.
-    Raises:
-        UserError: there are none, or they are no finite tensors in memory of their own.
     """
     base = state.get('time_scale', 1) == 1 and 'ema_model' in state
     automatic = state.get('use', 'ema_model' if base else 'net_model')
@@ -160,9 +131,8 @@ def choose_weights(state, wanted, file):
                 # an expanded tensor is larger than its memory: no network is
                 and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
         if not good or not value.float().isfinite().all():
-            raise UserError(f'{key} of the {name} in {file} is {brief(value)}, expected a '
-                            f'floating-point tensor of finite values; give a checkpoint of a run '
-                            f'that went well')
+            raise UserError(f'{key} of the {name} in {file} is {brief(value)}, expected a tensor '
+                            f'of finite floating-point numbers; give another checkpoint')
     plain = dict(dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
     return name, {key: value.to(**plain) for key, value in plain_keys(state[name]).items()}
 
@@ -183,8 +153,6 @@ def build(state, weights, dropout=0., where='the checkpoint'):
     """(network of a checkpoint, with its weights; its architecture).
 
     It is built without memory, so that a network of an absurd size costs nothing.
-    Args:
-        where: the weights are, for messages.
     """
     try:
         if 'edm' in state or 'unet_config' in state:
@@ -196,14 +164,35 @@ def build(state, weights, dropout=0., where='the checkpoint'):
             with torch.device('meta'):
                 network = UNet(dropout=dropout, **arch)
     except NOT_BUILT:
-        raise UserError(f'{where} has names or shapes that fit no U-Net of this project: expected '
-                        f'head.weight, downblocks.0.block1.2.weight and so on, found '
-                        f'{some_of(weights)}')
+        raise UserError(f'{where} has names or shapes that fit no U-Net of ours: expected '
+                        f'head.weight, downblocks.0.block1.2.weight, .., found {some_of(weights)}')
     for key, found, expected in differences(weights, network.state_dict()):
         raise UserError(f'{where} has shapes that do not fit its network: {key} is {found}, '
                         f'expected {expected}; restore a copy, or give another model')
     network.load_state_dict(weights, assign=True)
     return network, arch
+
+
+def diffusion_of(state, times, steps, file):
+    """The `Diffusion` of a checkpoint, for a network of `times` times; 0 `steps`: as stated."""
+    T, schedule = state['T'], state.get('schedule', 'cosine')
+    scale = state.get('time_scale', max(1, times // T))
+    N = state.get('N', T * scale)
+    betas = len(schedule['betas']) if isinstance(schedule, dict) else N
+    if N // T != scale or not N == times == betas:
+        raise UserError(f'T {T}, time_scale {scale} and N {N} in {file} do not fit each other, '
+                        f'{betas} betas or the {times} times of its network; give another model')
+    if steps > T:
+        raise UserError(f'{steps} steps are more than the {T} of {file}; lower --teacher_steps or '
+                        f'--student_steps, or set 0 for all of them')
+    if steps and T < N and T % steps:
+        raise UserError(f'{steps} steps do not divide the {T} of {file}, which was trained at no '
+                        f'others; choose a divisor as --teacher_steps or --student_steps')
+    diffusion = Diffusion(steps or T, 1, state['mean_type'], schedule=schedule, N=N)
+    if diffusion.mean_type == 'epsilon' and diffusion.alpha[-1] == 0:
+        raise UserError(f'the schedule of {file} ends with alpha 0, where eps does not determine '
+                        f'the image; give a model that predicts v or x_0')
+    return diffusion
 
 
 def architecture(state_dict):

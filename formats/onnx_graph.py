@@ -27,8 +27,6 @@ def write(model, stride, folder):
 
     The newer exporter (dynamo) takes ten times as long for many steps, and the graph it makes of
     the same operations is larger and no faster.
-    Raises:
-        UserError: the images of the graph differ from those of PyTorch.
     """
     import onnxruntime
     path, sampler = folder / 'model.onnx', Sampler(model.network, model.diffusion, stride).eval()

@@ -63,12 +63,15 @@ def test_a_schedule_of_its_own_comes_before_that_of_a_neighbour(tmp_path):
 
 
 LABELS = dict(num_class_embeds=10)
+# their filters are not among the weights
+FILTERS = dict(down_block_types=['KDownBlock2D'] * 2, up_block_types=['KUpBlock2D'] * 2)
 
 
 @pytest.mark.parametrize('config, beta_schedule, prediction, steps', [
     (GOOGLE, 'linear', 'epsilon', 4), (LABELS, 'linear', 'epsilon', 8),
     ({}, 'linear', 'sample', 50), ({}, 'linear', 'v_prediction', 8),
-    ({}, 'scaled_linear', 'epsilon', 8), (LABELS, 'squaredcos_cap_v2', 'v_prediction', 50)])
+    ({}, 'scaled_linear', 'epsilon', 8), (FILTERS, 'linear', 'sample', 2),
+    (LABELS, 'squaredcos_cap_v2', 'v_prediction', 50)])
 def test_a_network_makes_its_images(tmp_path, config, beta_schedule, prediction, steps):
     unet, scheduler = pipeline(
         tmp_path, dict(beta_schedule=beta_schedule, prediction_type=prediction), **config)
@@ -231,6 +234,13 @@ def resaved(**how):
     return resave
 
 
+def beside_shards(folder):
+    """As diffusers leaves a file behind that was saved before."""
+    resaved(max_shard_size='1MB')(folder)
+    from safetensors.torch import save_file
+    save_file(dict(old=torch.zeros(1)), str(weights(folder)))
+
+
 def changed(change):
     """Other weights: change(state dict) -> state dict."""
     def save(folder):
@@ -253,7 +263,7 @@ TAKEN = dict(
     wrapped=changed(lambda w: {f'_orig_mod.module.{key}': value for key, value in w.items()}),
     size_pair=unet(sample_size=[8, 8]), size_null=unet(sample_size=None),
     variant=resaved(variant='fp16'), shards=resaved(max_shard_size='1MB'),
-    pickled=resaved(safe_serialization=False))
+    beside_shards=beside_shards, pickled=resaved(safe_serialization=False))
 
 
 @pytest.mark.parametrize('layout', list(TAKEN))
@@ -327,7 +337,7 @@ ODD = {
     'no network that diffusers can load .*': lambda f: weights(f).write_bytes(
         weights(f).read_bytes()[:5000]),
     'the weights of its U-Net': lambda f: weights(f).unlink(),
-    'conv_out.bias in .* not finite': changed(
+    'conv_out.bias of .* finite': changed(
         lambda w: dict(w, **{'conv_out.bias': torch.tensor([0., float('nan'), 0.])})),
     'could run code': hostile('diffusion_pytorch_model.bin'),
     'that diffusers can load': hostile('diffusion_pytorch_model.safetensors')}
