@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from runtime import cli
-from runtime.cli import ROOT, UserError
 from runtime.commands import Commands
 
 DEMO = Path('demo')
@@ -44,7 +43,7 @@ STAGES = [
 
 
 def main():
-    os.chdir(str(ROOT))
+    os.chdir(str(cli.ROOT))
     DEMO.mkdir(exist_ok=True)
     start = time.time()
     with open(DEMO / 'background.log', 'a') as log, ThreadPoolExecutor() as pool, \
@@ -61,22 +60,16 @@ def main():
 
 
 def run(commands, lines, shares, log=None):
-    """Run command lines, given without `python`, one after another.
-
-    Args:
-        commands: `Commands`.
-        shares: lists that run side by side and share the cores.
-        log: file for the output of the commands; None: the terminal.
-    """
+    """Run command lines in turn, on 1 of `shares` parts of the cores; log None: the terminal."""
     threads = max(1, min(4, (os.cpu_count() or 2) // shares))
     for line in lines:
         print(f'\n{"in the background: " if log else ""}python {line}', flush=True)
         code = commands.run(shlex.split(line), stdout=log, stderr=log,
                             env={'OMP_NUM_THREADS': str(threads), **os.environ})
         if code:
-            raise UserError(f'"python {line}" ended with code {code}'
-                            + (f' (output in {log.name})' if log else '')
-                            + '; run the demo again to go on from here', code=1)
+            where = f' (output in {log.name})' if log else ''
+            raise cli.UserError(f'"python {line}" ended with code {code}{where}; run the demo '
+                                f'again to go on from here', code=1)
 
 
 def real_digits():

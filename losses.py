@@ -29,12 +29,8 @@ def entropy(logits):
 
 
 def diversity(mean_probs):
-    """D of RCFD: sum_c p_c log p_c of the mean prediction (K,) of the batch.
-
-    A probability that has underflowed to 0 counts as the smallest number, where the gradient is
-    finite.
-    """
-    p = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny)
+    """D of RCFD: sum_c p_c log p_c of the mean prediction (K,) of the batch."""
+    p = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny)        # a finite gradient at 0
     return torch.special.xlogy(p, p).sum()
 
 
@@ -58,12 +54,12 @@ class _RelationKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_S, F_T, keys, segment, tau, chunk_entries):
+    def forward(ctx, x_S, F_T, keys, segment, tau):
         length = x_S.norm(dim=2, keepdim=True).clamp_(min=1e-12)
         F_S = x_S / length
         K_S, K_T = (F_S, F_T) if keys is None else (keys, keys)
         loss, grad = x_S.new_zeros(()), torch.zeros_like(F_S)
-        chunk = max(1, chunk_entries // K_S.shape[:2].numel())
+        chunk = max(1, CHUNK_ENTRIES // K_S.shape[:2].numel())
         for rows_S, rows_T, grad_rows in zip(*(v.split(chunk, 1) for v in (F_S, F_T, grad))):
             log_p_S, log_p_T = (F.log_softmax((f @ K.mT).div_(tau).unflatten(2, (-1, segment)), 3)
                                 for f, K in ((rows_S, K_S), (rows_T, K_T)))
@@ -82,27 +78,27 @@ class _RelationKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return (ctx.saved_tensors[0] * grad_output,) + 5 * (None,)
+        return (ctx.saved_tensors[0] * grad_output,) + 4 * (None,)
 
 
-def intra_sample_p2p(map_S, map_T, temperature=1., group=None, chunk_entries=CHUNK_ENTRIES):
+def intra_sample_p2p(map_S, map_T, temperature=1., group=None):
     """IS_P2P: relations between the pixels of every ordered pair of images (i, j) of a group.
 
     S_ij = F_i F_j^T (HW x HW) of the unit pixel vectors; the mean over all rows of
     KL(softmax(S^T_ij / tau) || softmax(S^S_ij / tau)).
 
     Args:
-        map_S, map_T: (B, C, H, W). temperature: tau. group: images whose pairs are compared, a
-            divisor of B; None: all B. chunk_entries: similarities held at a time.
+        map_S, map_T: (B, C, H, W). temperature: tau.
+        group: images whose pairs are compared, a divisor of B; None: all B.
     """
     B, _, H, W = map_S.shape
     group = group or B
     rows = group * H * W
-    together = max(1, chunk_entries // rows ** 2)       # groups that fit into a chunk
+    together = max(1, CHUNK_ENTRIES // rows ** 2)       # groups that fit into a chunk
     with torch.autocast(map_S.device.type, enabled=False):
         groups = (v.unflatten(0, (-1, rows)).split(together)
                   for v in (pixels(map_S), unit_pixels(map_T.detach())))
-        total = sum(_RelationKL.apply(x_S, F_T, None, H * W, temperature, chunk_entries)
+        total = sum(_RelationKL.apply(x_S, F_T, None, H * W, temperature)
                     for x_S, F_T in zip(*groups))
     return total / (B * H * W * group)
 
@@ -119,11 +115,11 @@ class MemoryP2P(nn.Module):
         channels: C of the feature maps. queue_size: rows of the queue. contrast_size: rows
         compared with. update_size: pixels that enter per step. layout: 'pixels', or 'released'
         for fixed contrast rows and scrambled queue rows, as in the code published by the authors.
-        generator: for the random start. norm: class of the batch norm in the head.
+        norm: class of the batch norm in the head.
     """
 
     def __init__(self, channels, queue_size=20000, contrast_size=4096, update_size=128,
-                 contrast_temperature=0.1, layout='pixels', generator=None, norm=nn.BatchNorm2d):
+                 contrast_temperature=0.1, layout='pixels', norm=nn.BatchNorm2d):
         super().__init__()
         self.contrast_temperature = contrast_temperature
         self.update_size, self.layout = update_size, layout
@@ -132,7 +128,7 @@ class MemoryP2P(nn.Module):
             nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1, bias=False))
         # as the maps, so that gradients are laid out like weights: fused Adam before torch 2.5
         self.project_head.to(memory_format=torch.channels_last)
-        queue = torch.randn(queue_size, channels, generator=generator)
+        queue = torch.randn(queue_size, channels)
         rows = torch.linspace(0, queue_size - 1, contrast_size).round().long()
         self.register_buffer('queue', F.normalize(queue, dim=1))            # (Q, C)
         self.register_buffer('contrast', rows)
@@ -203,4 +199,4 @@ class MemoryP2P(nn.Module):
             x_S, F_T = pixels(projected_S), unit_pixels(map_T.detach())
             V = self.queue[self.contrast]                                   # (contrast_size, C)
             return _RelationKL.apply(x_S[None], F_T[None], V[None], len(V),
-                                     self.contrast_temperature, CHUNK_ENTRIES) / len(x_S)
+                                     self.contrast_temperature) / len(x_S)

@@ -15,15 +15,13 @@ import torch
 from absl import flags
 
 from runtime import cli, distributed, pictures
-from runtime.cli import UserError
 from runtime.flags import require
 from score.sampling import (define_sampling_flags, draw_labels, model_of_flags, sampled,
                             save_picture)
 
 FLAGS = flags.FLAGS
 define_sampling_flags(num_images=64)
-flags.DEFINE_integer('label', None, 'class of all images, counted from 0; none: all classes',
-                     lower_bound=0)
+flags.DEFINE_integer('label', None, 'class of all images, counted from 0; none: all classes', 0)
 flags.DEFINE_string('output', None, 'what to write: NAME.png, NAME.npz, or a new folder')
 
 
@@ -38,9 +36,8 @@ def main():
     if FLAGS.label is not None:
         class_num = model.arch['class_num'] if model.arch['conditional'] else 0
         if FLAGS.label >= class_num:
-            raise UserError(f'--label is {FLAGS.label} and the model in {FLAGS.logdir} has '
-                            f'{class_num} classes, counted from 0; leave the flag out, or choose '
-                            f'another')
+            raise cli.UserError(f'--label is {FLAGS.label} and the model in {FLAGS.logdir} has '
+                                f'{class_num} classes, counted from 0; lower it, or leave it out')
         y.fill_(FLAGS.label)
     own = [pictures.to_uint8(x_0).cpu() for _, x_0, _ in sampled(model, y)]
     images = distributed.gather_main(torch.cat(own))

@@ -71,8 +71,7 @@ def define_flags():
                         'train_dmd.py; none: --base_ckpt')
     flags.DEFINE_string('config', None, 'DIGITS: use config/DIGITS_PD.txt, _RDD.txt, ..')
     flags.DEFINE_string('logdir', None, 'folder for all students and the results')
-    flags.DEFINE_list('methods', [name for name in METHODS if 'DMD' not in name],
-                      'methods to compare')
+    flags.DEFINE_list('methods', [name for name in METHODS if 'DMD' not in name], 'what to compare')
     flags.DEFINE_multi_string('method', [], 'a method of your own, "NAME=SCRIPT FLAGS", or '
                               '"NAME=OTHER then train_dmd.py FLAGS" to start from the last '
                               'student of OTHER; repeat it for more, and list it in --methods')
@@ -100,12 +99,11 @@ def main():
     if T < LEAST_STEPS and any(script == 'train_dmd.py' for _, script, _ in methods.values()):
         raise UserError(f'train_dmd.py needs a teacher of {LEAST_STEPS} steps or more, found {T}; '
                         f'give the one before it was distilled as --ddim_ckpt')
+    chains = all_chains(methods, steps, teacher, ddim_model)
     if not FLAGS.report:
         for model in (teacher, ddim_model):        # what the commands read is a run's checkpoint
             if model is teacher and FLAGS.teacher_steps or model.file.suffix != '.pt':
                 save_as_run(model)
-    chains = all_chains(methods, steps, teacher, ddim_model)
-    if not FLAGS.report:
         for chain in chains:
             chain.record_plan()
         comparable_results(chains)      # refuses scores of before that do not compare
@@ -114,13 +112,7 @@ def main():
 
 
 def all_chains(methods, steps, teacher, ddim_model):
-    """A `Chain` per seed and method.
-
-    Args:
-        methods: of `chosen_methods`. steps: of the students, the largest first.
-        teacher: `Model` that PD.py and train_rdd.py halve.
-        ddim_model: `Model` that DDIM samples and train_dmd.py imitates.
-    """
+    """A `Chain` per seed and method; DDIM samples and train_dmd.py imitates `ddim_model`."""
     baseline, _, count = FLAGS.baseline.partition('/')
     T, ddim_steps = ddim_model.diffusion.T, [2 * steps[0], *steps]
     if baseline == 'DDIM' and count in [str(n) for n in range(1, T + 1) if T % n == 0]:
@@ -163,8 +155,7 @@ def chosen_methods():
         except ValueError as error:
             raise UserError(f'"{text}" is not understood ({error}); mind the quotes')
         for name in OWN_FLAGS & names:
-            raise UserError(f'"{text}" sets --{name}, which the study chooses for every student; '
-                            f'leave it out')
+            raise UserError(f'"{text}" sets --{name}, which the study chooses; leave it out')
     if not set(FLAGS.methods) <= set(commands) or len(set(FLAGS.methods)) < len(FLAGS.methods):
         raise UserError(f'--methods {",".join(FLAGS.methods)}: choose of {", ".join(commands)}, '
                         f'each once')
@@ -188,8 +179,7 @@ def chosen_methods():
     scripts = {CONFIG_OF[script] for _, script, _ in methods.values() if script}
     for stage in [*sorted(scripts), 'EVAL']:
         if not config(stage).is_file():
-            raise UserError(f'--config {FLAGS.config}: there is no {config(stage)}; write it, or '
-                            f'choose another')
+            raise UserError(f'{config(stage)} (--config) is missing; write it, or choose another')
     return methods
 
 
@@ -219,16 +209,14 @@ class Chain:
 
     def commands(self):
         """{steps: words of the evaluation}; before them 'train': those of the training, if any."""
-        found, seed = {}, f'--seed={self.seed}'
-        start, until = self.teacher.file, self.step_counts[-1]
+        found, seed, last = {}, f'--seed={self.seed}', self.step_counts[-1]
         if self.script == 'train_dmd.py':
-            if self.first:
-                start = f'{self.first.folder}/{until}'
-            where = [f'--teacher_ckpt={self.teacher.file}', f'--logdir={self.folder}/{until}',
-                     f'--student_steps={0 if self.first else until}']
+            where = [f'--teacher_ckpt={self.teacher.file}', f'--logdir={self.folder}/{last}',
+                     f'--student_steps={0 if self.first else last}']
         else:
             where = [f'--logdir={self.folder}', f'--until={FLAGS.until}']
         if self.script:
+            start = f'{self.first.folder}/{last}' if self.first else self.teacher.file
             found['train'] = [
                 self.script, f'--flagfile={config(CONFIG_OF[self.script])}', *self.extra,
                 *shlex.split(FLAGS.train_flags), f'--base_ckpt={start}', '--teacher_steps=0',
@@ -254,11 +242,7 @@ class Chain:
         return dict(words=words, teacher=digest, first=self.first and self.first.plan())
 
     def record_plan(self):
-        """Write the plan into the folder.
-
-        Raises:
-            UserError: the folder holds students that were made otherwise.
-        """
+        """Write the plan into the folder, unless it holds students that were made otherwise."""
         plan, file = json.dumps(self.plan()), self.folder / 'commands.json'
         if any(self.folder.glob('*/ckpt.pt')) and file.is_file() and file.read_text() != plan:
             raise UserError(f'{self.folder} was made by other commands, from other flagfiles or '
@@ -268,10 +252,7 @@ class Chain:
             temporary.write_text(plan)
 
     def result(self, T):
-        """The last line of results.jsonl of the student with T steps and this seed, or None.
-
-        Lines with another seed or fewer evaluations are not the study's.
-        """
+        """The last line of results.jsonl of the student with T steps and this seed, or None."""
         lines = results.read(self.folder / f'{T}/results.jsonl')
         mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)]
         return mine[-1] if mine else None
@@ -341,24 +322,19 @@ def run_all(chains):
 
 
 def comparable_results(chains):
-    """{(chain, T): result or None} of all students.
-
-    Raises:
-        UserError: scores do not compare. A reference may be given by several paths.
-    """
+    """{(chain, T): result or None} of all students; UserError if two do not compare."""
     found = {(chain, T): chain.result(T) for chain in chains for T in chain.step_counts}
     first = {}
     for (chain, T), result in found.items():
         if not result:
             continue
         protocol = {key: result[key] for key in results.PROTOCOL}
-        protocol['reference'] = str(cli.find(result['reference']).resolve())
+        protocol['reference'] = str(cli.find(result['reference']).resolve())      # by any path
         protocol[f'weights of {chain.method}'] = result.get('weights')
         for key, value in protocol.items():
             if value != first.setdefault(key, value):
                 raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} {value}, '
-                                f'others have {first[key]}; remove those files of one kind and run '
-                                f'the same command again, to score anew')
+                                f'others have {first[key]}; remove one kind, and run this again')
     return found
 
 
@@ -372,10 +348,9 @@ def report(chains):
         if not result:
             missing.append(f'- {chain.method}, seed {chain.seed}, {T} steps: {chain.problem}')
             continue
+        place = FLAGS.methods.index(chain.method), steps.index(T), chain.seed
         for score, values in scores.items():
-            value = result.get(score)       # no precision without features in the reference
-            values[FLAGS.methods.index(chain.method), steps.index(T), chain.seed] = (
-                np.nan if value is None else value)
+            values[place] = result.get(score)       # None, without features in the reference: nan
         file = chain.folder / f'{T}/samples.npz'
         if chain.seed == 0 and file.is_file():
             images, _ = pictures.read_samples(file)

@@ -18,7 +18,6 @@ from runtime.run import Run, due, training_data
 FLAGS = flags.FLAGS
 LEAST_STEPS = 16        # of a teacher that counts as not distilled
 START_LEFT = .01        # share of its start in an average that is worth a note
-FILE_FLAGS = dict(teacher='--base_ckpt or --teacher_ckpt', start='--base_ckpt')
 
 
 # Flags
@@ -31,8 +30,7 @@ def define_training_flags(lr=5e-5, wd=0., total_steps=10000, warmup=0, ema_decay
     define_run_flags(lr, wd)
     flags.DEFINE_integer('total_steps', total_steps, 'optimiser steps', 1)
     flags.DEFINE_integer('warmup', warmup, 'steps of linear warm-up', 0)
-    flags.DEFINE_float('ema_decay', ema_decay, 'decay of the averaged weights; 0: none', 0.,
-                       1 - 1e-9)
+    flags.DEFINE_float('ema_decay', ema_decay, 'decay of averaged weights; 0: none', 0., 1 - 1e-9)
     flags.DEFINE_string('logdir', None, 'folder of this run: checkpoint, samples, log')
     flags.DEFINE_integer('sample_size', 64, 'images in the sample grid', 1, 4096)
     flags.DEFINE_integer('sample_step', 1000, 'steps between sample grids; 0: none', 0)
@@ -42,26 +40,19 @@ def define_distillation_flags():
     """What PD.py and train_rdd.py share in addition: the teacher, and how far to halve."""
     define_training_flags()
     define_teacher_steps()
-    flags.DEFINE_string('base_ckpt', None, 'folder (or file) of the teacher, or a folder of '
-                        'diffusers')
-    flags.DEFINE_integer('until', 0, 'halve until the student has this many steps, each stage into '
-                         'a folder --logdir/STEPS; students of 2 steps and 1 train twice as long; '
-                         '0: one halving into --logdir', 0)
+    flags.DEFINE_string('base_ckpt', None, 'folder or file of the teacher, or folder of diffusers')
+    flags.DEFINE_integer('until', 0, 'halve down to so many steps, each stage into --logdir/STEPS '
+                         '(for 2 and 1, twice the --total_steps); 0: one halving into --logdir', 0)
 
 
 def halvings(T, until, base_ckpt):
-    """[T / 2, T / 4, .., until]: the steps of all students of a teacher with T steps.
-
-    Raises:
-        UserError: halving does not lead to `until`.
-    """
+    """[T / 2, T / 4, .., until]: the steps of all students of a teacher with T steps."""
     steps = [T]
     while steps[-1] > until and steps[-1] % 2 == 0:
         steps.append(steps[-1] // 2)
     if steps[-1] != until or T == until:
-        raise UserError(f'--until {until} is not reached by halving the steps of {base_ckpt}; it '
-                        f'has {T} steps (a model of diffusers can count as one of fewer, with '
-                        f'--teacher_steps 128)')
+        raise UserError(f'--until {until} is not reached by halving the {T} steps of {base_ckpt}; '
+                        f'choose another, or let it count as fewer, as with --teacher_steps 128')
     return steps[1:]
 
 
@@ -96,8 +87,7 @@ def images_for(network):
     dataset = training_data()
     if network.conditional and dataset.num_classes != network.class_num:
         raise UserError(f'--dataset {dataset.name} has {dataset.num_classes} classes and the '
-                        f'network is for {network.class_num} (--class_num); use the data set the '
-                        f'network is meant for')
+                        f'network is for {network.class_num} (--class_num); use its own data set')
     return dataset
 
 
@@ -121,8 +111,7 @@ def student_and_teacher():
     teacher = load_model(FLAGS.teacher_ckpt, steps=FLAGS.teacher_steps, **how)
     if student.diffusion.T not in (1, 2, 4):
         raise UserError(f'--base_ckpt {FLAGS.base_ckpt} has {student.diffusion.T} steps, expected '
-                        f'a student of 1, 2 or 4; halve it by PD.py or train_rdd.py first, or set '
-                        f'--student_steps 1')
+                        f'a student of 1, 2 or 4; halve it by PD.py, or set --student_steps 1')
     if FLAGS.student_steps and student.diffusion.mean_type == 'epsilon':
         raise UserError(f'--base_ckpt {FLAGS.base_ckpt} predicts eps, from which one step makes no '
                         f'image; halve it by PD.py first, whose students predict v')
@@ -134,8 +123,7 @@ def student_and_teacher():
                         for model in (student, teacher))
         if ours != theirs:
             raise UserError(f'{name} is {str(ours)[:60]} in --base_ckpt and {str(theirs)[:60]} in '
-                            f'--teacher_ckpt; give a student of this teacher, with --teacher_steps '
-                            f'as it was made')
+                            f'--teacher_ckpt; give its student, and --teacher_steps as it was made')
     check_flags(student)
     adopt(img_size=student.img_size, mean_type=student.diffusion.mean_type, **student.arch)
     return student, teacher
@@ -146,8 +134,6 @@ def new_student(teacher):
 
     It predicts --mean_type, if that is given; else v after a teacher of eps, with which students
     diverge, or what its teacher does. The run records it as --mean_type.
-    Raises:
-        UserError: eps, on a schedule that ends with alpha 0.
     """
     d, entries = teacher.diffusion, teacher.entries
     if 'mean_type' not in entries and 'T' in entries:
@@ -171,10 +157,9 @@ def new_student(teacher):
 def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_model',
               teacher=None, start=None, classifier=None, memory=None, also_saved=None,
               optimizer=adam):
-    """A `Run` that trains `net` on the schedule `diffusion`.
+    """A `Run` that trains `net` on the schedule `diffusion`; for other arguments see `Run`.
 
     Args:
-        method, net, dataset, logdir, total_steps, use, also_saved, optimizer: see `Run`.
         teacher: `Model` to distil; its file must not be the one that this run writes.
         start: `Model` whose weights the student starts from, if it is not the teacher; likewise.
         classifier: frozen network whose features are compared.
@@ -187,9 +172,8 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
         if model is None:
             continue
         if Path(model.file).resolve() == (Path(logdir) / 'ckpt.pt').resolve():
-            raise UserError(f'--logdir {logdir} is the folder of the {name} '
-                            f'({FILE_FLAGS[name]}), which would be overwritten; choose another '
-                            f'--logdir')
+            raise UserError(f'--logdir {logdir} is the folder of the {name} that is given '
+                            f'(--base_ckpt or --teacher_ckpt); choose another, to keep it')
         inputs[name] = checkpoint.digest(model.network.state_dict())
     if teacher:
         inputs['teacher_steps'] = teacher.diffusion.T
@@ -201,10 +185,9 @@ def start_run(method, net, diffusion, dataset, logdir, total_steps, *, use='net_
         inputs['classifier'] = checkpoint.digest(classifier.state_dict())
     start_left = FLAGS.ema_decay ** total_steps
     if start_left > START_LEFT:
-        distributed.print0(f'note: the average (--ema_decay {FLAGS.ema_decay}) will hold '
-                           f'{100 * start_left:.0f} % of the weights it starts from after '
-                           f'{total_steps} steps; for 1 % set --ema_decay '
-                           f'{START_LEFT ** (1 / total_steps):.3g}.')
+        distributed.print0(f'note: after {total_steps} steps, the average will hold '
+                           f'{100 * start_left:.0f} % of the weights it starts from; for 1 % set '
+                           f'--ema_decay {START_LEFT ** (1 / total_steps):.3g}.')
     if FLAGS.warmup > total_steps / 2:
         distributed.print0(f'note: --warmup {FLAGS.warmup} is more than half of the {total_steps} '
                            f'steps: --lr is reached late or never; lower it.')

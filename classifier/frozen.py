@@ -32,8 +32,6 @@ def load_frozen(name, path, dataset, normalisation, device):
         path: its folder or file; None: where classifier/train.py writes it.
         dataset: whose classes it must have.
         normalisation: key of `NORMALISATIONS`.
-    Raises:
-        UserError: no such classifier, or one with other classes.
     """
     if name.startswith(PREFIX):
         flags.without_effect(classifier_normalisation='these weights expect that of ImageNet')
@@ -50,22 +48,16 @@ def load_frozen(name, path, dataset, normalisation, device):
         _, _, feature_map = network(torch.zeros(1, 3, dataset.img_size, dataset.img_size))
     if feature_map.shape[2:].numel() == 1:
         distributed.print0(f'note: the feature map of {name} has one pixel for images of '
-                           f'{dataset.img_size} pixels, so that IS_P2P is 0; take a network with '
-                           f'fewer halvings.')
+                           f'{dataset.img_size} pixels: IS_P2P is 0; take one that halves less.')
     return network.to(device, memory_format=torch.channels_last)
 
 
 def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     """The frozen `Classifier` of a checkpoint, in eval mode, on the CPU; draws no random numbers.
 
-    Args:
-        path: folder or file; looked up in the working directory, then in the repository root.
-        name: the network expected; required for a published file, which does not name its own.
-        num_classes: the number of classes expected; None: any.
-        mean, std: input normalisation, three numbers each, of images in [0, 1]; None: those in
-            the checkpoint, or 0.5 for a published file, which has none.
-    Raises:
-        UserError: no such file, not a classifier, or another classifier than the one expected.
+    name and num_classes are those expected, if given; a published file does not name its network.
+    mean, std: input normalisation, three numbers each, of images in [0, 1]; None: those in the
+        checkpoint, or 0.5 for a published file, which has none.
     """
     file = checkpoint.find(cli.find(path))
     if not file.exists():
@@ -77,12 +69,10 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
     if getattr(weights.get('fc.weight'), 'ndim', 0) != 2:
         kind = 'is a diffusion checkpoint' if 'net_model' in state else 'is no classifier'
         raise UserError(f'{file} {kind} (it holds {checkpoint.some_of(weights or state)}), '
-                        f'expected a classifier with a matrix fc.weight in "model"; give what '
-                        f'classifier/train.py wrote')
+                        f'expected a 2-D fc.weight in "model"; give what classifier/train.py wrote')
     found, classes = state.get('name', name), len(weights['fc.weight'])
     if found is None:
-        raise UserError(f'{file} does not name its network; name it, as in --classifier '
-                        f'densenet201')
+        raise UserError(f'{file} does not name its network; give --classifier, as densenet201')
     if 'name' in state and (name not in (None, found) or found not in list(NETWORKS)):
         raise UserError(f'{file} holds the classifier {str(found)[:60]}, expected '
                         f'{name or "one of this project"}; give its own name or another folder')
@@ -109,11 +99,7 @@ def stored_normalisation(state, key, smallest, file):
 
 
 def with_weights(network, weights, name, file, **how):
-    """The network with these weights in float32, frozen, in eval mode.
-
-    Raises:
-        UserError: the weights are those of another network, or not finite.
-    """
+    """The network with these weights in float32, frozen, in eval mode; refused unless they fit."""
     differences = checkpoint.differences(weights, network.state_dict())
     try:
         network.load_state_dict(weights, **how)
@@ -123,19 +109,14 @@ def with_weights(network, weights, name, file, **how):
                         f'{found}, expected {expected}; name the network they were trained with')
     broken = checkpoint.not_finite(network.state_dict())
     if broken:
-        raise UserError(f'{broken[0]} of the classifier in {file} holds NaN or inf; train it '
-                        f'again, or restore a copy')
+        raise UserError(f'{broken[0]} of the classifier in {file} holds NaN or inf; restore a copy')
     return frozen(network.float())
 
 
 def load_imagenet(name, path=None):
     """`imagenet_<model>` with torchvision's weights: a frozen `Classifier`, on the CPU.
 
-    Args:
-        name: such as imagenet_resnet50 or imagenet_densenet201.
-        path: file of torchvision's state dict; None: downloaded once, into torch's cache.
-    Raises:
-        UserError: no such model, not its weights, or they could not be downloaded (code 1).
+    path: file of a state dict of torchvision; None: downloaded once, into torch's cache.
     """
     model = name[len(PREFIX):]
     build = getattr(torchvision().models, model, None)
@@ -148,8 +129,7 @@ def load_imagenet(name, path=None):
                 network = build(weights='DEFAULT')
         except (OSError, RuntimeError) as error:
             raise UserError(f'the weights of {name} could not be fetched ({first_line(error)}); '
-                            f'get them on another machine and give the file as '
-                            f'--classifier_path', code=1)
+                            f'get them elsewhere, and give the file as --classifier_path', code=1)
     else:
         file = checkpoint.find(cli.find(path))
         state = checkpoint.read(file)

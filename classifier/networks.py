@@ -30,10 +30,7 @@ class Classifier(nn.Module):
     """Parts that run one after another, a ReLU, global average pooling and a linear layer.
 
     Args:
-        name: of the network.
         parts: ordered dict, attribute name -> module; the last one gives (B, num_features, H', W').
-        num_features: channels C of the feature map.
-        num_classes: K.
         mean, std: three numbers each, of images in [0, 1]; the input is normalised with them.
     """
 
@@ -135,15 +132,7 @@ NETWORKS = {**dict.fromkeys(DENSENETS, densenet_parts), **dict.fromkeys(RESNETS,
 
 
 def build_classifier(name, num_classes, mean=(0.5,) * 3, std=(0.5,) * 3):
-    """A freshly initialised `Classifier` for small images.
-
-    Args:
-        name: key of `NETWORKS`, as in densenet201, resnet18 or convnet_small.
-        num_classes: K.
-        mean, std: of the training images in [0, 1]; 0.5 feeds images in [-1, 1] as they are.
-    Raises:
-        UserError: there is no such classifier.
-    """
+    """A freshly initialised `Classifier` for small images; mean and std 0.5 change no image."""
     if name not in NETWORKS:
         raise UserError(f'there is no classifier "{name}"; choose one of {", ".join(NETWORKS)}')
     parts, num_features = NETWORKS[name](name)

@@ -56,18 +56,13 @@ class Images:
 def make_dataset(name, root, img_size, train, num_workers=0, skip_bad_images=False):
     """The training or test split of data set `name`, whose files are in the folder `root`.
 
-    UserError: files that are missing or unusable, no test split.
-    Args:
-        num_workers: 0: this process decodes image files; else all cores do, once.
-        skip_bad_images: print the image files that cannot be read, and leave them out.
+    num_workers 0: this process decodes image files; else all cores do, once.
     """
     split = 'train' if train else 'test'
-    found = None
-    if name == 'imagenet64':
-        found = published_sets.read_batches(root, split, img_size)
     if name in ('folder', 'imagenet64'):
-        found = found or image_files.read_folder(root, split, img_size, num_workers,
-                                                 skip_bad_images)
+        where = root, split, img_size
+        found = published_sets.read_batches(*where) if name == 'imagenet64' else None
+        found = found or image_files.read_folder(*where, num_workers, skip_bad_images)
         return Images(name, split, img_size, **found)
     images, labels = getattr(published_sets, name)(root, split)
     # writing and shoes have a direction

@@ -35,8 +35,7 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
         for path, reason in problems.items():
             distributed.print0(f'note: left out: {path} {reason}.')
         # indices, as other machines may have another --data_root
-        bad = {i for i, path in enumerate(paths) if path in problems}
-        bad = distributed.broadcast_object(bad)
+        bad = distributed.broadcast_object({i for i, path in enumerate(paths) if path in problems})
         if len(bad) == len(paths):
             raise UserError(f'none of the {len(paths)} images in {root} can be read, see above')
         if bad:
@@ -47,8 +46,7 @@ def read_folder(root, split, img_size, num_workers, skip_bad_images):
     def fill(file):
         new_array(file, len(paths), img_size)
         for path, reason in decode_all(paths, img_size, num_workers, file):
-            raise UserError(f'{path} {reason}; repair or remove it, or leave such files out with '
-                            f'--skip_bad_images')
+            raise UserError(f'{path} {reason}; repair or remove it, or give --skip_bad_images')
 
     images, _, key = kept(root, split, img_size, paths, fill)
     return dict(images=images, labels=labels, num_classes=len(classes), key=key,
@@ -86,9 +84,8 @@ def find_images(root, split):
         loose, beside = _beside(folder)
         if beside and not _listing(folder)[0]:
             other = os.path.basename(os.path.dirname(beside[0]))
-            raise UserError(f'{root} has images in the folders {other} and {folder.name}; if these '
-                            f'are classes, move both into {root}/train, and if {folder.name} alone '
-                            f'is meant, move {other} out of {root}')
+            raise UserError(f'{root} has images in {other} and {folder.name}; if both are classes, '
+                            f'move them into {root}/train, else move {other} out of {root}')
         if loose + beside:
             left_out[f'beside {folder.name}'] = len(loose + beside)
     classes, train = list(found), _named(root, 'train') if split == 'test' else None
@@ -97,8 +94,7 @@ def find_images(root, split):
     paths, labels = [], []
     for name, images in found.items():
         if name not in classes:
-            raise UserError(f'{folder} has a class {name}, which {train} lacks; move it away, or '
-                            f'add images to train on')
+            raise UserError(f'{folder} has a class {name}, which {train} lacks; add or remove it')
         paths += sorted(images, key=os.path.split)
         labels += [classes.index(name)] * len(images)
     return paths, labels, classes, left_out
@@ -126,8 +122,7 @@ def _classes(folder):
     if empty:
         what = f'the class folders {", ".join(empty[:5])} are empty' if tops else (
             _listed(left_out) or 'it is empty')
-        raise UserError(f'{folder} holds no images that can be used ({what}): expected '
-                        f'{folder}/<class>/*.jpg (or png, ...)')
+        raise UserError(f'{folder} holds no images ({what}); expected <class>/*.jpg (or png)')
     return found, left_out
 
 

@@ -26,9 +26,8 @@ def in_workers(function, items, num_workers):
         pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context('fork'),
                                    _start_worker, (function,))
     except OSError as error:
-        raise UserError(f'no worker process could be started ({error.strerror}); if /dev/shm is '
-                        f'full, give the container more (docker --shm-size), or set '
-                        f'--num_workers 0', code=1)
+        raise UserError(f'no worker process could be started ({error.strerror}); enlarge /dev/shm '
+                        f'if it is full (docker --shm-size), or set --num_workers 0', code=1)
     with pool:
         futures = (pool.submit(_work, item) for item in items)
         ahead = collections.deque(itertools.islice(futures, 2 * num_workers))

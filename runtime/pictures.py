@@ -22,11 +22,7 @@ def to_uint8(x):
 
 
 def check_place(path, flag, suffixes=('.npz',)):
-    """Refuse a place where what `flag` names cannot be written, before hours of work.
-
-    Args:
-        suffixes: of files that it may be; (): only a folder.
-    """
+    """Refuse a place for a folder, or a file with these suffixes, before hours of work for it."""
     path = Path(path)
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
@@ -81,11 +77,7 @@ def save_images(path, images, y=None):
 
 
 def read_samples(path, count=1):
-    """(images uint8 (N, H, W, 3), labels (N,) or None) that `save_images` wrote.
-
-    Raises:
-        UserError: there are fewer than `count`, or none.
-    """
+    """(images uint8 (N, H, W, 3), labels (N,) or None) by `save_images`, `count` or more."""
     path, labels = Path(path).expanduser(), None
     try:
         if path.is_dir():

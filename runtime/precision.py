@@ -51,9 +51,8 @@ def prepare(amp, compile, device, *networks, graphs=False):
 def compile_networks(enabled, device, *networks, graphs=False):
     """If `enabled`, torch.compile `networks` in place, for fixed shapes; UserError if that fails.
 
-    Args:
-        graphs: on a GPU, replay each call as one CUDA graph. For networks without gradients whose
-            output is used up before the next call, which overwrites it.
+    graphs: on a GPU, replay each call as one CUDA graph. For networks without gradients whose
+        output is used up before the next call, which overwrites it.
     """
     if not enabled:
         return

@@ -145,7 +145,6 @@ def _read_batch(path, img_size):
                              f'{labels.min()} to {labels.max()}')
     except Exception as error:      # a damaged pickle or zip file may raise anything
         raise UserError(f'{path} with {path.stat().st_size} bytes is no whole batch '
-                        f'({first_line(error)}), expected data, uint8 (n, {3 * img_size ** 2}), '
-                        f'and labels 1..1000 of downsampled ImageNet (--img_size {img_size}); '
-                        f'fetch it again')
+                        f'({first_line(error)}), expected data, uint8 (n, {3 * img_size ** 2}) by '
+                        f'--img_size {img_size}, and labels 1..1000; fetch it again')
     return pixels, labels - 1       # the official files count from 1

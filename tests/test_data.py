@@ -118,5 +118,5 @@ def test_a_worker_that_is_killed():
 def test_too_little_shared_memory(monkeypatch):
     full = Mock(side_effect=OSError(28, 'No space left on device'))
     monkeypatch.setattr('runtime.loader.ProcessPoolExecutor', full)
-    with pytest.raises(UserError, match='/dev/shm is full, .*--shm-size.*--num_workers 0'):
+    with pytest.raises(UserError, match='/dev/shm .*--shm-size.*--num_workers 0'):
         next(in_workers(abs, [1], 1))

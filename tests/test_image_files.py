@@ -163,7 +163,7 @@ def test_images_beside_the_training_folder(tmp_path):
     assert read(tmp_path / 'sets').summary.endswith('left out: 3 beside train')
     for name in ('car/1.png', 'Train/2.png', 'logo.png'):
         save(tmp_path / 'vehicles' / name)
-    refused(tmp_path / 'vehicles', 'images in the folders car and Train; if these are classes, ')
+    refused(tmp_path / 'vehicles', 'has images in car and Train; if both are classes, ')
     (tmp_path / 'vehicles/car').rename(tmp_path / 'vehicles/test')
     assert read(tmp_path / 'vehicles').summary.endswith('left out: 1 beside Train')
 

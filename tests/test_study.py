@@ -60,8 +60,8 @@ MISTAKES = {
     '""x" is not understood .*; mind the quotes': '--eval_flags="x',
     '"--lr 1 --seed=3" sets --seed, which the study': '--train_flags=--lr 1 --seed=3',
     '"PD.py -seed 3" sets --seed, which the study': '--method=a=PD.py -seed 3',
-    '--config NONE: there is no .*NONE_PD.txt; write it, or choose another': '--config=NONE',
-    '--until 3 is not reached by halving the steps of .*; it has 8 steps': '--until=3',
+    'NONE_PD.txt .--config. is missing; write it, or choose another': '--config=NONE',
+    '--until 3 is not reached by halving the 8 steps of .*; choose': '--until=3',
     '--ddim_ckpt .*/four has 4 steps, expected a multiple of the 8': '--ddim_ckpt=TINY/four',
     '--logdir is missing': '--logdir='}
 
