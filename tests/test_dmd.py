@@ -9,7 +9,7 @@ from diffusion import Diffusion
 from formats.load import load_model
 from helpers import DATA, assert_ran, assert_same, command, fork_all, log_of
 from runtime import checkpoint, seeding
-from wiring import random_unet
+from wiring import random_unet, save_model
 
 DMD = ['train_dmd.py', *DATA, '--save_step=2', '--sample_step=0', '--lr=1e-3', '--warmup=0']
 OF_32 = '--base_ckpt=RUNS/32 --teacher_ckpt=RUNS/32 --student_steps=1'
@@ -36,13 +36,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dmd')
     for seed, name in enumerate(['16', '1', '2', '8', 'labels', 'eps', 'huge', '32']):
         T = int(name) if name.isdigit() else 16
-        weights = random_unet(seed, name == 'labels', max(T, 16))
+        net = random_unet(seed, max(T, 16), conditional=name == 'labels')
         if name == 'huge':
-            weights['tail.2.weight'] *= 1e17
-        (folder / name).mkdir()
-        checkpoint.save(folder / name / 'ckpt.pt', dict(
-            net_model=weights, T=T, time_scale=max(1, 16 // T), step=1,
-            img_size=8, mean_type='epsilon' if name == 'eps' else 'xstart'))
+            net.tail[2].weight.data *= 1e17
+        save_model(folder / name, net, T=T, time_scale=max(1, 16 // T),
+                   mean_type='epsilon' if name == 'eps' else 'xstart')
 
     def dmd(name, *more, **how):
         return command([*DMD, f'--teacher_ckpt={folder}/16', f'--base_ckpt={folder}/1',

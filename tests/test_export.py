@@ -17,23 +17,16 @@ from formats.diffusers_read import DiffusersUNet
 from formats.load import TABLE, load_model
 from formats.songunet import SongUNet
 from helpers import RESULT, ROOT, diffusers, noise, our_images, parsing, their_images
-from model import UNet
 from runtime import checkpoint
 from runtime.cli import UserError
+from wiring import random_unet
 
 N, T, SIZE = 1024, 8, 8
 KINDS = ['plain', 'labels', 'clean', 'theirs']      # that diffusers has networks for
 
 
-def small_unet(conditional, T=N):
-    """A network in which every layer has an effect, also those that start near 0."""
-    torch.manual_seed(1)
-    network = UNet(T, ch=32, ch_mult=[1, 2], attn=[1], num_res_blocks=1, conditional=conditional,
-                   class_num=3)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data += .1 * torch.randn(parameter.shape)
-    return network.state_dict()
+def small_unet(conditional=False, T=N):
+    return random_unet(1, T, ch_mult=[1, 2], conditional=conditional, class_num=3).state_dict()
 
 
 def edm_state():
@@ -55,12 +48,12 @@ def runs(tmp_path_factory):
         dataset='digits', batch_size=5, flags='--base_ckpt=./logs/8\n--lr=0.5')
     clean = dict(state, time_scale=125, mean_type='epsilon', schedule=clean_linear(),
                  origin='me/mine')
-    shifted = small_unet(False, T=1000)
+    shifted = small_unet(T=1000)
     shifted[TABLE] = torch.cat([shifted[TABLE][:1], shifted[TABLE][:-1]])
-    states = dict(plain=dict(state, net_model=small_unet(False)),
-                  labels=dict(state, net_model=small_unet(True)),
+    states = dict(plain=dict(state, net_model=small_unet()),
+                  labels=dict(state, net_model=small_unet(conditional=True)),
                   clean=dict(clean, use='ema_model', ema_model=shifted,
-                             net_model=small_unet(False, T=1000)), edm=dict(state, **edm_state()))
+                             net_model=small_unet(T=1000)), edm=dict(state, **edm_state()))
     if importlib.util.find_spec('diffusers'):
         unet = diffusers().UNet2DModel(
             layers_per_block=1, block_out_channels=(32, 64), num_class_embeds=3,

@@ -15,6 +15,7 @@ from runtime import checkpoint, distributed, precision
 from runtime.cli import UserError
 from runtime.optim import frozen
 from runtime.torchvision_cpu import torchvision
+from wiring import random_unet
 
 CPU = torch.device('cpu')
 
@@ -23,20 +24,11 @@ def randn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def small_unet(**how):
-    torch.manual_seed(0)
-    net = UNet(8, 32, [1], [0], 1, **how)
-    for module in net.modules():        # layers that start near 0 would hide the rest
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.xavier_uniform_(module.weight)
-    return net
-
-
 # Precision
 
 def test_frozen_weights_in_bfloat16_change_no_bit():
     """Autocast converts them to the same values; output and gradient of the input are equal."""
-    unet = small_unet(conditional=True, class_num=10)
+    unet = random_unet(conditional=True)
     for network, inputs in ((unet, (torch.arange(2), torch.arange(2))),
                             (build_classifier('densenet_small', 10), ())):
         found = []
@@ -56,13 +48,13 @@ def test_frozen_weights_in_bfloat16_change_no_bit():
         assert all(dtype == torch.float32 for name, dtype in dtypes.items()
                    if 'norm' in name or name.startswith(UNet.in_float32))
     with pytest.raises(ValueError, match='is trained'):
-        precision.prepare('bf16', False, CPU, small_unet())
+        precision.prepare('bf16', False, CPU, random_unet())
 
 
 def test_layers_in_float32():
     """Under autocast, group norms and the tail keep all digits of their own."""
     norm, x = GroupNorm(64), randn(2, 64, 4, 4).bfloat16()
-    net, seen = small_unet().to(memory_format=torch.channels_last), []
+    net, seen = random_unet().to(memory_format=torch.channels_last), []
     net.tail.register_forward_hook(lambda tail, inputs, out: seen.extend(inputs))
     with torch.no_grad():
         exact = net(randn(4, 3, 8, 8), torch.arange(4))
@@ -128,7 +120,7 @@ def test_compiled_is_eager(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda function, **how: with_code(
         function, backend='eager', **how))
     torch._dynamo.reset()
-    eager = small_unet()
+    eager = random_unet()
     compiled = copy.deepcopy(eager)
     precision.compile_networks(True, CPU, compiled)
     graphs = torch._dynamo.utils.counters['stats']

@@ -11,7 +11,6 @@ from formats import load
 from formats.entries import Model
 from formats.load import load_model
 from model import UNet
-import oracle
 from helpers import parsing
 from runtime import checkpoint
 from runtime.cli import UserError
@@ -88,10 +87,8 @@ def test_what_a_file_does_not_state(loaded):
 
 def test_a_file_of_pytorch_ddpm(loaded, capsys):
     """Its times 0..N become 1..N + 1, after a clean end."""
-    weights = random_unet(0, False, 999)        # a new network does not depend on t
-    theirs = UNet(999, **oracle.NET)
-    theirs.load_state_dict(weights)
-    model = loaded(ema_model=weights, how=dict(steps=128))
+    theirs = random_unet(T=999)     # a new network does not depend on t
+    model = loaded(ema_model=theirs.state_dict(), how=dict(steps=128))
     assert 'linear schedule' in capsys.readouterr().out
     assert model.diffusion.arguments() == dict(T=128, time_scale=7, mean_type='epsilon',
                                                schedule=clean_linear(), N=1000)

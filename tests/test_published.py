@@ -7,18 +7,16 @@ import torch
 
 from diffusion import Diffusion, clean_linear
 from formats.load import TABLE, load_model
-from model import UNet
 from helpers import assert_ran, assert_same, command, fork_all, make_scorer
+from wiring import random_unet
 
 KINDS = dict(base=Diffusion(8), student=Diffusion(2, 4), labelled=Diffusion(8),
              ddpm=Diffusion(1000, mean_type='epsilon', schedule=clean_linear()))
 
 
 def network(kind, seed):
-    torch.manual_seed(seed)
     times = 999 if kind == 'ddpm' else KINDS[kind].N
-    return UNet(times, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1,
-                conditional=kind == 'labelled')
+    return random_unet(seed, times, conditional=kind == 'labelled')
 
 
 def contents(kind, net, average):

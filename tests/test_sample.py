@@ -4,12 +4,10 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from helpers import EVAL, assert_ran, command, fork_all, make_scorer
-from model import UNet
-from runtime import checkpoint
+from wiring import random_unet, save_model
 
 # the flags of a mistake, and a regular expression for the sentence
 MISTAKES = {
@@ -23,13 +21,9 @@ MISTAKES = {
 def ran(tmp_path_factory):
     """(folder, {name: results}) of models with 3 classes and without labels."""
     folder = tmp_path_factory.mktemp('sample')
-    for name, conditional in dict(labels=True, plain=False).items():
-        torch.manual_seed(0)
-        net = UNet(8, 32, [1], [0], 1, conditional=conditional, class_num=3)
-        torch.nn.init.xavier_uniform_(net.tail[2].weight)
-        (folder / name).mkdir()
-        checkpoint.save(folder / name / 'ckpt.pt', dict(
-            net_model=net.state_dict(), T=4, time_scale=2, img_size=8))
+    for name in ('labels', 'plain'):
+        net = random_unet(conditional=name == 'labels', class_num=3)
+        save_model(folder / name, net, T=4, time_scale=2)
     (folder / 'text.png').write_text('my notes')
 
     def sample(*words, script=('sample.py', '--num_images=20', '--batch_size=8'), **how):

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from helpers import BASE, EVAL, PD, RDD, ROOT, assert_ran, command, fork_all, make_scorer
-from model import UNet
 from runtime import checkpoint, distributed, optim, seeding
 from score.metrics import ActivationStats
+from wiring import random_unet, save_model
 
 GPU = torch.device('meta')
 
@@ -83,19 +83,17 @@ def main():
 
 
 def test_devices_agree_and_the_host_never_waits(tmp_path):
-    torch.manual_seed(0)
-    checkpoint.save(tmp_path / 'teacher.pt', dict(
-        net_model=UNet(8, 32, [1, 1], [1], 1).state_dict(), T=8, time_scale=1, img_size=8))
+    save_model(tmp_path / 'teacher', random_unet())
     scorer = make_scorer(tmp_path, 'densenet_small')
     # grids, checkpoints and log lines read values, and are not due in these steps
     steps = ['--save_step=0', '--log_step=9', '--total_steps=9']
-    distil = ['--grad_accum=2', f'--base_ckpt={tmp_path}/teacher.pt', *steps]
+    distil = ['--grad_accum=2', f'--base_ckpt={tmp_path}/teacher', *steps]
     runs = dict(
         base=[*BASE, '--dropout=0.1', '--conditional', *steps, f'--logdir={tmp_path}/base'],
         pd=[*PD, '--ema_decay=0.9', *distil, f'--logdir={tmp_path}/pd'],
         rdd=[*RDD, '--alpha=0.1', '--beta=0.5', '--logits', '--gt', *distil,
              f'--classifier_path={tmp_path}/classifier.pt', f'--logdir={tmp_path}/rdd'],
-        evaluation=[*EVAL, f'--logdir={tmp_path}/teacher.pt', *scorer])
+        evaluation=[*EVAL, f'--logdir={tmp_path}/teacher', *scorer])
     results = fork_all({name: [command(['tests/test_simulated_gpu.py', *words])]
                         for name, words in runs.items()})
     for result in results.values():

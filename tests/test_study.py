@@ -21,23 +21,20 @@ import study
 from formats.load import load_model
 from helpers import (RESULT, ROOT, assert_ran, assert_same, command, environment, fork_all,
                      make_scorer, parsing, start)
-from model import UNet
-from runtime import checkpoint
 from runtime.cli import UserError
 from score import results
+from wiring import random_unet, save_model
 
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
     """A teacher, flagfiles, a scoring network without training, and statistics."""
     folder = tmp_path_factory.mktemp('study')
-    net = UNet(8, 32, [1, 1], [1], 1)
-    checkpoint.save(folder / 'ckpt.pt', dict(net_model=net.state_dict(), T=8, time_scale=1))
+    save_model(folder, random_unet())
+    save_model(folder / 'four', random_unet(), T=4, time_scale=2)
     train = ('--ch=32\n--dataset=digits\n--img_size=8\n--batch_size=8\n--total_steps=1\n'
              '--sample_step=0\n')
     score = '\n'.join(['--img_size=8', '--num_images=20', *make_scorer(folder)])
-    (folder / 'four').mkdir()
-    checkpoint.save(folder / 'four/ckpt.pt', dict(net_model=net.state_dict(), T=4, time_scale=2))
     (folder / 'config').mkdir()
     for stage, text in dict(PD=train, RDD=train, DMD=train, EVAL=score).items():
         (folder / f'config/TINY_{stage}.txt').write_text(text)

@@ -10,14 +10,14 @@ from model import UNet
 from runtime import checkpoint
 
 
-def random_unet(seed, conditional, T=8):
-    """Weights without structure: every part of the network matters."""
+def random_unet(seed=0, T=8, **changes):
+    """A network without structure: every part of it matters, also those that start near 0."""
     torch.manual_seed(seed)
-    net = UNet(T, **oracle.NET, conditional=conditional)
-    for name, p in net.named_parameters():
+    net = UNet(T, **dict(oracle.NET, **changes))
+    for p in net.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape)
-    return net.state_dict()
+    return net
 
 
 def make_inputs(folder):
@@ -25,12 +25,10 @@ def make_inputs(folder):
     teachers = dict(teacher={}, coarse=dict(T=4, time_scale=2), labels={},
                     epsilon=dict(mean_type='epsilon'))
     for name, more in teachers.items():
-        state = dict(net_model=random_unet(1, name == 'labels'), T=8, time_scale=1, step=1,
-                     img_size=8, mean_type='xstart')
+        net, average = (random_unet(seed, conditional=name == 'labels') for seed in (1, 2))
         if name != 'coarse':        # a student: its raw weights count
-            state['ema_model'] = random_unet(2, name == 'labels')
-        (folder / name).mkdir()
-        checkpoint.save(folder / name / 'ckpt.pt', dict(state, **more))
+            more['ema_model'] = average.state_dict()
+        save_model(folder / name, net, **more)
     torch.manual_seed(3)
     net = build_classifier('convnet_small', 10)
     for name, value in net.state_dict().items():
@@ -43,6 +41,14 @@ def make_inputs(folder):
         model=net.state_dict(), name='convnet_small', mean=[.3, .4, .5], std=[.4, .5, .6]))
     make_photos(folder / 'photos')
     make_photos(folder / 'photos', 'test', 60)
+
+
+def save_model(folder, net, **entries):
+    """A checkpoint of 8 steps for images of 8 pixels; `entries` come on top."""
+    folder.mkdir(exist_ok=True)
+    checkpoint.save(folder / 'ckpt.pt', dict(
+        dict(net_model=net.state_dict(), T=8, time_scale=1, step=1, img_size=8,
+             mean_type='xstart'), **entries))
 
 
 def make_photos(folder, split='train', count=24):
