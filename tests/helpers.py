@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from absl import flags
+from PIL import Image
 
 from classifier.networks import build_classifier
 from runtime import checkpoint
@@ -37,8 +37,6 @@ EVAL = ['ddim_eval.py', '--num_images=20', '--batch_size=8', '--sample_size=4']
 RESULT = dict(fid=1., inception_score=2., inception_std=.1, nfe=4, seed=0, num_images=9,
               reference='r', reference_images=9, feature_network='n', pixels='8-bit',
               amp='none')
-# the last line of a training: steps, time, speed and folder
-FINISHED = r'finished: {} steps? in .*\d s, [\d.]+ images/s; checkpoint and log are in {}$'
 
 
 def environment(**more):
@@ -79,12 +77,6 @@ def fork_all(jobs):
 def command(argv, *more, **extra):
     """A command for `fork_all`."""
     return dict(argv=[*argv, *map(str, more)], **extra)
-
-
-def port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
 
 
 def is_locked(folder):
@@ -160,6 +152,12 @@ def parsing(define):
     yield parse
     for name in own:
         delattr(FLAGS, name)
+
+
+def picture(path, red=9):
+    """A file of 8 x 8 pixels of one colour, whose format does not depend on its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8), (red, 0, 0)).save(str(path), 'BMP')
 
 
 def make_scorer(folder, name='convnet_small'):

@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from classifier import train
 from classifier.frozen import load_classifier, load_frozen
 from classifier.networks import build_classifier
 from classifier.augment import Augment, measured_normalisation
-from helpers import ROOT, assert_ran, assert_same, command, fork_all, parsing
+from helpers import ROOT, assert_ran, assert_same, command, fork_all, parsing, picture
 from runtime import checkpoint, data
 from runtime.cli import UserError
 
@@ -151,8 +150,7 @@ def ran(tmp_path_factory):
 
     log = folder / 'stopped/digits/convnet_small/metrics.jsonl'
     released = '--recipe=released', '--num_workers=2', '--log_step=1', '--max_steps=12'
-    (folder / 'one/dog').mkdir(parents=True)
-    Image.new('RGB', (8, 8)).save(str(folder / 'one/dog/0.png'))
+    picture(folder / 'one/dog/0.png')
     jobs = dict(
         stopped=[train('stopped', *released, signal=[signal.SIGTERM, str(log), 3]),
                  train('stopped', *released, cwd=str(ROOT / 'classifier'))],

@@ -7,18 +7,13 @@ from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import pytest
-from PIL import Image
 
+from helpers import picture
 from runtime import image_cache, image_files
 from runtime.cli import UserError
 from runtime.data import make_dataset
 
 REDS = [0, 40, 80, 20, 60, 100]     # the classes a and b
-
-
-def picture(path, red):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', (8, 8), (red, 0, 0)).save(path)
 
 
 @pytest.fixture

@@ -10,17 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import picture
 from runtime import image_files
 from runtime.cli import UserError
 from runtime.data import make_dataset
 
 W = 16      # height and width of pictures that are not resized
-
-
-def save(path, red=9):
-    """A picture of one colour, in a format that does not depend on the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', (8, 8), (red, 0, 0)).save(str(path), 'BMP')
 
 
 def read(root, train=True, **options):
@@ -51,9 +46,9 @@ def test_modes(mode, colour, expected):
 @pytest.mark.parametrize('transparency, last_two', [
     (None, [[0, 255, 0], [1, 2, 3]]), (1, [[255] * 3, [1, 2, 3]]), (b'\xff\0\0', [[255] * 3] * 2)])
 def test_palettes(tmp_path, transparency, last_two):
-    picture = Image.fromarray(np.arange(W * W).reshape(W, W).astype(np.uint8) % 3, 'P')
-    picture.putpalette([200, 40, 40, 0, 255, 0, 1, 2, 3])
-    picture.save(tmp_path / 'x.png', transparency=transparency)
+    image = Image.fromarray(np.arange(W * W).reshape(W, W).astype(np.uint8) % 3, 'P')
+    image.putpalette([200, 40, 40, 0, 255, 0, 1, 2, 3])
+    image.save(tmp_path / 'x.png', transparency=transparency)
     found = image_files.decode(tmp_path / 'x.png', W)[:, 0, :3]
     assert found.T.tolist() == [[200, 40, 40], *last_two]
 
@@ -131,7 +126,7 @@ def test_size_and_frames(tmp_path):
 def test_folder(tmp_path):
     """Classes in alphabetical order, in them any tree; every image under its own label."""
     for i, name in enumerate(['b/z.png', 'b/a/2.png', 'b/a/b/1.png', 'a b/x.jpg', 'a/x.BMP']):
-        save(tmp_path / 'train' / name, 20 * i)
+        picture(tmp_path / 'train' / name, 20 * i)
     found = read(tmp_path)
     assert reds(found) == [80, 60, 0, 20, 40] and found.flip
     assert found.labels.tolist() == [0, 1, 2, 2, 2] and found.num_classes == 3
@@ -146,7 +141,7 @@ def test_what_is_left_out(tmp_path):
                  '#recycle/1.png', 'lost+found/1.png', 'System Volume Information/1.png',
                  'a/._1.png', 'a/Thumbs.db', 'loose.png', 'a/x.heic', 'a/y.HEIC', 'a/z.eps',
                  'a/labels'):
-        save(tmp_path / name)
+        picture(tmp_path / name)
     (tmp_path / 'a/gone').symlink_to('nowhere')
     found = read(tmp_path)
     assert len(found) == found.num_classes == 1
@@ -158,11 +153,11 @@ def test_what_is_left_out(tmp_path):
 def test_images_beside_the_training_folder(tmp_path):
     """Counted; refused where the folder holds no classes, as it may be a class called train."""
     for name in ('train/a/1.png', 'more/1.png', 'more/2.png', 'loose.png', 'test/a/1.png'):
-        save(tmp_path / 'sets' / name)
+        picture(tmp_path / 'sets' / name)
     assert '1 images of 1 classes' in read(tmp_path / 'sets').summary
     assert read(tmp_path / 'sets').summary.endswith('left out: 3 beside train')
     for name in ('car/1.png', 'Train/2.png', 'logo.png'):
-        save(tmp_path / 'vehicles' / name)
+        picture(tmp_path / 'vehicles' / name)
     refused(tmp_path / 'vehicles', 'has images in car and Train; if both are classes, ')
     (tmp_path / 'vehicles/car').rename(tmp_path / 'vehicles/test')
     assert read(tmp_path / 'vehicles').summary.endswith('left out: 1 beside Train')
@@ -171,7 +166,7 @@ def test_images_beside_the_training_folder(tmp_path):
 def test_links(tmp_path):
     """A link to a folder is followed, each real folder is read once, and none above the classes."""
     for name in ('elsewhere/1.png', 'other/1.png', 'train/a/2.png', 'train/b/3.png'):
-        save(tmp_path / name)
+        picture(tmp_path / name)
     for name, to in [('a/up', '..'), ('a/above', '../../..'), ('a/b', '../b'), ('b/self', '.'),
                      ('b/one', '../../other'), ('b/two', '../../other'), ('b/loop', 'loop'),
                      ('b/class', '../../elsewhere'), ('c', '../elsewhere')]:
@@ -187,36 +182,36 @@ def test_links(tmp_path):
     ('Train', 'Test'), ('training', 'testing'), ('TRAIN', 'valid'), ('train', 'val'),
     ('train', 'Validation')])
 def test_names_of_the_splits(tmp_path, train, test):
-    save(tmp_path / train / 'a/1.png', 1)
-    save(tmp_path / test / 'a/2.png', 2)
+    picture(tmp_path / train / 'a/1.png', 1)
+    picture(tmp_path / test / 'a/2.png', 2)
     assert reds(read(tmp_path)) == [1] and reds(read(tmp_path, False)) == [2]
 
 
 def test_several_test_folders(tmp_path):
     """test/ comes before val/. Without a training folder, they are no classes."""
     for i, name in enumerate(['cat', 'val', 'test']):
-        save(tmp_path / 'photos' / name / 'a/1.png', i)
+        picture(tmp_path / 'photos' / name / 'a/1.png', i)
     assert reds(read(tmp_path / 'photos', False)) == [2]
     for folder in (tmp_path / 'photos', tmp_path):
         refused(folder, 'photos has a folder test, which would be trained on')
-    save(tmp_path / 'photos/Testing/a/1.png')
+    picture(tmp_path / 'photos/Testing/a/1.png')
     refused(tmp_path / 'photos', 'has the folders .* and .*; keep one', False)
 
 
 def test_labels_of_the_test_split(tmp_path):
     """They are those of the names in train/, whatever test/ lacks."""
     for name in ('train/a', 'train/b', 'train/c', 'test/b', 'test/c'):
-        save(tmp_path / name / '1.png')
+        picture(tmp_path / name / '1.png')
     found = read(tmp_path, False)
     assert found.labels.tolist() == [1, 2] and found.num_classes == 3
-    save(tmp_path / 'test/d/1.png')
+    picture(tmp_path / 'test/d/1.png')
     refused(tmp_path, 'test has a class d, which .*train lacks', False)
 
 
 def test_refusals(tmp_path):
     (tmp_path / 'hollow/cat').mkdir(parents=True)
     (tmp_path / 'empty').mkdir()
-    save(tmp_path / 'other/x.heic')
+    picture(tmp_path / 'other/x.heic')
     for kind in (np.float32, np.int32):
         (tmp_path / kind.__name__).mkdir()
         Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / kind.__name__ / 'x.tif')
@@ -236,8 +231,8 @@ def test_bad_images(tmp_path, capsys, monkeypatch, workers):
     bad = dict(cut='truncated', empty='cannot identify', link='No such file',
                waits='not a regular file')
     folder = tmp_path / 'a'
-    save(folder / '0.png')
-    save(tmp_path / 'b/1.png', 7)
+    picture(folder / '0.png')
+    picture(tmp_path / 'b/1.png', 7)
     (folder / 'cut.png').write_bytes((folder / '0.png').read_bytes()[:60])
     (folder / 'empty.png').write_bytes(b'')
     (folder / 'link.png').symlink_to('nowhere')
@@ -257,7 +252,7 @@ def test_bad_images(tmp_path, capsys, monkeypatch, workers):
 def test_whatever_a_file_raises(tmp_path, monkeypatch, capsys):
     """Also in folders and files whose names are not UTF-8."""
     sys.stdout.reconfigure(errors='backslashreplace')      # as scripts do
-    save(tmp_path / os.fsdecode(b'z\xe9ro/caf\xe9.png'))
+    picture(tmp_path / os.fsdecode(b'z\xe9ro/caf\xe9.png'))
     monkeypatch.setattr(Image, 'open', Mock(side_effect=RecursionError('deep\nstack')))
     refused(tmp_path, r'.png cannot be read as an image \(deep\); .* --skip_bad_images')
     refused(tmp_path, 'none of the 1 images', skip_bad_images=True)
