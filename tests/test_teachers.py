@@ -40,15 +40,6 @@ def pipeline(folder, schedule=None, **config):
     return unet, scheduler
 
 
-def ddim(scheduler, prediction, steps):
-    """DDIMScheduler with the spacing "trailing", for the betas of another scheduler."""
-    result = diffusers().DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing='trailing', set_alpha_to_one=True, steps_offset=0,
-        clip_sample=True, prediction_type=prediction)
-    result.set_timesteps(steps)
-    return result
-
-
 # Networks and students
 
 def test_a_schedule_of_its_own_comes_before_that_of_a_neighbour(tmp_path):
@@ -75,7 +66,11 @@ FILTERS = dict(down_block_types=['KDownBlock2D'] * 2, up_block_types=['KUpBlock2
 def test_a_network_makes_its_images(tmp_path, config, beta_schedule, prediction, steps):
     unet, scheduler = pipeline(
         tmp_path, dict(beta_schedule=beta_schedule, prediction_type=prediction), **config)
-    model, theirs = load_model(tmp_path, steps=steps), ddim(scheduler, prediction, steps)
+    model = load_model(tmp_path, steps=steps)
+    theirs = diffusers().DDIMScheduler.from_config(
+        scheduler.config, timestep_spacing='trailing', set_alpha_to_one=True, steps_offset=0,
+        clip_sample=True, prediction_type=prediction)
+    theirs.set_timesteps(steps)
     x_T = noise(2, model.img_size).double()
     y = torch.tensor([3, 9]) if config == LABELS else None
     unet.double(), model.network.double()   # random weights enlarge the rounding of float32
