@@ -135,23 +135,17 @@ def test_efficientnet():
     assert network.dim == 1280 and network.name == 'efficientnet_lite0-579344248a93'
 
 
-@pytest.fixture(scope='module')
-def inception_weights():
-    """Weights for pytorch-fid's Inception, random, of a size that keeps the signal alive."""
+def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch):
+    """Its features; probabilities without the bias, as of the released code and OpenAI's. It is
+    downloaded once, into torch's cache."""
     weights = torchvision().models.inception_v3(
         num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     for value in weights.values():
         if value.ndim == 4:
-            value.mul_(6 ** 0.5)
+            value.mul_(6 ** 0.5)        # keeps the signal alive
     weights['fc.bias'] = torch.randn(1008)       # large enough to be noticed
-    return weights
-
-
-def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch, inception_weights):
-    """Its features; probabilities without the bias, as of the released code and OpenAI's. It is
-    downloaded once, into torch's cache."""
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    download = Mock(side_effect=lambda url, path, digest: torch.save(inception_weights, path))
+    download = Mock(side_effect=lambda url, path, digest: torch.save(weights, path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     load_feature_network('inception', 'cpu')
     network = load_feature_network('inception', 'cpu')
@@ -160,14 +154,13 @@ def test_inception_is_that_of_pytorch_fid(tmp_path, monkeypatch, inception_weigh
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     features, probs = network(images)
     from pytorch_fid import inception
-    monkeypatch.setattr(inception, 'load_state_dict_from_url',
-                        lambda *args, **kwargs: inception_weights)
+    monkeypatch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
     with torch.no_grad():
         expected = inception.InceptionV3([3]).eval()(images.float() / 255)[0].flatten(1)
     assert features.std() > 0.1 and torch.equal(features, expected)
-    logits = expected @ inception_weights['fc.weight'].T
+    logits = expected @ weights['fc.weight'].T
     torch.testing.assert_close(probs, logits.softmax(1))
-    assert (probs - (logits + inception_weights['fc.bias']).softmax(1)).abs().max() > 1e-4
+    assert (probs - (logits + weights['fc.bias']).softmax(1)).abs().max() > 1e-4
 
 
 def test_networks_that_cannot_be_had(tmp_path, monkeypatch):
