@@ -91,8 +91,9 @@ def test_download_fails(tmp_path, monkeypatch, name, kind, file):
         make_dataset(name, tmp_path, 16, True)
 
 
-def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
-    """Two commands that start on a new machine would overwrite each other's file."""
+def test_cifar10(tmp_path, monkeypatch):
+    """torchvision has images (N, H, W, 3) and a list of labels. One process downloads at a time:
+    commands that start together on a new machine would overwrite each other's file."""
     inside, most = [], []
 
     def download(root, train, download):
@@ -100,23 +101,14 @@ def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
         most.append(len(inside))
         time.sleep(.02)
         inside.pop()
-        return SimpleNamespace(data=np.zeros((1, 2, 2, 3), np.uint8), targets=[9])
-
-    monkeypatch.setattr(torchvision().datasets, 'CIFAR10', download)
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda _: make_dataset('cifar10', tmp_path / 'new', 2, True), range(4))
-        assert [len(dataset) for dataset in found] == [1] * 4
-    assert most == [1] * 4 and not list((tmp_path / 'new').iterdir())
-
-
-def test_cifar10(tmp_path, monkeypatch):
-    """torchvision has images (N, H, W, 3) and a list of labels."""
-    def read_cifar(root, train, download):
         pixels = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3) + 100 * (not train)
         return SimpleNamespace(data=pixels, targets=[9])
 
-    monkeypatch.setattr(torchvision().datasets, 'CIFAR10', read_cifar)
-    train, test = (make_dataset('cifar10', tmp_path, 2, train) for train in (True, False))
+    monkeypatch.setattr(torchvision().datasets, 'CIFAR10', download)
+    with ThreadPoolExecutor(4) as pool:
+        train, test, *_ = pool.map(
+            lambda train: make_dataset('cifar10', tmp_path / 'new', 2, train), [True, False] * 2)
+    assert most == [1] * 4 and not list((tmp_path / 'new').iterdir())
     assert train.images.tolist() == [[[[0, 3], [6, 9]], [[1, 4], [7, 10]], [[2, 5], [8, 11]]]]
     assert torch.equal(test.images, train.images + 100)
     assert train.labels.tolist() == [9] and train.flip is True
