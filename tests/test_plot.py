@@ -16,7 +16,6 @@ from runtime.cli import UserError
 from tools import plot
 
 
-
 @pytest.fixture(autouse=True)
 def values(monkeypatch, tmp_path):
     """The flags, and the folder of the tests as working directory."""
