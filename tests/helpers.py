@@ -147,7 +147,7 @@ def parsing(define):
     def parse(*words):
         for name in own:
             FLAGS[name].unparse()
-        FLAGS(['script', *map(str, words)])
+        assert FLAGS(['script', *map(str, words)]) == ['script']      # no other words
 
     yield parse
     for name in own:
@@ -170,6 +170,11 @@ def make_scorer(folder, name='convnet_small'):
 
 
 # Models of diffusers and ours
+
+SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
+             down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+             up_block_types=('AttnUpBlock2D', 'UpBlock2D'))       # for UNet2DModel
+
 
 def diffusers():
     """The package; without it, the test is skipped."""

@@ -1,10 +1,13 @@
 """Published defaults and recipes; every flagfile fits its script, and BASE alone has a network."""
 
-import json
+import functools
+import runpy
+from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, command, fork_all
+from helpers import ROOT, parsing
+from runtime import cli
 
 SCRIPTS = {'train_base.py': ['BASE'], 'PD.py': ['PD'], 'train_rdd.py': ['RDD', 'RCFD', 'BEST'],
            'train_dmd.py': ['DMD'], 'ddim_eval.py': ['EVAL'], 'classifier/train.py': [],
@@ -40,37 +43,29 @@ PUBLISHED = {       # defaults of the original; recipes of the paper's code and 
     'CIFAR10_RCFD': dict(temperature=.9, total_steps=10000, loss_type='none', alpha=0, beta=0),
     'IMAGENET64_BASE': dict(dropout=0, lr=2e-5, total_steps=1000000),
     'IMAGENET64_RDD': IMAGENET64, 'IMAGENET64_RCFD': IMAGENET64}
-PROGRAM = '''
-import importlib, json, os, sys
-sys.path.insert(0, os.getcwd())
-script = importlib.import_module(sys.argv[1][:-len('.py')].replace('/', '.'))
-getattr(script, 'define_flags', lambda: None)()
-from runtime import cli
-found = {sys.argv[1]: {flag.name: flag.default for flag in cli.own_flags()}}
-for file in sys.argv[2:]:
-    cli.FLAGS.unparse_flags()
-    for flag in cli.own_flags():
-        flag.unparse()
-    cli.FLAGS(cli.without_foreign_flags(['x', '--flagfile=' + file]))
-    cli.check_values()
-    name = os.path.basename(file)[:-len('.txt')]
-    found[name] = {flag.name: flag.value for flag in cli.own_flags()}
-    found[name]['given'] = [flag.name for flag in cli.own_flags() if flag.present]
-print(json.dumps(found))
-'''
+
+
+def define_flags(script):
+    """As the script does where it is started."""
+    runpy.run_path(script).get('define_flags', lambda: None)()
 
 
 @pytest.fixture(scope='module')
-def values(tmp_path_factory):
+def values():
     """{script: {flag: default}, flagfile: {flag: value, 'given': names of the flags in it}}"""
-    program, jobs, found = tmp_path_factory.mktemp('config') / 'program.py', {}, {}
-    program.write_text(PROGRAM)
-    for script, stages in SCRIPTS.items():
-        jobs[script] = [command([str(program), script], *[
-            file for stage in stages for file in (ROOT / 'config').glob(f'*_{stage}.txt')])]
-    for (code, out, err), in fork_all(jobs).values():
-        assert code == 0 and 'note:' not in out, err        # the script has every flag
-        found.update(json.loads(out))
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for script, stages in SCRIPTS.items():
+            with parsing(functools.partial(define_flags, script)) as parse:
+                found[script] = {flag.name: flag.default for flag in cli.own_flags()}
+                files = [file for stage in stages for file in Path('config').glob(f'*_{stage}.txt')]
+                for file in files:
+                    parse(f'--flagfile={file}')     # the script has every flag in it
+                    cli.check_values()
+                    found[file.stem] = {flag.name: flag.value for flag in cli.own_flags()}
+                    found[file.stem]['given'] = [
+                        flag.name for flag in cli.own_flags() if flag.present]
     return found
 
 
