@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,14 @@ def assert_ran(results, codes=None):
     codes = codes or [0] * len(results)
     assert [result[0] for result in results] == codes, results[-1][2]
     assert not any('Traceback' in result[2] for result in results)
+
+
+def assert_refused(result, sentence, code=2):
+    """A script of `fork_all` ended with one sentence, which fits a regular expression."""
+    found, _, err = result
+    assert found == code and 'Traceback' not in err and 'Warning' not in err, err
+    line, = [line for line in err.splitlines() if ': error: ' in line]
+    assert re.search(sentence, line), line
 
 
 def assert_same(a, b, path='', skip=()):

@@ -1,12 +1,10 @@
 """sample.py: the images that ddim_eval.py scores, in every form, and mistakes."""
 
-import re
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import EVAL, assert_ran, command, fork_all, make_scorer
+from helpers import EVAL, assert_ran, assert_refused, command, fork_all, make_scorer
 from wiring import random_unet, save_model
 
 # the flags of a mistake, and a regular expression for the sentence
@@ -67,6 +65,5 @@ def test_grid(ran, name, rows, columns):
 @pytest.mark.parametrize('words', list(MISTAKES))
 def test_mistakes(ran, words):
     folder, results = ran
-    (code, _, error), = results[words]
-    assert code and 'Traceback' not in error and re.search(MISTAKES[words], error), error
+    assert_refused(results[words][0], MISTAKES[words])
     assert (folder / 'text.png').read_text() == 'my notes' and not (folder / 'new.npz').exists()
