@@ -16,7 +16,8 @@ from formats import card, diffusers_write, edm, onnx_graph
 from formats.diffusers_read import DiffusersUNet
 from formats.load import TABLE, load_model
 from formats.songunet import SongUNet
-from helpers import RESULT, ROOT, diffusers, noise, our_images, parsing, their_images
+from helpers import (RESULT, ROOT, SMALL, diffusers, noise, our_images, parsing,
+                     their_images)
 from runtime import checkpoint
 from runtime.cli import UserError
 from wiring import random_unet
@@ -55,10 +56,7 @@ def runs(tmp_path_factory):
                   clean=dict(clean, use='ema_model', ema_model=shifted,
                              net_model=small_unet(T=1000)), edm=dict(state, **edm_state()))
     if importlib.util.find_spec('diffusers'):
-        unet = diffusers().UNet2DModel(
-            layers_per_block=1, block_out_channels=(32, 64), num_class_embeds=3,
-            down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
-            up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+        unet = diffusers().UNet2DModel(**SMALL, num_class_embeds=3)
         network = DiffusersUNet(unet, clean_end=True)
         states['theirs'] = dict(clean, mean_type='v', net_model=network.state_dict(),
                                 **network.entries)

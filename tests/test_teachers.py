@@ -13,13 +13,10 @@ import training
 from formats import diffusers_read, diffusers_write
 from formats.load import load_model
 from runtime.cli import UserError
-from helpers import (DATA, ROOT, STEPS, Call, assert_ran, command, diffusers, fork_all, make_scorer,
-                     noise, our_images, parsing, their_images)
+from helpers import (DATA, ROOT, SMALL, STEPS, Call, assert_ran, command, diffusers, fork_all,
+                     make_scorer, noise, our_images, parsing, their_images)
 
 FLAGS = flags.FLAGS
-SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(32, 64),
-             down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
-             up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
 # the structure of google/ddpm-cifar10-32, in widths and a size that a test can afford
 GOOGLE = dict(sample_size=16, layers_per_block=2, block_out_channels=(32, 64, 64, 64),
               norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
