@@ -54,7 +54,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert sorted(os.listdir(str(tmp_path))) == ['.lock', 'flagfile.txt', 'notes.tmp']
 
 
-# Signals; that the handlers of before come back is in test_run.py
+# Signals
 
 def test_stop(monkeypatch):
     """The first signal is remembered; one that comes two seconds later or more ends the process."""
@@ -73,17 +73,18 @@ def test_stop(monkeypatch):
     assert codes == [130]
 
 
-def test_hangup_is_ignored_under_nohup(request):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+@pytest.mark.parametrize('before, asked', [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)])
+def test_hangup_is_ignored_under_nohup(request, before, asked):
+    ours = signal.signal(signal.SIGHUP, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, ours))
     with Stop() as stop:
         signal.raise_signal(signal.SIGHUP)
-        assert not stop.asked()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert stop.asked() == asked
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_run_whose_study_was_killed_stops(monkeypatch):
-    for parent, expected in (os.getppid(), 0), (1, signal.SIGTERM):
+    for parent, expected in (os.getppid(), 0), (os.getpid(), signal.SIGTERM):
         monkeypatch.setenv('RDD_PARENT', str(parent))
         with Stop() as stop:
             assert stop.asked() == expected
