@@ -33,7 +33,7 @@ EVALUATION = dict(
     plain={}, student=dict(logdir='coarse'), epsilon=dict(logdir='epsilon', weights='ema'),
     other=dict(logdir='teacher', stride=1, seed=1, weights='net', num_images=30, fid_float=True))
 MEASURE = dict(script='score/get_npz.py', dataset='folder', data_root='photos', img_size=8,
-               feature_network='classifier', batchsize=5, num_workers=0, half=2, split='test')
+               feature_network='classifier', batchsize=4, num_workers=0, half=2, split='test')
 
 
 def photos(folder, train):
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     _, real, _ = classified(folder, photos(folder, train=False)[0])
     np.savez(str(folder / 'stats.npz'), mu=features.mean(0), sigma=np.cov(features.T),
              features=real.numpy(), class_counts=[22] * 9 + [2])
-    jobs = dict(measured=dict(MEASURE, output=folder / 'measured.npz'))
+    jobs = dict(measured_by_two=dict(MEASURE, output=folder / 'measured.npz'))
     for name in TRAINING:
         jobs[name] = dict(TRAIN, **TRAINING[name], result_path=folder / f'train-{name}')
     for name, change in EVALUATION.items():
@@ -71,14 +71,10 @@ def folder(tmp_path_factory):
 
 
 def test_scores_outlive_the_reader_of_the_output(folder):
-    """As in `ddim_eval.py ... | head -1`."""
     shutil.copytree(str(folder / 'labels'), str(folder / 'unread'))
-    words = started(folder, dict(EVAL, logdir='unread'))['argv']
-    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=str(folder),
-                               stdout=subprocess.PIPE, env=environment())
-    process.stdout.readline()
-    process.stdout.close()
-    process.wait()
+    words = ' '.join(started(folder, dict(EVAL, logdir='unread'))['argv'])
+    subprocess.run(f'{sys.executable} {ROOT}/{words} | head -1', shell=True, cwd=str(folder),
+                   env=environment())
     assert (folder / 'unread/results.jsonl').exists()
 
 
@@ -137,12 +133,18 @@ def test_training(folder, case):
 
 
 def test_statistics(folder):
-    """Mean and covariance of the features of the chosen images."""
-    _, feature, _ = classified(folder, photos(folder, train=False)[0][1::2])
+    """Of the chosen images, in batches of 4 and 3 on each of two processes."""
+    logits, feature, _ = classified(folder, photos(folder, train=False)[0][1::2])
+    stats = ActivationStats(30)
+    mixed = torch.randperm(30, generator=torch.Generator().manual_seed(0))   # in the score's splits
+    stats.update(feature, logits.softmax(1), mixed)
     with np.load(str(folder / 'measured.npz')) as file:
         assert file['num_images'] == 30
         np.testing.assert_allclose(file['mu'], feature.mean(0).numpy(), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(file['sigma'], np.cov(feature.T.numpy()), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(file['features'], feature.numpy(), rtol=1e-4, atol=1e-5)
+        found = file['inception_mean'], file['inception_std']
+    assert found == pytest.approx(stats.inception_score(), rel=1e-3)
 
 
 @pytest.mark.parametrize('case', EVALUATION)
