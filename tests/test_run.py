@@ -121,21 +121,6 @@ def test_loop_that_is_left(make, capsys):
     assert_released(again, before)
 
 
-def test_signal_ends_the_run(make, capsys, request):
-    """After the step in which it came, with a checkpoint, and with the code of the signal."""
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)      # as under nohup
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, ignored))
-    before, run = handlers(), make()
-    with pytest.raises(SystemExit, match='129'):
-        for step in run:
-            if step == 2:
-                signal.raise_signal(signal.SIGHUP)
-            do_step(run)
-    assert_released(run, before)
-    assert 'SIGHUP: stopped after step 2, saved in' in capsys.readouterr().out
-    assert checkpoint.read(run.logdir)['step'] == 2 and steps_in_log(run) == [1, 2]
-
-
 def test_a_run_that_learnt_nothing_is_not_finished(make):
     run = make('--save_step=1')
     with pytest.raises(UserError, match='last 3 steps in a row .* not finite .*lower the'):
@@ -144,12 +129,13 @@ def test_a_run_that_learnt_nothing_is_not_finished(make):
 
 
 def test_nothing_is_saved_before_a_step_is_applied(make, capsys):
-    run = make('--save_step=1')
+    before, run = handlers(), make('--save_step=1')
     with pytest.raises(SystemExit, match='143'):
         for step in run:
             if step == 2:
                 signal.raise_signal(signal.SIGTERM)
             do_step(run, math.nan)
+    assert_released(run, before)
     assert 'SIGTERM: stopped after step 2, nothing saved' in capsys.readouterr().out
     assert not list(Path(run.logdir).glob('*.pt'))
     run = train(make('--save_step=1'), last=3, bad=[1])
