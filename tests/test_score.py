@@ -234,7 +234,7 @@ def measure(classifier):
         yield lambda *words: (parse(*given, *words), get_npz.main())
 
 
-def test_what_statistics_say_of_their_images(measure, tmp_path):
+def test_origin_of_statistics(measure, tmp_path):
     """Their values, by two processes, are in test_wiring_classifier.py."""
     measure('--dataset=digits', '--max_images=100', f'--output={tmp_path}/new/a.npz')
     found = load_statistics(tmp_path / 'new/a.npz')
