@@ -242,7 +242,7 @@ class Chain:
         return dict(words=words, teacher=digest, first=self.first and self.first.plan())
 
     def record_plan(self):
-        """Write the plan into the folder, unless it holds students that were made otherwise."""
+        """Write the plan into the folder, whose students must have been made so."""
         plan, file = json.dumps(self.plan()), self.folder / 'commands.json'
         if any(self.folder.glob('*/ckpt.pt')) and file.is_file() and file.read_text() != plan:
             raise UserError(f'{self.folder} was made by other commands, from other flagfiles or '

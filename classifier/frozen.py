@@ -72,7 +72,8 @@ def load_classifier(path, name=None, num_classes=None, mean=None, std=None):
                         f'expected a 2-D fc.weight in "model"; give what classifier/train.py wrote')
     found, classes = state.get('name', name), len(weights['fc.weight'])
     if found is None:
-        raise UserError(f'{file} does not name its network; give --classifier, as densenet201')
+        raise UserError(f'{file} does not name its network; give what classifier/train.py '
+                        f'wrote')
     if 'name' in state and (name not in (None, found) or found not in list(NETWORKS)):
         raise UserError(f'{file} holds the classifier {str(found)[:60]}, expected '
                         f'{name or "one of this project"}; give its own name or another folder')

@@ -18,8 +18,8 @@ from runtime.torchvision_cpu import torchvision
 RGB = (int, lambda value: value == 3, '3, for RGB images')
 # Settings that are checked before anything is built, as in `entries.ENTRIES`
 UNET = dict(
-    in_channels=RGB, out_channels=RGB,
-    num_class_embeds=NUMBER, num_train_timesteps=NUMBER, time_embedding_dim=NUMBER,
+    in_channels=RGB, out_channels=RGB, num_class_embeds=NUMBER, num_train_timesteps=NUMBER,
+    time_embedding_dim=(int, lambda value: 1 <= value <= 2 ** 16, 'null or a number to 65,536'),
     sample_size=(object, lambda value: 1 <= side_of(value) <= 4096,
                  'null or the side of a square from 1 to 4096'),
     class_embed_type=(str, lambda value: False, 'null: no labels, or a table of them'),
@@ -70,7 +70,7 @@ class DiffusersUNet(nn.Module):
         config = arguments(unet)
         self.conditional = config['num_class_embeds'] is not None
         self.class_num = config['num_class_embeds'] or 10
-        self.entries = dict(unet_config=json.loads(json.dumps(dict(config, dropout=0.))))
+        self.entries = dict(unet_config=dict(config, dropout=0.))
 
     def forward(self, x, t, y=None):
         """Images (B, 3, H, W), times (B,) int in 1..N, labels (B,) or None -> (B, 3, H, W)."""
@@ -88,9 +88,9 @@ class DiffusersUNet(nn.Module):
 
 
 def arguments(unet):
-    """Those that a UNet2DModel was built with."""
+    """Those that a UNet2DModel was built with, as JSON has them: lists in place of tuples."""
     known = signature(type(unet).__init__).parameters
-    return {key: value for key, value in unet.config.items() if key in known}
+    return json.loads(json.dumps({key: unet.config[key] for key in known if key in unet.config}))
 
 
 def in_precision_of_weights(norm, inputs):
@@ -111,10 +111,10 @@ def build(entries, dropout=0., where='the checkpoint'):
             # filters of KDownBlock2D, constants that the weights lack, are made on the CPU
             if module._non_persistent_buffers_set:
                 module.__init__()
+        return DiffusersUNet(unet, isinstance(entries['schedule'], dict))
     except Exception as error:      # what is raised depends on the values
         raise UserError(f'{where} describes no network that diffusers can build '
                         f'({first_line(error)}); restore a copy')
-    return DiffusersUNet(unet, isinstance(entries['schedule'], dict))
 
 
 # Folders

@@ -45,8 +45,9 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
         steps: DDIM steps that the model is taken to have; 0: as stated.
     """
     state, file = read_state(path)
-    check(state, ENTRIES, file)
-    name, state_dict = choose_weights(state, weights, file)
+    where = file if file == checkpoint.find(path) else path     # a folder of diffusers
+    check(state, ENTRIES, where)
+    name, state_dict = choose_weights(state, weights, where)
     if 'T' not in state and TABLE in state_dict:
         # of pytorch-ddpm: its times 0..T - 1 become 1..T, after an index 0 for the clean image
         T = len(state_dict[TABLE])
@@ -55,7 +56,7 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
         state.setdefault('mean_type', 'epsilon')
         distributed.print0(f'note: a checkpoint without T is read as one of pytorch-ddpm: linear '
                            f'schedule, eps, {T} steps.')
-    network, arch = build(state, state_dict, dropout, f'the {name} in {file}')
+    network, arch = build(state, state_dict, dropout, f'the {name} in {where}')
     if 'method' not in state:       # a published file: its students are others' work, too
         folder = file.resolve().parent.name
         state.setdefault('origin', folder if file.name == 'ckpt.pt' else file.stem)
@@ -66,9 +67,9 @@ def load_model(path, weights='auto', dropout=0., mean_type='xstart', img_size=32
     state.setdefault('img_size', state['x_T'].shape[-1] if 'x_T' in state else img_size)
     factor = 2 ** (len(arch['ch_mult']) - 1)
     if state['img_size'] % factor:
-        raise UserError(f'--img_size is {state["img_size"]} for {file}, expected a multiple of '
+        raise UserError(f'--img_size is {state["img_size"]} for {where}, expected a multiple of '
                         f'{factor}; give the size of its images')
-    return Model(frozen(network), diffusion_of(state, arch['T'], steps, file), file, name, arch,
+    return Model(frozen(network), diffusion_of(state, arch['T'], steps, where), file, name, arch,
                  state['img_size'], entries)
 
 

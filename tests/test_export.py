@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
                   clean=dict(clean, use='ema_model', ema_model=shifted,
                              net_model=small_unet(T=1000)), edm=dict(state, **edm_state()))
     if importlib.util.find_spec('diffusers'):
-        unet = diffusers().UNet2DModel(**SMALL, num_class_embeds=3)
+        unet = diffusers().UNet2DModel(**dict(SMALL, sample_size=None), num_class_embeds=3)
         network = DiffusersUNet(unet, clean_end=True)
         states['theirs'] = dict(clean, mean_type='v', net_model=network.state_dict(),
                                 **network.entries)

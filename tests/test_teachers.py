@@ -271,6 +271,17 @@ def test_layouts_that_people_have(good, tmp_path, layout):
     assert torch.equal(model.network(noise(), t), plain.network(noise(), t))
 
 
+def test_settings_that_a_configuration_leaves_out():
+    with torch.device('meta'):
+        found = diffusers_read.arguments(diffusers().UNet2DModel())
+    diffusers_read.build(dict(unet_config=found, schedule='cosine'))
+
+
+def test_a_folder_has_no_average(good):
+    with pytest.raises(UserError, match='good has no ema_model, only net_model; leave out --w'):
+        load_model(good, weights='ema')
+
+
 def test_settings_that_change_a_teacher(good, tmp_path, capsys):
     shutil.copytree(str(good), str(tmp_path / 'given'))
     scheduler(predict_epsilon=False, clip_sample=False)(tmp_path / 'given')
@@ -329,7 +340,7 @@ ODD = {
     'no network that diffusers can load .*': lambda f: weights(f).write_bytes(
         weights(f).read_bytes()[:5000]),
     'the weights of its U-Net': lambda f: weights(f).unlink(),
-    'conv_out.bias of .* finite': changed(
+    'conv_out.bias of the net_model in .*/given is .* finite': changed(
         lambda w: dict(w, **{'conv_out.bias': torch.tensor([0., float('nan'), 0.])})),
     'could run code': hostile('diffusion_pytorch_model.bin'),
     'that diffusers can load': hostile('diffusion_pytorch_model.safetensors')}
