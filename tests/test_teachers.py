@@ -274,7 +274,9 @@ def test_layouts_that_people_have(good, tmp_path, layout):
 def test_settings_that_a_configuration_leaves_out():
     with torch.device('meta'):
         found = diffusers_read.arguments(diffusers().UNet2DModel())
-    diffusers_read.build(dict(unet_config=found, schedule='cosine'))
+    network = diffusers_read.build(dict(unet_config=found, schedule='cosine'))
+    assert network.entries['unet_config'] == found
+    assert found['block_out_channels'] == [224, 448, 672, 896]
 
 
 def test_a_folder_has_no_average(good):
