@@ -60,7 +60,7 @@ class ActivationStats:
 
     def __init__(self, total, splits=10):
         self.total, self.splits = total, min(splits, total)
-        self.sums = [0, 0, 0]   # of features, their products, and what the Inception score needs
+        self.sums = None        # of features, their products, and what the Inception score needs
         self.features = []      # (n, D) of the images that are kept
 
     def update(self, features, probs, indices):
@@ -75,7 +75,11 @@ class ActivationStats:
         per_split = per_image.new_zeros(self.splits, per_image.shape[1])
         per_split.index_add_(0, which, per_image)
         parts = features.sum(0), features.T @ features, per_split
-        self.sums = [total + part for total, part in zip(self.sums, parts)]
+        if self.sums is None:
+            self.sums = parts
+        else:
+            for total, part in zip(self.sums, parts):
+                total.add_(part)        # in place: the products of Inception's features are 32 MiB
 
     def reduce(self):
         """Add up the sums of all processes, once; the first gets all features. Returns itself."""
