@@ -334,7 +334,8 @@ def comparable_results(chains):
         for key, value in protocol.items():
             if value != first.setdefault(key, value):
                 raise UserError(f'{chain.folder}/{T}/results.jsonl has a score with {key} {value}, '
-                                f'others have {first[key]}; remove one kind, and run this again')
+                                f'others have {first[key]}; remove those files of one kind and run '
+                                f'the same command again, to score anew')
     return found
 
 

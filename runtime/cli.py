@@ -76,7 +76,8 @@ def run(main, words=False):
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
-            fail('not enough memory; lower --batch_size, or raise --grad_accum in a training', 1)
+            fail('there is not enough memory for this network and batch; lower --batch_size, or '
+                 'raise --grad_accum in a training', 1)
         # of gloo, only the text tells that a connection was closed
         lost = type(error).__name__ == 'DistBackendError' or 'Connection' in text
         if os.environ.get('WORLD_SIZE', '1') == '1' or not lost:
@@ -109,7 +110,8 @@ def without_foreign_flags(argv):
         raise UserError('the command line holds bytes that the text encoding of this shell lacks '
                         f'({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or use other names')
     except UnicodeDecodeError:
-        raise UserError('a flagfile is not UTF-8 text; give one with lines --name=value')
+        raise UserError('a flagfile is not UTF-8 text; give one with a flag per line, '
+                        '--name=value')
     kept, left_out = [], []
     names = [flag.name for flag in own_flags()]
     for word in words:
@@ -125,10 +127,12 @@ def without_foreign_flags(argv):
         foreign = word.startswith('--') and (not known or UNREAD.fullmatch(word))
         similar = difflib.get_close_matches(name, names, 1, .85)
         if foreign and similar and not (name in ALIASES or UNREAD.fullmatch(word)):
-            raise UserError(f'a flagfile has the unknown --{name}; did you mean --{similar[0]}?')
+            raise UserError(f'a flagfile has the flag --{name}, which does not exist; did you mean '
+                            f'--{similar[0]}?')
         (left_out if foreign else kept).append(word)
     if left_out:
-        print0(f'note: these flags of the flagfile are ignored: {" ".join(left_out)}')
+        print0(f'note: the flagfile has flags that this script does not read, ignored: '
+               f'{" ".join(left_out)}')
     return kept
 
 

@@ -25,13 +25,13 @@ SHOW = 'print(flags.FLAGS.logdir, flags.FLAGS.lr)'
 READ = {
     '--logdir=~/x': '{home}/x 1.0', '--logdir="a b"': 'a b 1.0', '--logdir=a"b"': 'a"b" 1.0',
     "--logdir='~/a'\n--lr=2": '{home}/a 2.0', '\ufeff--lr=3\n\n# words': 'None 3.0',
-    '--queue_size=9\n--lr=2\n--batch_renorm': 'note: these flags of the flagfile are ignored: '
-    '--queue_size=9 --batch_renorm\nNone 2.0'}
+    '--queue_size=9\n--lr=2\n--batch_renorm': 'note: the flagfile has flags that this script does '
+    'not read, ignored: --queue_size=9 --batch_renorm\nNone 2.0'}
 # what is refused: text of a flagfile; a word of the command line; what the script does (its code)
 REFUSED = {
     '--lr 1e-4': 'a flagfile has the line "--lr 1e-4", expected --name=value',
     'lr=1': 'a flagfile has the line "lr=1", expected --name=value',
-    '--ema_decai=1': 'has the unknown --ema_decai; did you mean --ema_decay?',
+    '--ema_decai=1': 'has the flag --ema_decai, which does not exist; did you mean --ema_decay?',
     '\udcff\udcfe--lr=1': 'a flagfile is not UTF-8 text',      # bytes that are no text
     '--lr=nan': '--lr is nan, expected a finite number', '--lr=much': '--lr=much'}
 WORDS = {'digits': 'unexpected word "digits" on the command line; flags are written --name',
@@ -39,7 +39,7 @@ WORDS = {'digits': 'unexpected word "digits" on the command line; flags are writ
          '--flagfile=': '--flagfile is empty; give a file',
          '--steps=1e3': '--steps=1e3: expected a whole number (see --help)'}
 INIT = 'from runtime import distributed; cli.os.environ.update({}); distributed.init()'
-MEMORY = 'error: not enough memory; lower --batch_size'
+MEMORY = 'error: there is not enough memory for this network and batch; lower --batch_size'
 FAILURES = {
     'raise RuntimeError("CUDA out of memory.")': (1, MEMORY), 'raise MemoryError': (1, MEMORY),
     'import torch; torch.empty(2 ** 60)': (1, MEMORY),

@@ -127,7 +127,7 @@ def test_flags_without_effect_are_named(ran):
         assert all(f'note: --{name} has no effect: ' in out for out in (base, pd, rcfd)), name
     for name in ('fid_use_torch', 'num_workers', 'dropout', 'var_type'):
         assert f'note: --{name} has no effect: ' in evaluation, name
-    left_out = 'note: these flags of the flagfile are ignored: '
+    left_out = 'the flagfile has flags that this script does not read, ignored: '
     assert left_out + ' '.join(SCORES + DEAD) + ' --beta_1=1e-4 --beta_T=0.02\n' in base
     assert left_out + ' '.join(DEAD) + '\n' in evaluation
     assert left_out + ' '.join(UNREAD) + '\n' in rcfd
