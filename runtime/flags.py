@@ -34,8 +34,8 @@ IGNORED = dict(
 
 
 def without_effect(**reasons):
-    """Name the flags that the user set and that change nothing: `IGNORED`, and name=reason."""
-    for name, reason in dict(IGNORED, **reasons).items():
+    """Name the flags that the user set and that change nothing: `without_effect(name=reason)`."""
+    for name, reason in reasons.items():
         if name in FLAGS and given(name) and name != 'local_rank':      # not set by the user
             print0(f'note: --{name} has no effect: {reason}.')
 
@@ -119,7 +119,7 @@ def announce(device, start, title, images):
     words = ' '.join(resolved().split('\n'))
     print0(textwrap.fill(f'{Path(sys.argv[0]).name} on {device}: {words}', 100,
                          subsequent_indent='  ', break_on_hyphens=False, break_long_words=False))
-    without_effect()
+    without_effect(**IGNORED)
     print0(f'{"resuming" if start else "starting"} at step {start}; {title}, {images:,} images')
 
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from runtime import cli, data, distributed, image_files, pictures
 from runtime.cli import UserError
-from runtime.flags import (define_data_flags, define_device_flags, define_image_size,
+from runtime.flags import (IGNORED, define_data_flags, define_device_flags, define_image_size,
                            without_effect)
 from runtime.log import progress
 from runtime.published_sets import find_batches
@@ -52,7 +52,7 @@ def define_flags():
 def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     reason = 'features are always computed in float32, and not compiled'
-    without_effect(amp=reason, tf32=reason, compile=reason)
+    without_effect(**IGNORED, amp=reason, tf32=reason, compile=reason)
     img_size = FLAGS.img_size or data.IMG_SIZE.get(FLAGS.dataset, 32)
     where = FLAGS.dataset, cli.find(FLAGS.data_root), img_size
     if FLAGS.check:

@@ -12,8 +12,8 @@ from absl import flags
 from formats.load import check_flags, load_model
 from runtime import distributed, pictures, seeding
 from runtime.cli import UserError
-from runtime.flags import (define_device_flags, define_network_flags, define_teacher_steps,
-                           without_effect)
+from runtime.flags import (IGNORED, define_device_flags, define_network_flags,
+                           define_teacher_steps, without_effect)
 from runtime.log import progress
 from runtime.precision import autocast, choose, prepare
 
@@ -60,7 +60,7 @@ def model_of_flags(device):
     reasons = dict(dropout='sampling uses none', num_workers='no image files are read')
     if device.type == 'cpu':
         reasons['fid_use_torch'] = 'there is no GPU'
-    without_effect(**reasons)
+    without_effect(**IGNORED, **reasons)
     model.to(device)
     prepare(choose(FLAGS.amp, device), FLAGS.compile, device, model.network, graphs=True)
     return model
