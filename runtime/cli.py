@@ -75,7 +75,9 @@ def run(main, words=False):
              f'); repair that and run the same command again', 1)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
+        # the last two are those of cuDNN and cuBLAS
+        no_memory = 'out of memory', "can't allocate", 'unable to find an engine', '_ALLOC_FAILED'
+        if isinstance(error, MemoryError) or any(words in text for words in no_memory):
             fail('there is not enough memory for this network and batch; lower --batch_size, or '
                  'raise --grad_accum in a training', 1)
         # of gloo, only the text tells that a connection was closed

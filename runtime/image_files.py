@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -29,7 +30,7 @@ PART = 32       # images that a process decodes at a time
 
 def read_folder(root, split, img_size, num_workers, skip_bad_images):
     """The images of split 'train' or 'test' of a folder, as arguments of `Images`."""
-    paths, labels, classes, left_out = find_images(root, split)
+    paths, labels, classes, left_out = find_on_all(root, split)
     if skip_bad_images:
         problems = dict(decode_all(paths, img_size, num_workers)) if distributed.is_main() else {}
         for path, reason in problems.items():
@@ -71,6 +72,24 @@ def _ending(path):
 
 
 # Which files there are
+
+def find_on_all(root, split):
+    """`find_images`; UserError on all processes if it fails on one, or not all find the same."""
+    found, problem, names = None, None, []
+    try:
+        found = paths, labels, classes, _ = find_images(root, split)
+        names = [*classes, *map(os.path.basename, paths), *map(str, labels)]
+    except UserError as error:
+        problem = str(error)
+    digest = hashlib.sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
+    problems, digests = zip(*distributed.gather_objects((problem, digest)))
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
+    if len(set(digests)) > 1:
+        raise UserError(f'the processes find different {split} images in --data_root {root}; give '
+                        f'all machines the same files')
+    return found
+
 
 def find_images(root, split):
     """Paths, labels, class names and a `Counter` of what was left out, for a split of `root`.

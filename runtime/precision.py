@@ -13,6 +13,8 @@ FINE = 64       # steps above which alpha / sigma times the rounding is too much
 
 def choose(amp, device, steps=0):
     """'none' or 'bf16': what 'auto' means on this device, for a student with `steps` steps."""
+    if amp == 'bf16' and device.type == 'cuda' and not has_fast_bf16(device):
+        raise UserError('--amp is bf16, which GPUs before Ampere cannot compute; set --amp auto')
     if amp != 'auto':
         return amp
     return 'bf16' if has_fast_bf16(device) and steps <= FINE else 'none'

@@ -209,7 +209,7 @@ class Run:
         if not self._updated:
             raise RuntimeError(f'step {self.step} ended without run.update()')
         step, last = self.step, self.total_steps
-        if due(step, FLAGS.log_step, last):
+        if due(step, FLAGS.log_step, last) or self.reported:
             means = self.meter.means(step, last)
             self.log.write(step, lr=self.lr, **means, **self.reported)
             self.reported = {}

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def environment(**more):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         env.pop(name, None)
     return env
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        return str(free.getsockname()[1])
 
 
 def start(words):

@@ -42,6 +42,7 @@ INIT = 'from runtime import distributed; cli.os.environ.update({}); distributed.
 MEMORY = 'error: there is not enough memory for this network and batch; lower --batch_size'
 FAILURES = {
     'raise RuntimeError("CUDA out of memory.")': (1, MEMORY), 'raise MemoryError': (1, MEMORY),
+    'raise RuntimeError("FIND was unable to find an engine to execute this")': (1, MEMORY),
     'import torch; torch.empty(2 ** 60)': (1, MEMORY),
     'raise KeyboardInterrupt': (130, 'error: interrupted'),
     'raise cli.UserError("a mistake")': (2, 'error: a mistake'),

@@ -7,19 +7,29 @@ import sys
 import pytest
 import torch
 
-from helpers import BASE, EVAL, PD, RDD, ROOT, log_of, make_scorer
+from helpers import BASE, EVAL, PD, RDD, ROOT, free_port, log_of, make_scorer
 from losses import MemoryP2P, feature_kl, intra_sample_p2p
 from wiring import random_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='torch finds no GPU here')
-NCCL = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']
+# a group of one process, which no launcher makes: NCCL, DDP and a gloo group of the hosts
+NCCL = ['-c', """
+import runpy, sys, torch
+sys.path.insert(0, '')
+from runtime import distributed
+torch.cuda.set_device(0)
+distributed.join(torch.device('cuda', 0), 1)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""]
+RANK = dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1')
 
 
-def run(words, *more, launcher=()):
+def run(words, *more, launcher=(), **env):
     """A script, which has to use the GPU; returns what it printed."""
     done = subprocess.run([sys.executable, *launcher, *words, *map(str, more)], cwd=str(ROOT),
-                          env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True)
+                          env=dict(os.environ, **env), universal_newlines=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and 'No GPU found' not in done.stdout, done.stdout[-3000:]
     return done.stdout
 
@@ -36,12 +46,10 @@ def test_all_scripts_on_the_gpu(how, tmp_path):
     run(RDD, how, f'--base_ckpt={student}', f'--logdir={rdd}', '--until=1',
         f'--classifier_path={tmp_path}/digits/densenet_small')
     run(['train_dmd.py', *RDD[1:9]], how, f'--teacher_ckpt={base}', f'--base_ckpt={rdd}/1',
-        f'--logdir={dmd}', launcher=NCCL)
+        f'--logdir={dmd}', launcher=NCCL, **RANK, MASTER_PORT=free_port())
     for logdir, steps in ((base, 4), (student, 4), (rdd / '1', 8), (dmd, 4)):
         assert len(log_of(logdir)) == steps
-    # the sampler has no --compile
-    scores = run(EVAL, f'--logdir={dmd}', *[how] * (how != '--compile'), *make_scorer(tmp_path))
-    assert 'Frechet distance' in scores
+    assert 'Frechet distance' in run(EVAL, how, f'--logdir={dmd}', *make_scorer(tmp_path))
 
 
 def test_a_resumed_run_ends_like_another(tmp_path):

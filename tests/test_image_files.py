@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from helpers import picture
-from runtime import image_files
+from runtime import distributed, image_files
 from runtime.cli import UserError
 from runtime.data import make_dataset
 
@@ -196,6 +196,16 @@ def test_several_test_folders(tmp_path):
         refused(folder, 'photos has a folder test, which would be trained on')
     picture(tmp_path / 'photos/Testing/a/1.png')
     refused(tmp_path / 'photos', 'has the folders .* and .*; keep one', False)
+
+
+@pytest.mark.parametrize('other, words', [
+    ((None, 'another digest'), 'the processes find different train images in --data_root'),
+    (('no such folder there', None), 'no such folder there')])
+def test_machines_must_find_the_same_images(tmp_path, monkeypatch, other, words):
+    """All processes end, also those whose own images are fine."""
+    picture(tmp_path / 'a/1.png')
+    monkeypatch.setattr(distributed, 'gather_objects', lambda mine: [mine, other])
+    refused(tmp_path, words)
 
 
 def test_labels_of_the_test_split(tmp_path):

@@ -180,6 +180,16 @@ def test_weights_that_are_lost_are_not_saved(make):
     assert checkpoint.read(make().logdir)['step'] == 1
 
 
+def test_what_a_script_reports_is_logged_in_its_step(make):
+    run = make('--log_step=9')
+    for step in run:
+        do_step(run)
+        if step == 2:
+            run.reported['accuracy'] = .5
+    log = [(line['step'], line.get('accuracy')) for line in log_of(run.logdir)]
+    assert log == [(2, .5), (3, None)]
+
+
 def test_full_disk_ends_the_log_alone(make, capsys):
     run = make()
     for step in run:
@@ -244,6 +254,14 @@ def test_one_process_draws_the_grid_and_all_wait_for_it(make, monkeypatch, main,
         (_, _, images), _ = run.log.grid.call_args
         whole = DIFFUSION.sample(run.net.module.eval(), run.entries['x_T'])
         torch.testing.assert_close(images, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_on_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    gpu = torch.device('cuda')
+    assert [precision.choose(amp, gpu) for amp in ('auto', 'none')] == ['none', 'none']
+    with pytest.raises(UserError, match='--amp is bf16, which GPUs before Ampere cannot compute'):
+        precision.choose('bf16', gpu)
 
 
 @pytest.mark.parametrize('T, found', [(64, 'bf16'), (65, 'none')])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import (BASE, EVAL, PD, RDD, ROOT, assert_ran, assert_refused, assert_same_runs,
-                     command, environment, fork_all, log_of, start)
+                     command, environment, fork_all, free_port, log_of, start)
 from runtime import checkpoint
 
 DENSENET = 'classifier/digits/densenet_small'
@@ -175,10 +175,8 @@ def test_stages_on_two_processes_start_from_the_finished_teacher(runs):
 
 def test_two_machines(tmp_path):
     """torchrun on each, here on one: two processes, of which the first one's prints and writes."""
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = free.getsockname()[1]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
-                '--rdzv_id=7', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}',
+                '--rdzv_id=7', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{free_port()}',
                 '--local_addr=127.0.0.1']
     nodes = [subprocess.Popen(
         [*torchrun, f'--rdzv_conf=is_host={is_host}', *BASE, f'--logdir={tmp_path}/run'],
