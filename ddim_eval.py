@@ -43,7 +43,7 @@ def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     model = model_of_flags(device)
     if distributed.is_main():       # before hours are spent on sampling
-        pictures.check_folder(model.file.parent)
+        pictures.check_folder(model.file.parent / 'sample')
         if FLAGS.save_images:
             pictures.check_place(FLAGS.save_images, '--save_images')
     reference = load_statistics(FLAGS.fid_cache)
@@ -62,9 +62,12 @@ def main():
             both = precision_recall(reference.features, stats.features, device=device)
             result.update((name, None if share is None else round(share, 4))
                           for name, share in zip(('precision', 'recall'), both))
-        write(model, result, images, y)     # before the output, whose reader may have gone
-        print(', '.join(f'{key} {value}' for key, value in setting.items() if value is not None))
-        report(result, reference)
+        try:
+            write(model, result, images, y)     # before the output, whose reader may have gone
+        finally:        # a full disk takes no score
+            print(', '.join(f'{key} {value}' for key, value in setting.items()
+                            if value is not None))
+            report(result, reference)
     distributed.cleanup()
 
 

@@ -254,7 +254,8 @@ class Chain:
     def result(self, T):
         """The last line of results.jsonl of the student with T steps and this seed, or None."""
         lines = results.read(self.folder / f'{T}/results.jsonl')
-        mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)]
+        mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)
+                and Path(line.get('ckpt', 'ckpt.pt')).name == 'ckpt.pt']    # no ckpt_STEP.pt
         return mine[-1] if mine else None
 
     def make(self, commands, env):
@@ -271,16 +272,21 @@ class Chain:
                 ckpt.parent.mkdir(exist_ok=True)
                 ckpt.unlink(missing_ok=True)        # a link of an earlier start
                 ckpt.symlink_to(self.teacher.file.resolve())
-            since = time.time()
+            since, trained = time.time(), self.last_change()
             with open(log, 'a') as file:
                 code = commands.run(words, stdout=file, stderr=file, env=env)
-            if name == 'train':
+            if name == 'train' and (code or self.last_change() != trained):
                 with open(self.folder / 'seconds.txt', 'a') as file:
                     file.write(f'{time.time() - since:.1f}\n')
             if code:
                 last = log.read_text(errors='replace').strip().rpartition('\n')[2]
                 self.problem = f'{words[0]} ended with code {code}: {last}'
                 break
+
+    def last_change(self):
+        """When the checkpoint of the last student was written, or None."""
+        file = self.folder / f'{self.step_counts[-1]}/ckpt.pt'
+        return file.stat().st_mtime_ns if file.exists() else None
 
     def seconds(self):
         """Seconds of its training, and of that of the student that it starts from."""

@@ -16,7 +16,7 @@ TRAINING = dict(
     origin='It descends from the diffusion model `{}`, which others may have trained: see there '
            'for its data and licence.')
 SCORE = ('| {nfe} | {fid:.3f} | {inception_score:.3f} +- {inception_std:.3f} | {num_images} | '
-         '{reference} ({reference_images}) | {feature_network} | {pixels} | {seed} |')
+         '{reference} ({reference_images}) | {feature_network} | {pixels} | {amp} | {seed} |')
 
 
 def write(folder, model, stride, form, license, measured=''):
@@ -30,10 +30,12 @@ def write(folder, model, stride, form, license, measured=''):
                  if key in model.entries]
     scores = [SCORE.format(**line) for line in results.read(model.file.parent / 'results.jsonl')
               if (line.get('step'), line.get('weights')) == (model.entries.get('step'),
-                                                             model.weights_name)]
+                                                             model.weights_name)
+              and Path(line.get('ckpt', model.file)).name == model.file.name]
     text = (Path(__file__).parent / 'card.txt').read_text(encoding='utf-8')
     (folder / 'README.md').write_text(text.format(
         license=license, library='pytorch' if form == 'safetensors' else form, nfe=nfe,
+        tag=f'{"class-conditional" if classes else "unconditional"}-image-generation',
         size=model.img_size, T=d.T, N=d.N, millions=parameters / 1e6, weights=model.weights_name,
         stride=f'; one DDIM step spans {stride} of them' if stride > 1 else '',
         kind=f'class-conditional, {classes} classes' if classes else 'unconditional',

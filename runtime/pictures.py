@@ -27,14 +27,16 @@ def check_place(path, flag, suffixes=('.npz',)):
     if path.suffix in suffixes:
         free = not path.exists() or holds_samples(path)
     elif path.is_dir():
-        free = not any(path.iterdir()) and not os.path.ismount(path)     # which is not replaced
+        replaced = not os.path.ismount(path) and not path.samefile('.')
+        free = replaced and not any(path.iterdir())
     else:       # a new folder; with a name such as x.jpg, a file of another kind was meant
         kinds = {'.npz', *Image.registered_extensions()}
         free = not path.exists() and not {path.suffix.lower(), path.name} & kinds
     if not free:
         or_file = f', or a file ({" or ".join(suffixes)}) that is new or holds samples'
         raise UserError(f'{flag} {path} cannot take the result, expected a new or empty folder, no '
-                        f'mount point{or_file if suffixes else ""}; choose another')
+                        f'mount point or working directory{or_file if suffixes else ""}; choose '
+                        f'another')
     check_folder(path.resolve().parent)
 
 

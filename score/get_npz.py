@@ -63,6 +63,8 @@ def main():
         check_reference(other, network, img_size)
     half = f'.half{FLAGS.half}' if FLAGS.half else ''
     path = cli.anchored(FLAGS.output or f'stats/{FLAGS.dataset}.{FLAGS.split}{half}.npz')
+    if path.is_dir():
+        raise UserError(f'--output {path} is a folder, expected the name of an npz; add one')
     if FLAGS.overwrite or not path.exists():
         pictures.check_folder(path.parent)      # before images are decoded and measured
     dataset = data.make_dataset(*where, train=FLAGS.split == 'train', num_workers=FLAGS.num_workers,
@@ -92,12 +94,11 @@ def check(name, root, img_size):
     if name == 'folder' or name == 'imagenet64' and not find_batches(root, FLAGS.split):
         found = image_files.find_images(root, FLAGS.split)
         problems = list(image_files.decode_all(found[0], img_size, FLAGS.num_workers))
-        for path, reason in problems:
-            print(f'{path} {reason}')
+        summary = image_files.summary(root, FLAGS.split, *found)
         if problems:
+            print(summary, *(f'{path} {reason}' for path, reason in problems), sep='\n')
             raise UserError(f'{len(problems)} of {len(found[0])} files cannot be used, see above; '
                             f'replace them, or give --skip_bad_images', code=1)
-        summary = image_files.summary(root, FLAGS.split, *found)
     else:
         summary = data.make_dataset(name, root, img_size, train=FLAGS.split == 'train').summary
     print(f'{summary}; every file can be used')

@@ -39,6 +39,8 @@ def load_statistics(path):
         with np.load(str(path), allow_pickle=False) as file:
             fields = {key: file[key] for key in file.files}
         problem = problem_of(fields)
+    except PermissionError:
+        raise
     except Exception:       # what numpy raises depends on the bytes of the file
         problem = 'no readable arrays, it is damaged or not an npz file of mu and sigma'
     if problem:
@@ -73,9 +75,14 @@ def problem_of(fields):
     return None if width == mu else f'features of width {width[0]} and mu of {mu[0]}'
 
 
-def command_for(path):
-    """The command that writes statistics to `path`."""
-    return f'python score/get_npz.py --dataset DATASET --output {path}'
+def command_for(path, statistics=None):
+    """The command that writes statistics to `path`, of the same images as `statistics`."""
+    images = dict(dataset='DATASET')
+    if statistics and statistics.dataset:
+        images = dict(dataset=statistics.dataset, split=statistics.split, half=statistics.half,
+                      max_images=statistics.num_images)
+    words = ' '.join(f'--{name} {value}' for name, value in images.items() if value is not None)
+    return f'python score/get_npz.py {words} --output {path}'
 
 
 def check_reference(statistics, network, img_size):
@@ -88,5 +95,6 @@ def check_reference(statistics, network, img_size):
                                   ('images of size', statistics.img_size, img_size)):
         if found not in (None, expected):
             raise UserError(f'{statistics.path} was made with {what} {found}, and is compared with '
-                            f'{expected}; make it again with: {command_for(statistics.path)} '
-                            f'--feature_network {network.spec} --img_size {img_size}')
+                            f'{expected}; make it again with: '
+                            f'{command_for(statistics.path, statistics)} --feature_network '
+                            f'{network.spec} --img_size {img_size}')

@@ -180,17 +180,19 @@ def test_networks_that_diffusers_does_not_have(runs):
 
 def test_card(runs, tmp_path, capsys):
     result = dict(RESULT, step=7, weights='net_model', reference_images=11)
-    others = [dict(result, step=6, fid=77.), dict(result, weights='ema_model', fid=77.)]
+    others = [dict(result, step=6, fid=77.), dict(result, weights='ema_model', fid=77.),
+              dict(result, ckpt='labels/other.pt', fid=77.)]
     lines = [*map(json.dumps, [result, *others]), '{"nfe": 8, "fi']
     (runs / 'labels/results.jsonl').write_text('\n'.join(lines))
     card.write(tmp_path, load_model(runs / 'labels'), 2, 'diffusers', 'cc0-1.0')
     text = (tmp_path / 'README.md').read_text()
     for words in ('license: cc0-1.0', '# 4-step', 'spans 2 of them', 'Steps: 7.', 'digits',
                   '--lr=0.5', './logs/8', '| 4 | 1.000 | 2.000 +- 0.100 | 9 | r (11) |',
-                  'class-conditional, 3 classes', 'train_rdd.py', 'steps_offset=1024 // n'):
+                  'class-conditional, 3 classes', 'distillation, class-conditional-image',
+                  '| 8-bit | none | 0 |', 'train_rdd.py', 'steps_offset=1024 // n'):
         assert words in text, words
-    assert '77.' not in text        # results of an older step, and of the average
-    assert 'line 4 of' in capsys.readouterr().out
+    assert '77.' not in text        # results of an older step, of the average and of another file
+    assert 'line 5 of' in capsys.readouterr().out
     card.write(tmp_path, load_model(runs / 'clean'), 1, 'onnx', 'mit', 'differ by 3')
     text = (tmp_path / 'README.md').read_text()
     assert '`me/mine`' in text and 'differ by 3' in text and 'schedule is linear' in text

@@ -51,6 +51,10 @@ def test_places_that_hold_something_else_are_refused(tmp_path, monkeypatch):
                            ('/dev/null', both)]:
         with pytest.raises(UserError, match='--flag .* cannot take the result'):
             pictures.check_place(tmp_path / name, '--flag', suffixes)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / 'empty')
+        with pytest.raises(UserError, match='[.] cannot take .* no mount point or working dir'):
+            pictures.check_place('.', '--flag', both)
     monkeypatch.setattr(os.path, 'ismount', lambda path: True)      # it cannot be replaced
     with pytest.raises(UserError, match='empty cannot take .* no mount point'):
         pictures.check_place(tmp_path / 'empty', '--flag', both)

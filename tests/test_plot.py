@@ -57,6 +57,11 @@ def test_names_of_curves_and_a_table(logs, capsys):
         shutil.copytree(str(logs / name), str(data_set / name))
     assert {r['curve'] for r in read(('', logs)) if r['curve'].startswith('CIFAR10')} == {
         'CIFAR10 DDIM', 'CIFAR10 PD'}
+    line, *_ = plot.results.read(logs / '64/results.jsonl')
+    plot.results.append(data_set / '64/results.jsonl', dict(line, ckpt='64/ckpt_2.pt'))
+    with pytest.raises(UserError, match='ckpt_2.pt. are different models in one curve'):
+        read(('', data_set))
+    shutil.rmtree(str(data_set))
     (logs / '8').mkdir()
     shutil.copy(str(logs / '4/results.jsonl'), str(logs / '8'))      # of another run
     with pytest.raises(UserError, match='4/results.* and .*8/results.* different models in one'):

@@ -222,8 +222,12 @@ def test_reference_must_fit_the_samples(words, changes):
     good = Statistics(np.zeros(64), np.eye(64), img_size=16, network='convnet_small-0')
     check_reference(good, network, 16)
     check_reference(good._replace(network=None, img_size=None), network, 16)     # an older file
-    with pytest.raises(UserError, match=words):
-        check_reference(good._replace(**changes), network, 16)
+    half = dict(dataset='digits', split='train', half=1, num_images=749)
+    for more, images in (({}, 'DATASET'),
+                         (half, 'digits --split train --half 1 --max_images 749')):
+        with pytest.raises(UserError, match=words) as caught:
+            check_reference(good._replace(**changes, **more), network, 16)
+        assert f'get_npz.py --dataset {images} --output' in str(caught.value)
 
 
 @pytest.fixture
@@ -268,6 +272,8 @@ def test_statistics_that_are_there(measure, capsys, tmp_path):
     np.savez(str(file), a=np.zeros(2))
     with pytest.raises(UserError, match='a.npz exists and holds no statistics'):
         measure(*words)
+    with pytest.raises(UserError, match='--output .* is a folder, expected the name of an npz'):
+        measure(*words, f'--output={tmp_path}')
     assert np.load(str(file)).files == ['a']
 
 

@@ -126,7 +126,8 @@ def made(chain, fails=''):
             return 2
         for name in {'PD.py': ['4', '2', '1'], 'train_dmd.py': ['.']}.get(words[0], []):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / 'ckpt.pt').touch()
+            if not (folder / name / 'ckpt.pt').exists():
+                (folder / name / 'ckpt.pt').touch()
         if words[0] == 'ddim_eval.py':
             assert (folder / 'ckpt.pt').exists()
             results.append(folder / 'results.jsonl', dict(
@@ -234,6 +235,8 @@ def test_finished_students_are_skipped(chain, method, first, again):
     assert made(it) == first and made(it) == []
     (it.folder / '1/results.jsonl').write_text('{"cut')
     assert made(it) == again
+    times = it.folder / 'seconds.txt'       # a start that trains nothing does not count
+    assert not times.exists() if method == 'DDIM' else times.read_text().count('\n') == 1
 
 
 def test_failed_students_are_named(chain, tmp_path):
@@ -257,8 +260,10 @@ def test_the_report_keeps_seeds_apart(chain, tmp_path):
     chains = [chain(0), chain(1)]
     for it, fid, seconds in zip(chains, (1., 3.), (10, 30)):
         made(it)
-        for seed, nfe in ((it.seed, 1), (7, 1), (it.seed, 2)):      # the last two by hand
-            results.append(it.folder / '1/results.jsonl', dict(RESULT, seed=seed, nfe=nfe, fid=fid))
+        for seed, nfe, ckpt in ((it.seed, 1, 'ckpt'), (7, 1, 'ckpt'), (it.seed, 2, 'ckpt'),
+                                (it.seed, 1, 'ckpt_2')):       # the last three by hand
+            results.append(it.folder / '1/results.jsonl', dict(
+                RESULT, seed=seed, nfe=nfe, fid=fid, ckpt=f'PD/1/{ckpt}.pt'))
             fid = 99.
         (it.folder / 'seconds.txt').write_text(f'{seconds}\n')
     (chains[0].folder / '1/samples.npz').unlink()       # costs its picture alone

@@ -78,6 +78,13 @@ def test_scores_outlive_the_reader_of_the_output(folder):
     assert (folder / 'unread/results.jsonl').exists()
 
 
+def test_a_score_that_cannot_be_written_is_printed(folder):
+    shutil.copytree(str(folder / 'labels'), str(folder / 'full'))
+    (folder / 'full/results.jsonl').mkdir()
+    code, out, _ = fork_all(dict(it=[started(folder, dict(EVAL, logdir='full'))]))['it'][0]
+    assert code == 1 and 'Frechet distance ' in out
+
+
 def rates(flags, steps):
     """Plain: a cosine. Released: divided by 10 after half and three quarters of the epochs."""
     if flags['recipe'] == 'plain':

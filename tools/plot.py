@@ -95,13 +95,13 @@ def read_metrics(file):
 def with_table(lines):
     """Print and return them, sorted; of results made twice, as after more training, the last."""
     keys = ('title', 'curve', 'nfe', 'seed', 'weights', 'file')
-    last = {tuple(map(line.get, keys)): line for line in lines}
+    last = {(*map(line.get, keys), Path(line.get('ckpt', '')).name): line for line in lines}
     points = [key[:4] for key in last]
-    twice = sorted((key[:4], f'{key[5]} ({key[4]})') for key in last if points.count(key[:4]) > 1)
+    twice = sorted((key[:4], f'{key[5]} ({key[4]} {key[6]})') for key in last
+                   if points.count(key[:4]) > 1)
     if twice:
         raise cli.UserError(f'{twice[0][1]} and {twice[1][1]} are different models in one curve, '
-                            f'at the same NFE and seed; give NAME=PATH for each, '
-                            f'or remove the lines of one')
+                            f'at one NFE and seed; give NAME=PATH for each, or remove one')
     found = sorted(last.values(), key=lambda r: (r['title'], r['curve'], -r['nfe'], r['seed']))
     columns = ('curve', 'nfe', 'fid', 'inception_score', 'inception_std', 'precision', 'recall',
                'seed', *results.PROTOCOL)
