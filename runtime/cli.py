@@ -176,7 +176,8 @@ def usage():
     lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
     for flag in own_flags():
         default = flag.default_as_str if flag.default is not None else 'none'
-        text = f'{" ".join(flag.help.split())} (default: {default})'
+        words = ' '.join(flag.help.split()).replace('|', ' | ')      # lines break between names
+        text = f'{words} (default: {default})'
         lines.append(f'  --{flag.name}')
         lines += textwrap.wrap(text, 92, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
     return '\n'.join(lines + ['  --flagfile', '      A file with one flag per line.'])
