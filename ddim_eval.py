@@ -43,7 +43,7 @@ def main():
     device = distributed.init(FLAGS.gpu_id, FLAGS.tf32)
     model = model_of_flags(device)
     if distributed.is_main():       # before hours are spent on sampling
-        pictures.check_folder(model.file.parent / 'sample')
+        pictures.check_folder(model.file.parent)
         if FLAGS.save_images:
             pictures.check_place(FLAGS.save_images, '--save_images')
     reference = load_statistics(FLAGS.fid_cache)
