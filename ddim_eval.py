@@ -64,7 +64,7 @@ def main():
                           for name, share in zip(('precision', 'recall'), both))
         try:
             write(model, result, images, y)     # before the output, whose reader may have gone
-        finally:        # a full disk takes no score
+        finally:        # so that a full disk loses no score
             print(', '.join(f'{key} {value}' for key, value in setting.items()
                             if value is not None))
             report(result, reference)

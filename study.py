@@ -253,9 +253,8 @@ class Chain:
 
     def result(self, T):
         """The last line of results.jsonl of the student with T steps and this seed, or None."""
-        lines = results.read(self.folder / f'{T}/results.jsonl')
-        mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)
-                and Path(line.get('ckpt', 'ckpt.pt')).name == 'ckpt.pt']    # no ckpt_STEP.pt
+        lines = results.read(self.folder / f'{T}/results.jsonl', 'ckpt.pt')     # no ckpt_STEP.pt
+        mine = [line for line in lines if (line['seed'], line['nfe']) == (self.seed, T)]
         return mine[-1] if mine else None
 
     def make(self, commands, env):
@@ -272,10 +271,10 @@ class Chain:
                 ckpt.parent.mkdir(exist_ok=True)
                 ckpt.unlink(missing_ok=True)        # a link of an earlier start
                 ckpt.symlink_to(self.teacher.file.resolve())
-            since, trained = time.time(), self.last_change()
+            since, before = time.time(), self.last_change()
             with open(log, 'a') as file:
                 code = commands.run(words, stdout=file, stderr=file, env=env)
-            if name == 'train' and (code or self.last_change() != trained):
+            if name == 'train' and (code or self.last_change() != before):
                 with open(self.folder / 'seconds.txt', 'a') as file:
                     file.write(f'{time.time() - since:.1f}\n')
             if code:

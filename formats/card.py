@@ -28,10 +28,10 @@ def write(folder, model, stride, form, license, measured=''):
     training = [f'The model was {how}.']
     training += [words.format(str(model.entries[key]).strip()) for key, words in TRAINING.items()
                  if key in model.entries]
-    scores = [SCORE.format(**line) for line in results.read(model.file.parent / 'results.jsonl')
+    lines = results.read(model.file.parent / 'results.jsonl', model.file.name)
+    scores = [SCORE.format(**line) for line in lines
               if (line.get('step'), line.get('weights')) == (model.entries.get('step'),
-                                                             model.weights_name)
-              and Path(line.get('ckpt', model.file)).name == model.file.name]
+                                                             model.weights_name)]
     text = (Path(__file__).parent / 'card.txt').read_text(encoding='utf-8')
     (folder / 'README.md').write_text(text.format(
         license=license, library='pytorch' if form == 'safetensors' else form, nfe=nfe,

@@ -20,8 +20,11 @@ def append(file, result):
         lines.write(json.dumps(result).encode() + b'\n')
 
 
-def read(file):
-    """The results in a file, oldest first; [] if there is none. Bad lines are named, left out."""
+def read(file, ckpt=None):
+    """The results in a file, oldest first; [] if there is none. Bad lines are named, left out.
+
+    ckpt: name of a checkpoint in the same folder; scores of others there are left out.
+    """
     file, found = Path(file), []
     lines = file.read_bytes().split(b'\n') if file.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -32,7 +35,8 @@ def read(file):
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             complete = False
         if complete:
-            found.append(result)
+            if ckpt is None or Path(result.get('ckpt', ckpt)).name == ckpt:
+                found.append(result)
         elif line.strip():
             print0(f'note: line {number} of {file} is left out: it is no result of ddim_eval.py.')
     return found
